@@ -1,0 +1,122 @@
+"""Building blocks: what several methods need, as pure functions that broadcast over a leading row axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from veneer.anatomy import Site
+
+from ._method import Sites, WeightMethod, method
+from ._spec import Specs, from_base
+from ._tensors import Tensors
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "gelu": F.gelu, "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "swish": F.silu, "silu": F.silu, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "identity": lambda x: x,
+    "leaky_relu": F.leaky_relu,
+}  # fmt: skip
+
+
+def bottleneck(h: Tensor, D: Tensor, D_bias: Tensor, U: Tensor, U_bias: Tensor, act: str) -> Tensor:
+    """act(h D^T + b_D) U^T + b_U: (..., width) -> (..., width). D: (m, width), U: (width, m)."""
+    return ACTIVATIONS[act](h @ D.mT + D_bias) @ U.mT + U_bias
+
+
+def layer_norm(x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """Layer norm over the last axis, with gains that may have a row axis."""
+    y = F.layer_norm(x, x.shape[-1:], eps=eps)
+    y = y if gain is None else y * gain
+    return y if shift is None else y + shift
+
+
+def dropout(x: Tensor, p: float, at: Any) -> Tensor:
+    """Dropout in training, the identity otherwise."""
+    return F.dropout(x, p, True) if p and at.training else x
+
+
+def before(extra: Tensor, x: Tensor) -> Tensor:
+    """[extra; x] along the token axis. extra: (heads, length, d) or (rows, heads, length, d); x: (rows, heads, tokens, d)."""
+    if extra.dim() < x.dim():
+        extra = extra.expand(x.shape[0], *extra.shape)
+    return torch.cat([extra.to(x.dtype), x], dim=-2)
+
+
+def open_before(mask: Tensor, length: int | Tensor) -> Tensor:
+    """The mask for `length` more keys in front that every query sees: (rows or 1, 1 or heads, q, k) -> (..., q, length + k).
+
+    Bool masks are True where a key is seen; float masks are added to the scores. `length` may be a (rows, length)
+    bool tensor: keys of padding stay closed.
+    """
+    shape = list(mask.shape)
+    if isinstance(length, Tensor):
+        live = length[:, None, None, :].expand(length.shape[0], *shape[1:-1], length.shape[-1])
+        mask = mask.expand(length.shape[0], *shape[1:])
+    else:
+        live = torch.ones(*shape[:-1], length, dtype=torch.bool, device=mask.device)
+    if mask.dtype == torch.bool:
+        return torch.cat([live, mask], dim=-1)
+    closed = torch.zeros_like(live, dtype=mask.dtype).masked_fill(~live, torch.finfo(mask.dtype).min)
+    return torch.cat([closed, mask], dim=-1)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(..., tokens, heads * d) -> (..., heads, tokens, d)"""
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """(..., kv_heads, tokens, d) -> (..., heads, tokens, d), each key head serving its group of queries."""
+    return x if x.shape[-3] == heads else x.repeat_interleave(heads // x.shape[-3], dim=-3)
+
+
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over real tokens: (rows, tokens, width), (rows, tokens) -> (rows, 1, width)."""
+    if mask is None:
+        return x.mean(-2, keepdim=True)
+    m = mask.to(x.dtype)[..., None]
+    return (x * m).sum(-2, keepdim=True) / m.sum(-2, keepdim=True).clamp(min=1.0)
+
+
+def running_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the real tokens up to and including each token: (rows, tokens, width) -> the same shape."""
+    m = torch.ones_like(x[..., :1]) if mask is None else mask.to(x.dtype)[..., None]
+    return (x * m).cumsum(-2) / m.cumsum(-2).clamp(min=1.0)
+
+
+def block_diagonal(x: Tensor, R: Tensor) -> Tensor:
+    """x_block R_block for each block: x (..., blocks * b), R (blocks, b, b) or (rows, blocks, b, b) -> like x."""
+    blocks, b = R.shape[-3], R.shape[-1]
+    parts = x.unflatten(-1, (blocks, b))
+    if R.dim() == 3:
+        return torch.einsum("...nb,nbc->...nc", parts, R).flatten(-2)
+    return torch.einsum("r...nb,rnbc->r...nc", parts, R).flatten(-2)
+
+
+def skew(vector: Tensor, size: int) -> Tensor:
+    """Skew-symmetric matrix from its upper triangle, row by row: (..., size (size - 1) / 2) -> (..., size, size)."""
+    row, column = torch.triu_indices(size, size, 1, device=vector.device)
+    flat = torch.zeros(*vector.shape[:-1], size * size, dtype=vector.dtype, device=vector.device)
+    upper = flat.scatter(-1, (row * size + column).expand(vector.shape), vector).unflatten(-1, (size, size))
+    return upper - upper.mT
+
+
+@method("trained_copy", paper="", family="selective", registered=False)
+class TrainedCopy(WeightMethod):
+    """W' = V, V starting at W: what full fine-tuning, trained heads, norms and biases are made of."""
+
+    sites: Sites = "head"
+
+    def tensors(self, site: Site) -> Specs:
+        return {"W": from_base(*site.shape, decay=len(site.shape) > 1)}
+
+    def start(self, site: Site, W: Tensor, t: Tensors) -> dict[str, Tensor]:
+        return {"W": W}
+
+    def weight(self, t: Tensors, W: Tensor) -> Tensor:
+        """Any shape -> the same shape"""
+        return t.W
