@@ -1,0 +1,216 @@
+"""Arms: what is compared, written as people type it.
+
+An arm is `method[:option=value,...][+recipe[:option=value,...]]`, in Python and on the command line alike:
+`lora:rank=16,sites=attention.{query,value}+lora_plus`. Its text in normal form (options sorted, defaults not
+filled in) is its identity: in the ledger, in the results and in the report.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.errors import BadOption, UnknownMethod, UnknownName, nearest
+
+CONTROLS = ("untrained", "linear_probe", "full")
+"""In every comparison: nothing trained, only the head trained, everything trained."""
+
+_NAME = re.compile(r"[A-Za-z_][\w-]*")
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What happens around training, by name, with its options."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return _join(self.name, self.options)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the comparison: a method with options, and recipes. `str(arm)` is its normal form."""
+
+    method: str
+    options: tuple[tuple[str, Any], ...] = ()
+    recipes: tuple[Recipe, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return "+".join([_join(self.method, self.options), *map(str, self.recipes)])
+
+    @property
+    def slug(self) -> str:
+        """A folder name: readable, and different for different arms."""
+        import hashlib
+
+        text = str(self)
+        plain = re.sub(r"[^\w.-]+", "-", text).strip("-")[:60]
+        return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    @property
+    def is_trained(self) -> bool:
+        return self.method != "untrained"
+
+
+def parse_arm(
+    text: str | Arm,
+    methods: Iterable[str] | None = None,
+    recipes: Iterable[str] | None = None,
+) -> Arm:
+    """The arm that `text` names.
+
+    `methods` and `recipes` are the names that exist; without them any name is accepted. Quotes, brackets and
+    braces protect commas and plus signs in a value. Errors: UnknownMethod, UnknownName, BadOption.
+    """
+    if isinstance(text, Arm):
+        return text
+    first, *rest = [part.strip() for part in _split(text, "+")]
+    method, options = _parse_part(first, text)
+    known = None if methods is None else {*methods, *CONTROLS}
+    if known is not None and method not in known:
+        raise UnknownMethod(
+            f"no method is called '{method}' (in the arm '{text}').",
+            nearest=nearest(method, known),
+            next_step="veneer methods            lists all of them",
+        )
+    found = []
+    for part in rest:
+        name, recipe_options = _parse_part(part, text)
+        if recipes is not None and name not in set(recipes):
+            raise UnknownName(
+                f"no recipe is called '{name}' (in the arm '{text}').",
+                nearest=nearest(name, recipes),
+                next_step="an arm is method[:option=value,...][+recipe]; quote a value that holds a plus sign",
+            )
+        found.append(Recipe(name, recipe_options))
+    return Arm(method, options, tuple(found))
+
+
+def parse_arms(
+    wanted: str | Iterable[str | Arm],
+    methods: Iterable[str] | None = None,
+    recipes: Iterable[str] | None = None,
+) -> tuple[Arm, ...]:
+    """The arms of a comparison in the order given, with the controls in front.
+
+    A string is split at commas (`"lora,dora:rank=4,alpha=8"` is two arms: a piece that holds `=` belongs to
+    the arm before it). An arm named twice is an error: its two lines could not be told from each other.
+    """
+    known = None if methods is None else list(methods)
+    recipe_names = None if recipes is None else list(recipes)
+    texts = split_arms(wanted) if isinstance(wanted, str) else list(wanted)
+    arms = [parse_arm(text, known, recipe_names) for text in texts]
+    named = [str(arm) for arm in arms]
+    twice = sorted({name for name in named if named.count(name) > 1})
+    if twice:
+        raise BadOption(
+            f"arms are named twice: {', '.join(twice)}.",
+            next_step="name each arm once; seeds=N repeats it",
+        )
+    controls = [Arm(name) for name in CONTROLS if name not in named]
+    return (*controls, *arms)
+
+
+def split_arms(text: str) -> list[str]:
+    """`"a,b:x=1,y=2"` -> `["a", "b:x=1,y=2"]`."""
+    arms: list[str] = []
+    for piece in _split(text, ","):
+        is_option = arms and ":" in arms[-1] and _is_assignment(piece)
+        if is_option:
+            arms[-1] += "," + piece
+        elif piece.strip():
+            arms.append(piece.strip())
+    return arms
+
+
+def _is_assignment(piece: str) -> bool:
+    name, equals, _ = piece.partition("=")
+    return bool(equals) and ":" not in name and _NAME.fullmatch(name.strip()) is not None
+
+
+def _parse_part(part: str, whole: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    name, colon, rest = part.partition(":")
+    name = name.strip()
+    if not _NAME.fullmatch(name):
+        raise BadOption(
+            f"the arm '{whole}' cannot be read: '{part}' does not begin with a name.",
+            next_step="write method[:option=value,...][+recipe], as in lora:rank=16+lora_plus",
+        )
+    if not colon:
+        return name, ()
+    options: dict[str, Any] = {}
+    for piece in _split(rest, ","):
+        key, equals, value = piece.partition("=")
+        key = key.strip()
+        if not equals or not _NAME.fullmatch(key):
+            raise BadOption(
+                f"the arm '{whole}' cannot be read: '{piece.strip()}' is not option=value.",
+                next_step="write method[:option=value,...][+recipe], as in lora:rank=16+lora_plus",
+            )
+        if key in options:
+            raise BadOption(f"the arm '{whole}' gives '{key}' twice.", next_step="give each option once")
+        options[key] = _value(value.strip())
+    return name, tuple(sorted(options.items()))
+
+
+def _split(text: str, at: str) -> Iterator[str]:
+    """Pieces of `text` between the characters `at` that stand outside of quotes and brackets."""
+    piece, depth, quote = "", 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character in _OPEN:
+            depth += 1
+        elif character in _CLOSE:
+            depth = max(0, depth - 1)
+        elif character == at and depth == 0:
+            # A plus sign with spaces around it is part of a value: prompt[:4] + prompt[-4:]
+            # A plus sign in a number (1e+3) too.
+            in_value = at == "+" and (piece.endswith(" ") or re.search(r"\d[eE]$", piece) is not None)
+            if not in_value:
+                yield piece
+                piece = ""
+                continue
+        piece += character
+    yield piece
+
+
+def _value(text: str) -> Any:
+    """A Python value for what was typed: number, truth value, none, quoted or plain text."""
+    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _join(name: str, options: tuple[tuple[str, Any], ...]) -> str:
+    if not options:
+        return name
+    return name + ":" + ",".join(f"{key}={_text(value)}" for key, value in options)
+
+
+def _text(value: Any) -> str:
+    """What reads back as the same value: `_value(_text(v)) == v`."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower()
+    if isinstance(value, str):
+        plain = (
+            _value(value) == value and re.search(r"[,+]", re.sub(r"[\[({][^\])}]*[\])}]", "", value)) is None
+        )
+        return value if plain and value else json.dumps(value) if '"' not in value else f"'{value}'"
+    return repr(value)

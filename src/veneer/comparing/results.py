@@ -1,0 +1,353 @@
+"""Results: from the records of runs to the files of a compare folder and the object that `compare` returns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from veneer.comparing.analysis import Analysis, Scores, analyse
+from veneer.comparing.arms import Arm
+from veneer.comparing.design import DEMO, Comparison, Forecast, parse_budget
+from veneer.comparing.ledger import write_atomic
+from veneer.comparing.runs import COSTS
+from veneer.comparing.words import Scale, table_text
+from veneer.errors import BadData
+
+
+@dataclass
+class Record:
+    """All that is known of one arm: its trials, a line and an opened test result a seed, and its best run."""
+
+    arm: Arm
+    status: str = "ok"
+    reason: str = ""
+    learning_rate: float | None = None
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    opened: list[dict[str, Any] | None] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+    @property
+    def costs(self) -> dict[str, float | None]:
+        """The median over seeds of each cost that was measured."""
+        return {key: _median([line.get(key) for line in self.lines]) for key in COSTS}
+
+    @property
+    def tuning_seconds(self) -> float:
+        return sum(line.get("seconds") or 0.0 for line in self.trials)
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    middle = statistics.median(known)
+    return int(middle) if all(isinstance(value, int) for value in known) and middle == int(middle) else middle
+
+
+@dataclass(frozen=True)
+class CompareResult:
+    """What a comparison found. `table` prints; `best` is the recommended arm, ready in `best_folder`."""
+
+    folder: Path
+    design: Comparison
+    analysis: Analysis
+    rows: tuple[dict[str, Any], ...]
+    sentence: str
+    test_reads: int
+    best_folder: Path | None
+
+    @property
+    def best(self) -> str:
+        return self.analysis.recommended
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @property
+    def table(self) -> str:
+        return table_text(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+
+    def __str__(self) -> str:
+        return f"{self.sentence}\n\n{self.table}\n\nreport: {self.report}"
+
+
+def publish(
+    folder: Path,
+    design: Comparison,
+    expected: Forecast | None,
+    records: Sequence[Record],
+    reads: int,
+    source: str,
+) -> CompareResult:
+    """Analyse the records and write scores.jsonl, results.jsonl, summary.json, best/ and report.html."""
+    from veneer.comparing.report import render
+    from veneer.comparing.words import conclusion
+
+    scores = scores_of(records)
+    sign = 1.0 if design.higher_is_better else -1.0
+    oriented = Scores({arm: sign * of for arm, of in scores.of.items()}, scores.seeds, scores.items)
+    costs = {str(record.arm): record.costs for record in records}
+    analysis = analyse(oriented, costs, design.contrasts, design.correction)
+    scale = Scale.of(design.metric, sign, scores.of.values())
+    rows = tuple(row for record in records for row in _rows(record, design, scores))
+    sentence = conclusion(analysis, scale, costs, design.is_demo)
+    summary = _summary(design, analysis, scale, records, costs, sentence, reads, source)
+    write_atomic(folder / "results.jsonl", "".join(_line(row) for row in rows))
+    write_atomic(folder / "scores.jsonl", "".join(_line(line) for line in _score_lines(records, scores)))
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    best_folder = _publish_best(folder, records, analysis, summary) if source == "veneer" else None
+    result = CompareResult(folder, design, analysis, rows, sentence, reads, best_folder)
+    write_atomic(folder / "report.html", render(summary, rows, analysis, records, scale, expected))
+    return result
+
+
+def scores_of(records: Sequence[Record]) -> Scores:
+    """Item scores of all arms over the same items. A run that diverged has the scores of the untrained base."""
+    measured = [record for record in records if record.status == "ok" and record.lines]
+    first = next((opened for record in measured for opened in record.opened if opened), None)
+    if first is None:
+        raise BadData("no run has scores on the test split.", next_step="see 'reason' in ledger.jsonl")
+    items = tuple(item["item"] for item in first["items"])
+    if len(items) < 2 or len(set(items)) != len(items):
+        raise BadData(
+            f"the test split has {len(items)} items with {len(set(items))} different ids: expected at least 2, "
+            "each id once.",
+            next_step="give every item an id of its own",
+        )
+    chance = _chance(measured, items)
+    of, seeds = {}, {}
+    for record in measured:
+        rows = [
+            chance if opened is None else _in_order(opened, items, record.arm) for opened in record.opened
+        ]
+        if any(row is None for row in rows):
+            record.status = "failed"
+            record.reason = "it diverged, and the untrained base, whose score it would get, was not measured"
+            continue
+        of[str(record.arm)] = np.array(rows, dtype=np.float64)
+        seeds[str(record.arm)] = tuple(line["seed"] for line in record.lines)
+    return Scores(of, seeds, items)
+
+
+def _chance(measured: Sequence[Record], items: tuple[str, ...]) -> list[float] | None:
+    for record in measured:
+        if not record.arm.is_trained and record.opened and record.opened[0]:
+            return _in_order(record.opened[0], items, record.arm)
+    return None
+
+
+def _in_order(opened: Mapping[str, Any], items: tuple[str, ...], arm: Arm) -> list[float]:
+    found = {item["item"]: item["score"] for item in opened["items"]}
+    missing, further = [i for i in items if i not in found], set(found) - set(items)
+    if missing or further or len(found) != len(opened["items"]):
+        raise BadData(
+            f"'{arm}' was scored on other test items than the first arm: {len(missing)} missing "
+            f"({', '.join(missing[:3])}), {len(further)} more ({', '.join(sorted(further)[:3])}), "
+            f"{len(opened['items']) - len(found)} twice.",
+            next_step="score every arm and seed on the same items: the comparison is paired",
+        )
+    return [found[item] for item in items]
+
+
+def _rows(record: Record, design: Comparison, scores: Scores) -> list[dict[str, Any]]:
+    """The lines of results.jsonl for one arm: one a seed, or one with the reason why there is none."""
+    name = str(record.arm)
+    common = {"arm": name, "method": record.arm.method, "metric": design.metric, "design": design.sha256}
+    blank = {key: None for key in COSTS}
+    if name not in scores.of:
+        settings = settings_of(record, design, None)
+        return [
+            {**common, "seed": None, "status": record.status, "reason": record.reason, "value": None, **blank}
+            | {"learning_rate": record.learning_rate, "settings": settings}
+        ]
+    rows = []
+    for line, opened, of in zip(record.lines, record.opened, scores.of[name], strict=True):
+        value = (opened or {}).get("metrics", {}).get(design.metric)
+        rows.append(
+            {
+                **common,
+                "seed": line["seed"],
+                "status": line["status"],
+                "reason": line["reason"],
+                "value": float(of.mean()) if value is None else value,
+                "item_score": float(of.mean()),
+                "validation": line.get("validation"),
+                **{key: line.get(key) for key in COSTS},
+                "learning_rate": record.learning_rate,
+                "settings": settings_of(record, design, line["seed"]),
+            }
+        )
+    return rows
+
+
+def settings_of(record: Record, design: Comparison, seed: Any) -> dict[str, Any]:
+    """All that is needed to repeat one run, with the command that does it."""
+    arm = record.arm
+    settings: dict[str, Any] = {
+        "model": design.model,
+        "data": design.data,
+        "task": design.task,
+        "method": arm.method,
+        "options": dict(arm.options),
+        "recipes": [str(recipe) for recipe in arm.recipes],
+        "learning_rate": record.learning_rate,
+        "seed": seed,
+        "budget": design.budget,
+        **{key: value for key, value in design.options.items()},
+    }
+    if seed is not None and arm.is_trained and design.model:
+        settings["command"] = command_of(record, design, seed)
+    return json.loads(json.dumps(settings, default=str))
+
+
+def command_of(record: Record, design: Comparison, seed: Any) -> str:
+    """`veneer train ...` with the settings of one run."""
+    import shlex
+
+    parts = ["veneer", "train", "--model", design.model, "--data", design.data, "--method", str(record.arm)]
+    if design.task:
+        parts += ["--task", design.task]
+    if record.learning_rate is not None:
+        parts += ["--learning-rate", f"{record.learning_rate:g}"]
+    for key, value in design.options.items():
+        parts += ["--" + key.replace("_", "-"), str(value)]
+    parts += ["--seed", str(seed), "--output", f"runs/{record.arm.slug}"]
+    return " ".join(shlex.quote(part) for part in parts)
+
+
+def _score_lines(records: Sequence[Record], scores: Scores) -> list[dict[str, Any]]:
+    """Lines that `from_results` reads: arm, seed, item, score; costs stand on the first line of a run."""
+    lines = []
+    for record in records:
+        name = str(record.arm)
+        if name not in scores.of:
+            continue
+        for line, opened, of in zip(record.lines, record.opened, scores.of[name], strict=True):
+            more = {item["item"]: item for item in (opened or {"items": []})["items"]}
+            for place, (item, score) in enumerate(zip(scores.items, of, strict=True)):
+                costs = {key: line.get(key) for key in COSTS if place == 0 and line.get(key) is not None}
+                extra = {k: v for k, v in more.get(item, {}).items() if k in ("prediction", "label")}
+                lines.append(
+                    {"arm": name, "seed": line["seed"], "item": item, "score": float(score), **extra, **costs}
+                )
+    return lines
+
+
+def _summary(
+    design: Comparison,
+    analysis: Analysis,
+    scale: Scale,
+    records: Sequence[Record],
+    costs: Mapping[str, Mapping[str, Any]],
+    sentence: str,
+    reads: int,
+    source: str,
+) -> dict[str, Any]:
+    arms = []
+    for result in analysis.arms:
+        low, high = scale.bounds(result.interval.low, result.interval.high)
+        arms.append(
+            {
+                "arm": result.arm,
+                "mean": scale.sign * result.interval.estimate,
+                "low": low,
+                "high": high,
+                "tied_with_best": result.tied_with_best,
+                "p_adjusted": result.p_adjusted,
+                "on_front": result.front_probability >= 0.5,
+                "front_probability": result.front_probability,
+                "seed_deviation": _finite(result.seed_deviation),
+                "groups": list(result.group),
+                **costs[result.arm],
+            }
+        )
+    best_run = next(record.best for record in records if str(record.arm) == analysis.recommended)
+    return {
+        "design": design.sha256,
+        "budget": parse_budget(design.budget).label,
+        "claim": DEMO if design.is_demo else "",
+        "metric": design.metric,
+        "higher_is_better": design.higher_is_better,
+        "seeds": analysis.seeds,
+        "items": analysis.items,
+        "items_only": any(result.interval.items_only for result in analysis.arms),
+        "arms": arms,
+        "not_measured": [
+            {"arm": str(record.arm), "status": record.status, "reason": record.reason}
+            for record in records
+            if str(record.arm) not in {arm["arm"] for arm in arms}
+        ],
+        "recommendation": {
+            "arm": analysis.recommended,
+            "seed": None if best_run is None else best_run["seed"],
+            "best_mean": analysis.best,
+            "sentence": sentence,
+            "rule": "fewest trained parameters, then shortest step, among the arms not separable from the best; "
+            "its seed with the highest validation score",
+        },
+        "contrasts": [
+            {
+                "first": contrast.first,
+                "second": contrast.second,
+                "difference": scale.sign * contrast.difference.estimate,
+                "low": scale.bounds(contrast.difference.low, contrast.difference.high)[0],
+                "high": scale.bounds(contrast.difference.low, contrast.difference.high)[1],
+                "p": contrast.difference.p_value,
+                "p_adjusted": contrast.p_adjusted,
+                "separable": contrast.separable,
+                "sign_flip_p": contrast.difference.sign_flip_p,
+                "sign_flip_can_decide": analysis.sign_flip_decides,
+            }
+            for contrast in analysis.contrasts
+        ],
+        "contrasts_planned": analysis.contrasts_are_planned,
+        "correction": analysis.correction,
+        "groups": [list(group) for group in analysis.groups],
+        "smallest_effect_found": analysis.smallest_found,
+        "smallest_effect_of_interest": design.smallest_effect,
+        "test_reads": reads,
+        "source": source,
+        "comparison": json.loads(json.dumps(design.to_dict(), default=str)),
+    }
+
+
+def _publish_best(
+    folder: Path, records: Sequence[Record], analysis: Analysis, summary: Mapping[str, Any]
+) -> Path:
+    """`best/`: the winner's folder, replaced as a whole, with comparison.json that says where it comes from."""
+    record = next(record for record in records if str(record.arm) == analysis.recommended)
+    source = None
+    if record.best is not None and record.best.get("folder"):
+        source = folder / record.best["folder"]
+    best, fresh = folder / "best", folder / ".best.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    if source is not None and source.is_dir():
+        shutil.copytree(source, fresh)
+    else:
+        fresh.mkdir(parents=True)
+    note = {"design": summary["design"], "claim": summary["claim"], **summary["recommendation"]}
+    write_atomic(fresh / "comparison.json", json.dumps(note, indent=2) + "\n")
+    shutil.rmtree(best, ignore_errors=True)
+    fresh.rename(best)
+    return best
+
+
+def _line(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
