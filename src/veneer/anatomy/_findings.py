@@ -1,0 +1,85 @@
+"""What reading a model finds, before it is written down as sites: the form that both readers fill.
+
+`_by_trace` fills it from a traced forward, `_by_name` from names where no forward can be run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+Key = tuple[str, str]  # (module, parameter)
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass
+class Part:
+    """One role of a weight, or of some of its output rows."""
+
+    key: Key
+    role: str
+    ranges: Ranges = ()
+    block: str = ""
+    core: str = ""  # attention projections: the module that calls the attention
+    label: str = ""  # last part of the site's name where the role says too little ("mixer.input")
+
+
+@dataclass
+class Core:
+    """A module that computes queries, keys and values and lets them attend."""
+
+    module: str
+    block: str = ""
+    heads: int = 0
+    kv_heads: int = 0
+    head_dim: int = 0
+    causal: bool = False
+    cross: bool = False
+
+
+@dataclass
+class SubLayer:
+    """A branch of a block: `module` gives its output before the residual is added, `source` takes its input."""
+
+    role: str
+    block: str
+    module: str
+    source: str = ""
+    norm: str = ""
+    core: str = ""
+    order: int = 0
+
+
+@dataclass
+class Stack:
+    """A tower of blocks, in the order of the forward."""
+
+    blocks: list[str]
+    name: str = ""
+    embedding: str = ""
+    token_embedding: str = ""
+    final: str = ""
+    backbones: tuple[str, ...] = ()
+    causal: bool = False
+    width: int = 0
+
+
+@dataclass
+class Findings:
+    stacks: list[Stack] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    cores: list[Core] = field(default_factory=list)
+    sublayers: list[SubLayer] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)  # modules that normalise, whatever their class is called
+    transposed: dict[Key, bool] = field(default_factory=dict)  # bare matrices: whether stored as (in, out)
+    rehomed: dict[Key, Key] = field(
+        default_factory=dict
+    )  # weights used outside of their own module's forward
+    head: str = ""
+    pooler: str = ""
+    encoder_decoder: bool = False
+    causal: bool = False
+    positions: str = "none"
+    class_token: bool = False
+    norm_place: str = ""
+    widths: dict[str, int] = field(default_factory=dict)  # last axis of a module's first output
+    notes: list[str] = field(default_factory=list)
