@@ -1,0 +1,249 @@
+"""The references themselves: every seeded mistake shows, every gradient and output has a second formula or
+witness.
+
+The references stand apart from the package; nothing here imports it.
+"""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import references
+from references._loops import inverse, listed, matmul, singular_vectors, tensor, transpose
+from references._restated import RESTATED
+
+torch.set_num_threads(1)
+METHODS = sorted(
+    name
+    for _, name, _ in pkgutil.iter_modules(references.__path__)
+    if not name.startswith("_") and name != "counts"
+)
+MODULES = {name: importlib.import_module(f"references.{name}") for name in METHODS}
+PAIRS = [(name, mistake) for name, module in MODULES.items() for mistake, _ in module.MUTATIONS]
+
+
+def close(found, expected, rtol: float = 1e-9) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-10, check_dtype=False)
+
+
+def case_named(method: str, part: str):
+    return next(case for case in MODULES[method].cases() if part in case["name"])
+
+
+# ---- all files alike
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reference_has_the_agreed_form(method):
+    cases = MODULES[method].cases()
+    assert len({case["name"] for case in cases}) == len(cases) > 0
+    for case in cases:
+        found = MODULES[method].reference(case)
+        assert all(value.isfinite().all() for value in found.values())
+        if "cotangent" not in case:
+            continue
+        assert found["output"].dtype == torch.float64
+        assert found["output"].shape == case["cotangent"].shape
+        assert set(case["trained"]) <= set(case["tensors"])
+        assert all(value.dtype == torch.float64 for value in case["tensors"].values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reference_gives_the_same_cases_and_outputs_again(method):
+    first, second = MODULES[method].cases(), MODULES[method].cases()
+    for one, other in zip(first, second):
+        a, b = MODULES[method].reference(one), MODULES[method].reference(other)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_name_all_trained_tensors_and_none_is_zero(method):
+    for case in MODULES[method].cases():
+        found = MODULES[method].gradients(case)
+        if not found:
+            continue
+        null = case.get("null_gradient", ())
+        for name in case["trained"]:
+            if name in found:
+                assert found[name].shape == case["tensors"][name].shape
+                assert (found[name].abs().max() > 1e-6) == (name not in null), name
+
+
+@pytest.mark.parametrize(("method", "mistake"), PAIRS)
+def test_a_seeded_mistake_is_caught(method, mistake):
+    module = MODULES[method]
+    largest = 0.0
+    for case in module.cases():
+        truth, wrong = module.reference(case), module.mutated(case, mistake)
+        if any(name.startswith("gradient.") for name in wrong):
+            truth = truth | {f"gradient.{name}": value for name, value in module.gradients(case).items()}
+        assert wrong.keys() <= truth.keys()
+        for name, value in wrong.items():
+            if value.shape != truth[name].shape:
+                largest = float("inf")
+            else:
+                largest = max(largest, (value.double() - truth[name].double()).abs().max().item())
+    assert largest > 5e-4
+
+
+# ---- second formulas
+
+
+def with_gradients(case):
+    values = {**case["tensors"], **case["inputs"]}
+    return {
+        name: value.clone().requires_grad_() if value.is_floating_point() else value
+        for name, value in values.items()
+        if value is not None
+    }
+
+
+@pytest.mark.parametrize("method", sorted(set(RESTATED) & set(METHODS)))
+def test_loops_and_differences_agree_with_matrices_and_autograd(method):
+    for case in MODULES[method].cases():
+        if "cotangent" not in case:
+            continue
+        t = with_gradients(case)
+        output = RESTATED[method](t, case)
+        close(output, MODULES[method].reference(case)["output"])
+        output.backward(case["cotangent"])
+        for name, slope in MODULES[method].gradients(case).items():
+            if not name.startswith("penalty."):
+                close(t[name].grad, slope, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "method", sorted(n.removesuffix("_penalty") for n in RESTATED if n.endswith("_penalty"))
+)
+def test_penalties_agree_with_matrices_and_autograd(method):
+    tried = 0
+    for case in MODULES[method].cases():
+        expected = MODULES[method].reference(case)
+        if "penalty" not in expected:
+            continue
+        t = with_gradients(case)
+        penalty = RESTATED[f"{method}_penalty"](t, case)
+        close(penalty, expected["penalty"])
+        penalty.backward()
+        for name, slope in MODULES[method].gradients(case).items():
+            if name.startswith("penalty."):
+                close(t[name.removeprefix("penalty.")].grad, slope, rtol=1e-8)
+                tried += 1
+    assert tried
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora", "oft"])
+def test_the_dense_delta_gives_the_same_output(method):
+    for case in MODULES[method].cases():
+        found = MODULES[method].reference(case)
+        if "delta" not in found or case["options"].get("dropout"):
+            continue
+        W, bias = case["base"]["W"] + found["delta"], case["base"]["bias"]
+        y = torch.nn.functional.linear(case["inputs"]["x"], W, bias)
+        close(found["output"], y + found.get("bias_delta", 0.0))
+
+
+# ---- facts of the equations
+
+
+def test_the_loops_find_what_torch_finds():
+    A = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    U, S, V = singular_vectors(listed(A))
+    close(tensor(S), torch.linalg.svdvals(A))
+    close(tensor(transpose(U)) @ torch.diag(tensor(S)) @ tensor(V), A)
+    square = A[:, :4]
+    close(tensor(matmul(inverse(listed(square)), listed(square))), torch.eye(4, dtype=torch.float64))
+
+
+def test_a_start_of_lora_is_the_best_low_rank_part_of_W():
+    lora = MODULES["lora"]
+    case = case_named("lora", "pissa")
+    W, options = case["base"]["W"], case["options"]
+    s = lora.scale(options)
+    U, S, Vh = torch.linalg.svd(W)
+    r = options["rank"]
+    found = lora.start("pissa", W, r, s)
+    close(s * found["product"], (U[:, :r] * S[:r]) @ Vh[:r])
+    close(found["gram_A"], torch.diag(S[:r] / s))
+    close(found["gram_B"], torch.diag(S[:r] / s))
+    Q, R = torch.linalg.qr(case_named("lora", "olora")["base"]["W"])
+    close(lora.start("olora", case_named("lora", "olora")["base"]["W"], r, s)["product"], Q[:, :r] @ R[:r])
+
+
+def test_a_self_subtracting_start_changes_nothing_at_the_start():
+    case = case_named("lora", "pissa")
+    start = {**case["tensors"], "A": case["tensors"]["A0"], "B": case["tensors"]["B0"]}
+    found = MODULES["lora"].reference({**case, "tensors": start})
+    assert found["delta"].abs().max() == 0.0
+
+
+def test_rows_of_dora_have_the_length_of_the_magnitude():
+    for case in MODULES["dora"].cases():
+        W = case["base"]["W"] + MODULES["dora"].reference(case)["delta"]
+        close(W.norm(dim=1), case["tensors"]["magnitude"])
+
+
+def test_an_exact_cayley_block_is_orthogonal_and_the_series_is_its_transpose_to_third_order():
+    for case in MODULES["oft"].cases():
+        R = MODULES["oft"].reference(case)["R"]
+        if case["options"]["cayley"] == "exact":
+            close(R @ R.T, torch.eye(len(R), dtype=torch.float64))
+    S = MODULES["oft"].skew([0.01, -0.02, 0.015], 3)
+    exact = tensor(MODULES["oft"].rotation(S, "exact"))
+    series = tensor(MODULES["oft"].rotation(S, "neumann", terms=5))
+    torch.testing.assert_close(series, exact.T, rtol=0, atol=1e-6)
+    assert not torch.allclose(series, exact, rtol=0, atol=1e-3)
+    assert MODULES["oft"].rotation(S, "neumann", terms=1) == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_ia3_on_the_upper_branch_of_a_gated_mlp_is_ia3_on_the_input_of_its_last_linear():
+    draw = torch.Generator().manual_seed(0)
+    gate, up = (torch.randn(2, 5, generator=draw, dtype=torch.float64) for _ in range(2))
+    scale, down = (torch.randn(*s, generator=draw, dtype=torch.float64) for s in ((5,), (3, 5)))
+    case = {
+        "options": {"side": "input"},
+        "base": {"W": down, "bias": None},
+        "tensors": {"scale": scale},
+        "inputs": {"x": (torch.nn.functional.silu(gate) * up)[None]},
+    }
+    close(
+        MODULES["ia3"].reference(case)["output"][0], (torch.nn.functional.silu(gate) * (up * scale)) @ down.T
+    )
+
+
+def test_the_merged_layer_of_ia3_gives_the_same_output():
+    for case in MODULES["ia3"].cases():
+        found = MODULES["ia3"].reference(case)
+        y = torch.nn.functional.linear(case["inputs"]["x"], found["merged_W"], found.get("merged_bias"))
+        close(found["output"], y)
+
+
+def test_adalora_keeps_its_target_at_the_end():
+    for case in MODULES["adalora"].cases():
+        if case["options"]["kind"] == "schedule":
+            found = MODULES["adalora"].reference(case)
+            target = case["options"]["target_rank"] * len(case["sites"])
+            assert found["kept"][-1].sum() == found["budget"][-1] == target
+            assert (found["E"][-1][found["kept"][-1] == 0] == 0).all()
+            assert (found["budget"].diff() <= 0).all()
+
+
+def test_loreft_edits_no_token_twice_and_leaves_the_others_bit_for_bit():
+    for case in MODULES["loreft"].cases():
+        found = MODULES["loreft"].reference(case)
+        edited, prompt = found["edited"], case["inputs"]["prompt"]
+        assert not (edited & ~prompt).any()
+        assert torch.equal(found["output"][~edited], case["inputs"]["x"][~edited])
+        for row in prompt:
+            first, last = MODULES["loreft"].positions(listed(row), case["options"]["first"], 2)
+            assert not set(first) & set(last)
+
+
+def test_a_prompt_taken_out_again_leaves_the_sequence():
+    for case in MODULES["prompt_tuning"].cases():
+        found = MODULES["prompt_tuning"].reference(case)
+        assert torch.equal(found["trimmed"], case["inputs"]["x"])
+        for mask, positions in zip(found["mask"], found["position_ids"]):
+            assert positions[mask].tolist() == list(range(int(mask.sum())))
