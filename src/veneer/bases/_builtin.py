@@ -97,8 +97,8 @@ BUILTINS: dict[str, Builtin] = {
             "Apache-2.0",
             _minilm,
             notes=(
-                "the sentences were embedded by their mean over tokens; the [CLS] pooler is in the file, but that "
-                "training never used it (its bias is exactly zero), so a head on it starts from little",
+                "sentences were embedded by their mean over tokens; the [CLS] pooler is in the file, but "
+                "that training never used it (its bias is exactly zero), so a head on it starts from little",
             ),
         ),
     )

@@ -1,7 +1,8 @@
 """Opening a base by what a person types: a folder, a hub id, a GGUF file, timm, a builtin, a function.
 
-One idea: the task decides the class of the head, the spec decides the rest. What a file did not fill is read
-from the loader's own report and named in `Base.fresh`, so that nobody mistakes a random head for a trained one.
+One idea: the task decides the class of the head, the spec decides the rest. What a file did not fill is
+read from the loader's own report and named in `Base.fresh`, so that nobody takes a random head for a trained
+one.
 """
 
 from __future__ import annotations
@@ -212,9 +213,11 @@ def _is_tokenizer(transformers: Any, feeder: Any) -> bool:
 
 def _let_pad(base: Base) -> None:
     """Decoders often have no padding token; batches need one, and a classifying decoder looks for it."""
-    tokenizer, config = base.tokenizer, base.model.config
-    if tokenizer is None or tokenizer.pad_token_id is not None:
-        if tokenizer is not None and getattr(config, "pad_token_id", None) is None:
+    tokenizer, config = base.tokenizer, getattr(base.model, "config", None)
+    if tokenizer is None or config is None:
+        return
+    if tokenizer.pad_token_id is not None:
+        if getattr(config, "pad_token_id", None) is None:
             config.pad_token_id = tokenizer.pad_token_id
         return
     if tokenizer.eos_token is None:
@@ -276,7 +279,8 @@ def _from_function(spec: str, rest: str, task: str | None, options: dict[str, An
     if not file or not path.is_file():
         raise BadFile(f"{spec!r} names no Python file; expected module:path.py:function.")
     loaded = importlib.util.spec_from_file_location(f"veneer_user_{path.stem}", path)
-    assert loaded is not None and loaded.loader is not None
+    assert loaded is not None
+    assert loaded.loader is not None
     module = importlib.util.module_from_spec(loaded)
     loaded.loader.exec_module(module)
     if not callable(getattr(module, function, None)):

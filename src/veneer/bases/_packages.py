@@ -120,7 +120,9 @@ def download(package: Package, folder: Path) -> Path:
     if package.client in ("npm", "deb") and shutil.which(command[0]) is None:
         raise MissingPackage(
             f"{thing} comes by '{command[0]}', which is not on this machine.",
-            next_step=f"{'install Node.js' if package.client == 'npm' else 'a Debian 12 system'}, or use your own files",
+            next_step="install Node.js"
+            if package.client == "npm"
+            else "a Debian 12 system, or files of your own",
         )
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)

@@ -1,0 +1,346 @@
+"""Reading files into rows: CSV, TSV, JSON lines, JSON, Parquet, saved data sets, hub ids, folders of images.
+
+A reader never guesses what a row means; it gives (line number, row) pairs and the problems it met, and goes
+on behind each. What cannot be read at all is an error; what is wrong with one line is a `Problem` of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.data._report import Problem
+from veneer.errors import BadData, UnknownName, VeneerError, missing_package, nearest
+
+Numbered = list[tuple[int, dict[str, Any]]]
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+    "eval": "validation", "test": "test", "testing": "test",
+}  # fmt: skip
+LONGEST_FIELD = 1 << 27  # bytes of one CSV field: a whole book fits
+
+
+@dataclass
+class Raw:
+    """Rows as they stand in the source. parts: {split or "" where the source has none: numbered rows}.
+
+    columns, task, labels ({column: names}), group, sizes: what the source itself knows; a caller's word goes
+    before.
+    """
+
+    parts: dict[str, Numbered]
+    problems: list[Problem] = field(default_factory=list)
+    columns: dict[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    labels: dict[str, list[str]] = field(default_factory=dict)
+    group: str | None = None
+    sizes: dict[str, float] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def read_raw(spec: Any) -> Raw:
+    """The rows of `spec`: a path, a hub id, or rows already in memory (lists, tables, `datasets` objects)."""
+    if not isinstance(spec, (str, Path)):
+        return _from_memory(spec)
+    path = Path(spec).expanduser()
+    try:
+        if path.is_dir():
+            return _from_folder(path)
+        if path.is_file():
+            return _from_file(path, "")
+    except (PermissionError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BadData(f"{str(spec)!r} cannot be read: {error}") from error
+    if path.suffix.lower() in READERS or str(spec).count("/") > 1 or path.is_absolute():
+        names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UnknownName(f"there is no file or folder {str(spec)!r}.", nearest=nearest(path.name, names))
+    return _from_hub(str(spec))
+
+
+def _from_file(path: Path, split: str) -> Raw:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise BadData(
+            f"{path.name} has the ending {path.suffix!r}, which veneer does not read.", nearest=list(READERS)
+        )
+    rows, problems = reader(path.read_bytes(), split)
+    return Raw({split: rows}, problems)
+
+
+def read_csv(data: bytes, split: str = "", delimiter: str = "") -> tuple[Numbered, list[Problem]]:
+    """Comma-separated values with a header line; semicolons where the header has no comma."""
+    text = _text(data)
+    header = text.lstrip().split("\n", 1)[0]
+    delimiter = delimiter or next((d for d in ",;\t" if d in header), ",")
+    if delimiter == "\t":  # tab-separated files of two habits: quoted as CSV is, or with free quotes
+        rows, problems = _csv(text, split, delimiter, csv.QUOTE_MINIMAL)
+        return (rows, problems) if not problems else _csv(text, split, delimiter, csv.QUOTE_NONE)
+    return _csv(text, split, delimiter, csv.QUOTE_MINIMAL)
+
+
+def read_tsv(data: bytes, split: str = "") -> tuple[Numbered, list[Problem]]:
+    return read_csv(data, split, "\t")
+
+
+def _csv(text: str, split: str, delimiter: str, quoting: int) -> tuple[Numbered, list[Problem]]:
+    rows: Numbered = []
+    problems: list[Problem] = []
+    header: list[str] = []
+    usual_limit = csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)  # type: ignore[arg-type]
+    try:
+        while True:
+            first = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                break
+            except csv.Error as error:
+                problems.append(Problem("quotes", f"{error}, in the field that begins here", first, split))
+                continue
+            if not any(fields):
+                continue
+            if not header:
+                header = _header(fields)
+            elif len(fields) != len(header):
+                message = f"{len(fields)} fields where the header has {len(header)}"
+                problems.append(Problem("ragged", message, first, split, delimiter.join(fields)))
+            else:
+                rows.append((first, dict(zip(header, fields))))
+    finally:
+        csv.field_size_limit(usual_limit)
+    return rows, problems
+
+
+def _header(fields: list[str]) -> list[str]:
+    names = [name.strip() or f"column_{i}" for i, name in enumerate(fields, 1)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise BadData(
+            f"the header names {', '.join(map(repr, twice))} more than once.",
+            next_step="give every column a name of its own in the first line",
+        )
+    return names
+
+
+def read_jsonl(data: bytes, split: str = "") -> tuple[Numbered, list[Problem]]:
+    """One JSON object a line; empty lines are passed over."""
+    rows: Numbered = []
+    problems: list[Problem] = []
+    for number, line in enumerate(_text(data).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(Problem("json", f"not JSON: {error}", number, split, line))
+            continue
+        if isinstance(value, dict):
+            rows.append((number, value))
+        else:
+            problems.append(Problem("json", f"a {type(value).__name__}, not an object", number, split, line))
+    return rows, problems
+
+
+def read_json(data: bytes, split: str = "") -> tuple[Numbered, list[Problem]]:
+    """A list of objects, an object whose one long list is under "data" or alike, or JSON lines."""
+    try:
+        value = json.loads(_text(data))
+    except (ValueError, RecursionError):
+        return read_jsonl(data, split)
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list)]
+        value = lists[0] if len(lists) == 1 else [value]
+    if not isinstance(value, list):
+        raise BadData("the file holds one JSON value; expected a list of objects, or one object a line.")
+    problems = [
+        Problem("json", f"a {type(row).__name__}, not an object", number, split, row)
+        for number, row in enumerate(value, 1)
+        if not isinstance(row, dict)
+    ]
+    return [(n, row) for n, row in enumerate(value, 1) if isinstance(row, dict)], problems
+
+
+def read_parquet(data: bytes, split: str = "") -> tuple[Numbered, list[Problem]]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise missing_package("pyarrow", "train", "reading Parquet") from error
+    try:
+        rows = parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (arrow.ArrowException, OSError, ValueError) as error:
+        raise BadData(f"the file is not readable as Parquet: {error}") from error
+    return list(enumerate(rows, 1)), []
+
+
+READERS: dict[str, Callable[..., tuple[Numbered, list[Problem]]]] = {
+    ".csv": read_csv, ".tsv": read_tsv, ".tab": read_tsv, ".jsonl": read_jsonl, ".ndjson": read_jsonl,
+    ".json": read_json, ".parquet": read_parquet,
+}  # fmt: skip
+
+
+def _text(data: bytes) -> str:
+    """UTF-8, or UTF-16 where a byte order mark says so. Bytes that do not decode become lone surrogates.
+
+    They are found again row by row, which gives their line numbers.
+    """
+    if data[:4] in (b"PAR1", b"PK\x03\x04") or data[:2] == b"\x1f\x8b":
+        kind = {b"P": "a Parquet or zip file", b"\x1f": "a gzip file"}[data[:1]]
+        raise BadData(
+            f"the contents are those of {kind}, not text.", next_step="give the file its right ending"
+        )
+    if data[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-8-sig", errors="surrogateescape")
+    try:
+        return data.decode("utf-16")
+    except UnicodeDecodeError as error:
+        raise BadData(
+            f"the file begins as UTF-16 does, but is not: {error.reason} at byte {error.start}.",
+            next_step="convert the file to UTF-8",
+        ) from error
+
+
+def _from_folder(path: Path) -> Raw:
+    """A folder: of `datasets`, of files named after splits, of images in class folders, or with one file."""
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return _saved(path)
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in READERS and not p.name.startswith("."))
+    named = {SPLIT_NAMES[p.stem.lower()]: p for p in files if p.stem.lower() in SPLIT_NAMES}
+    if named or len(files) == 1:
+        return _joined([_from_file(p, split) for split, p in named.items()] or [_from_file(files[0], "")])
+    images = _image_folder(path)
+    if images is not None:
+        return images
+    raise BadData(
+        f"the folder {path} holds nothing that veneer reads.",
+        next_step="train.csv, validation.csv, test.csv (or .jsonl, .parquet); a folder saved by datasets; or "
+        "images in a folder for each class",
+    )
+
+
+def _joined(parts: list[Raw]) -> Raw:
+    joined = Raw({})
+    for part in parts:
+        joined.problems.extend(part.problems)
+        joined.labels.update(part.labels)
+        for name, rows in part.parts.items():
+            if name in joined.parts:
+                joined.notes.append(f"a second split that reads as {name!r} was left out")
+            joined.parts.setdefault(name, rows)
+    return joined
+
+
+def _image_folder(path: Path) -> Raw | None:
+    """Images in a folder for each class, below folders named after splits or not."""
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    split_folders = [p for p in folders if p.name.lower() in SPLIT_NAMES]
+    parts = {SPLIT_NAMES[p.name.lower()]: _images(p) for p in split_folders} or {"": _images(path)}
+    if not any(parts.values()):
+        return None
+    return Raw(parts, columns={"image": "image", "label": "label"}, task="image-classify")
+
+
+def _images(path: Path) -> Numbered:
+    found = (
+        {"image": str(file), "label": folder.name}
+        for folder in sorted(path.iterdir())
+        if folder.is_dir()
+        for file in sorted(folder.iterdir())
+        if file.suffix.lower() in IMAGE_SUFFIXES
+    )
+    return list(enumerate(found, 1))
+
+
+def _saved(path: Path) -> Raw:
+    datasets = _datasets(f"reading the folder {path}")
+    try:
+        return _from_memory(datasets.load_from_disk(str(path)))
+    except VeneerError:
+        raise
+    except Exception as error:
+        raise BadData(f"the folder {path} is not readable as a saved data set: {error}") from error
+
+
+def _from_hub(spec: str) -> Raw:
+    datasets = _datasets(f"reading {spec!r}")
+    name, _, config = spec.partition(":")
+    try:
+        return _from_memory(datasets.load_dataset(name, config or None))
+    except VeneerError:
+        raise
+    except Exception as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UnknownName(
+            f"{spec!r} is no file, no folder and could not be read as a hub id: {first}",
+            next_step="a CSV, TSV, JSONL or Parquet file, a folder, a hub id, or builtin:NAME",
+        ) from error
+
+
+def _datasets(what_for: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_package("datasets", "train", what_for) from error
+    return datasets
+
+
+def _from_memory(value: Any) -> Raw:
+    """Lists of rows, {split: rows}, tables of pandas, `datasets` objects."""
+    if isinstance(value, dict):
+        return _joined([_renamed(_from_memory(rows), str(name)) for name, rows in value.items()])
+    if hasattr(value, "features") and hasattr(value, "cast_column"):
+        return _from_datasets(value)
+    if hasattr(value, "to_dict") and hasattr(value, "iloc"):
+        value = value.to_dict("records")
+    if not isinstance(value, Iterable) or isinstance(value, bytes):
+        raise BadData(f"data of type {type(value).__name__} cannot be read; expected a path or rows.")
+    numbered = list(enumerate(value, 1))
+    wrong = [n for n, row in numbered if not isinstance(row, dict)]
+    if wrong:
+        raise BadData(
+            f"row {wrong[0]} is a {type(numbered[wrong[0] - 1][1]).__name__}; expected a dict a row."
+        )
+    return Raw({"": [(n, dict(row)) for n, row in numbered]})
+
+
+def split_name(name: str) -> str:
+    """train, validation or test, where a name or its beginning ("train_sft") says so; else the name."""
+    lowered = name.lower()
+    return SPLIT_NAMES.get(lowered) or SPLIT_NAMES.get(re.split(r"[^a-z]", lowered)[0], name)
+
+
+def _renamed(raw: Raw, name: str) -> Raw:
+    raw.parts = {split_name(name): rows for rows in raw.parts.values()}
+    return raw
+
+
+def _from_datasets(table: Any) -> Raw:
+    """A `datasets.Dataset`: class numbers become names; images and sounds stay undecoded."""
+    import datasets
+
+    names: dict[str, list[str]] = {}
+    for column, feature in table.features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(feature, (datasets.Image, datasets.Audio)):
+            table = table.cast_column(column, type(feature)(decode=False))
+        elif isinstance(inner, datasets.ClassLabel):
+            names[column] = list(inner.names)
+    rows = list(enumerate(table, 1))
+    for _, row in rows:
+        for column, known in names.items():
+            row[column] = _named(row[column], known)
+    return Raw({"": rows}, labels=names)
+
+
+def _named(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_named(v, names) for v in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None  # -1: not given
