@@ -44,7 +44,7 @@ def cases() -> list[Case]:
             (4, 5, 2, False, exact),
             (4, 3, 4, True, exact),
             (6, 3, 3, True, {**exact, "block_share": True}),
-            (6, 3, 3, False, {**exact, "eps": 0.7}),
+            (12, 3, 3, False, {**exact, "eps": 1.75}),
             *((6, 4, 3, True, options) for options in neumann),
             (6, 3, 3, True, {"cayley": "neumann", "terms": 5, "block_share": True}),
         ]
