@@ -1,0 +1,79 @@
+"""Prefix tuning: learned keys and values before an attention's own. Li and Liang, 2021, arXiv:2101.00190.
+
+    K' = [P_K ; K]        V' = [P_V ; V]        P_K, P_V: (kv_heads, length, head_dim)
+
+Every query sees the whole prefix. The keys are learned as they are compared, after any rotation, so they
+have no position; no query is added and outputs keep their length. Even a prefix of zeros takes a share of
+the softmax: the model does not begin as its base, and nothing can be merged.
+
+With `projection` both come from a network that trains more stably, and can be dropped once trained:
+
+    [P_K, P_V] = U tanh(D E + b_D) + b_U      E: (length, width)  D: (hidden, width)  U: one a site
+
+E and D are shared by all sites (AdapterHub keeps one pair a stack of an encoder-decoder, which U makes up
+for here). Where the text's positions start is a convention that a rotary or absolute base can tell: at 0
+here and in AdapterHub, at `length` in HF PEFT, which serves the prefix as a cache (`position_offset`).
+"""
+
+import torch
+from torch import Tensor
+
+from veneer.edits import (
+    At,
+    AttentionMethod,
+    Site,
+    Sites,
+    Specs,
+    Tensors,
+    before,
+    hyper,
+    kaiming,
+    method,
+    normal,
+    open_before,
+    uniform,
+    zeros,
+)
+
+
+@method(
+    "prefix_tuning",
+    paper="arXiv:2101.00190",
+    family="additive/prompt",
+    starts_as_identity=False,
+    reason="a prefix of any value takes a share of the softmax",
+    rates=(3e-4, 3e-2),
+)
+class PrefixTuning(AttentionMethod):
+    length: int = hyper(16, "keys that are added", at_least=1, alias="num_virtual_tokens", size=True)
+    projection: bool = hyper(
+        False, "make keys and values by a network while training", alias="prefix_projection"
+    )
+    hidden: int = hyper(512, "width inside that network", at_least=1, alias="encoder_hidden_size")
+    position_offset: int = hyper(0, "position of the first token of the text", at_least=0)
+    sites: Sites = "attention"
+
+    def tensors(self, site: Site) -> Specs:
+        heads, d = site.kv_heads, site.head_dim
+        if not self.projection:
+            shape = (heads, self.length, d)
+            return {"K": normal(0.02, *shape, decay=False), "V": normal(0.02, *shape, decay=False)}
+        return {
+            "E": normal(1.0, self.length, site.width, scope="adapter", decay=False),
+            "D": kaiming(self.hidden, site.width, scope="adapter"),
+            "D_bias": zeros(self.hidden, scope="adapter", decay=False),
+            "U": uniform(self.hidden**-0.5, 2, heads, d, self.hidden),
+            "U_bias": zeros(2, heads, 1, d, decay=False),
+        }
+
+    def derive(self, t: Tensors) -> dict[str, Tensor]:
+        """The prefix that the network makes: K and V, (kv_heads, length, head_dim)."""
+        if "E" not in t:
+            return {}
+        inner = torch.tanh(t.E @ t.D.mT + t.D_bias)[..., None, None, :, :]
+        K, V = (inner @ t.U.mT + t.U_bias).unbind(-4)
+        return {"K": K, "V": V}
+
+    def attention(self, t: Tensors, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, attend, at: At) -> Tensor:  # type: ignore[no-untyped-def]
+        """q: (rows, heads, queries, head_dim), k and v: (rows, kv_heads, keys, head_dim) -> like q"""
+        return attend(q, before(t.K, k), before(t.V, v), open_before(mask, self.length))
