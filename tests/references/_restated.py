@@ -147,8 +147,120 @@ def loreft(t, case) -> Tensor:
     return y
 
 
+def full(t, case) -> Tensor:
+    return F.linear(t["x"], t["W"], t.get("bias"))
+
+
+def fish_mask(t, case) -> Tensor:
+    """Scores by autograd, one sample at a time."""
+    base = {name: value.clone().requires_grad_() for name, value in case["base"].items()}
+    score = [torch.zeros_like(value) for value in base.values()]
+    for x, y in zip(case["inputs"]["x"], case["inputs"]["y"]):
+        logits = base["W2"] @ (base["W1"] @ x) + base["b2"]
+        losses = -logits.log_softmax(0)
+        weights = losses.neg().exp().detach() if case["options"]["expected"] else F.one_hot(y, len(losses))
+        for loss, weight in zip(losses, weights):
+            slopes = torch.autograd.grad(loss, list(base.values()), retain_graph=True)
+            score = [total + weight * slope**2 for total, slope in zip(score, slopes)]
+    flat = torch.cat([value.flatten() for value in score])
+    k = int(case["options"]["keep_ratio"] * len(flat))
+    indices = flat.argsort(descending=True, stable=True)[:k].sort().values
+    moved = torch.cat([value.detach().flatten() for value in base.values()])
+    moved = moved.index_add(0, indices, t["values"])
+    W1, W2, b2 = (
+        part.view(value.shape)
+        for part, value in zip(moved.split([v.numel() for v in base.values()]), base.values())
+    )
+    return F.linear(F.linear(t["x"], W1), W2, b2)
+
+
+def _hard_concrete(alpha, u, options) -> Tensor:
+    s = torch.sigmoid(torch.logit(u) + alpha)
+    return (s * (options["high"] - options["low"]) + options["low"]).clamp(0, 1)
+
+
+def diff_pruning(t, case) -> Tensor:
+    options, half = case["options"], torch.tensor(0.5, dtype=torch.float64)
+    u, u_group = (t["u"], t["u_group"]) if options["training"] else (half, half)
+    z = _hard_concrete(t["alpha"], u, options) * _hard_concrete(t["alpha_group"], u_group, options)
+    delta = z * t["w"]
+    if options.get("keep") is not None:
+        kept = delta.abs().flatten().topk(options["keep"]).indices
+        delta = delta * torch.zeros(delta.numel(), dtype=torch.float64).index_fill(0, kept, 1.0).view_as(
+            delta
+        )
+    return F.linear(t["x"], case["base"]["W"] + delta, case["base"]["bias"])
+
+
+def diff_pruning_penalty(t, case) -> Tensor:
+    options = case["options"]
+    ratio = math.log(-options["low"] / options["high"])
+    return options["weight"] * (
+        torch.sigmoid(t["alpha"] - ratio).sum() + torch.sigmoid(t["alpha_group"] - ratio)
+    )
+
+
+def invertible_adapter(t, case) -> Tensor:
+    options = case["options"]
+
+    def coupling(net, v):
+        hidden = ACTIVATIONS[options["activation"]](F.linear(v, t[f"{net}_down"], t[f"{net}_down_bias"]))
+        out = F.linear(hidden, t[f"{net}_up"], t[f"{net}_up_bias"])
+        if options["form"] == "nice":
+            return torch.ones_like(out), out
+        s, shift = out.chunk(2, -1)
+        return (5 * 0.636 * (s / 5).atan()).exp(), shift
+
+    first, second = t["x"].chunk(2, -1)
+    if options["inverse"]:
+        c, shift = coupling("G", first)
+        second = (second - shift) / c
+        c, shift = coupling("F", second)
+        return torch.cat([(first - shift) / c, second], -1)
+    c, shift = coupling("F", second)
+    first = first * c + shift
+    c, shift = coupling("G", first)
+    return torch.cat([first, second * c + shift], -1)
+
+
+def linear_probe(t, case) -> Tensor:
+    mask, pool = case["inputs"]["mask"], case["options"]["pool"]
+    if pool == "mean":
+        weights = mask.double() / mask.sum(1, keepdim=True)
+    else:
+        places = torch.arange(mask.shape[1]).expand_as(mask)
+        best = (
+            places.masked_fill(~mask, 99).min(1) if pool == "first" else places.masked_fill(~mask, -1).max(1)
+        )
+        weights = F.one_hot(best.values, mask.shape[1]).double()
+    return F.linear(torch.einsum("rt,rtd->rd", weights, t["h"]), t["W"], t["b"])
+
+
+def llama_adapter(t, case) -> Tensor:
+    base, options = case["base"], case["options"]
+    heads, kv_heads, queries, head_dim = t["q"].shape[1], t["k"].shape[1], *t["q"].shape[2:]
+    groups = heads // kv_heads
+
+    def split(flat):
+        return flat.unflatten(-1, (kv_heads, head_dim)).transpose(0, 1).repeat_interleave(groups, 0)
+
+    K_A = split(F.linear(t["prompt"], base["key_W"], base["key_bias"]))
+    V_A = split(F.linear(t["prompt"], base["value_W"], base["value_bias"]))
+    extra = (t["q"] @ K_A.mT / math.sqrt(head_dim)).softmax(-1) @ V_A
+    g = t["gate"].tanh()[:, None, None] if options["gate"] == "head_tanh" else t["gate"]
+    k, v = t["k"].repeat_interleave(groups, 1), t["v"].repeat_interleave(groups, 1)
+    mask = case["inputs"]["mask"]
+    seen = attention_mask(mask, queries, options["causal"])
+    real = mask[:, -queries:][:, None, :, None]
+    own = F.scaled_dot_product_attention(t["q"], k, v, seen)
+    return torch.where(real, own + g * extra, 0.0)
+
+
 RESTATED = {
     name: function
     for name, function in list(globals().items())
-    if callable(function) and getattr(function, "__module__", None) == __name__ and name != "attention_mask"
+    if callable(function)
+    and getattr(function, "__module__", None) == __name__
+    and not name.startswith("_")
+    and name != "attention_mask"
 }
