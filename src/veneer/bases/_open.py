@@ -18,6 +18,7 @@ from torch import nn
 
 from veneer.bases._base import Base
 from veneer.bases._builtin import BUILTINS, builtin, builtin_folder
+from veneer.bases._convert import gguf_options, quiet
 from veneer.errors import (
     BadFile,
     BadOption,
@@ -147,9 +148,10 @@ def _from_transformers(
 
     place = spec if path is None else str(path)
     where: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     if path is not None and path.suffix == ".gguf":
-        place, where = str(path.parent), {"gguf_file": path.name}
-    with _quiet(), _in_words(spec, path):
+        place, where, extra = str(path.parent), {"gguf_file": path.name}, gguf_options(path)
+    with quiet(), _in_words(spec, path):
         config = transformers.AutoConfig.from_pretrained(place, **where)
         loader = _auto_class(transformers, config, task, spec)
         head: dict[str, Any] = {}
@@ -158,7 +160,7 @@ def _from_transformers(
             config.problem_type = PROBLEM_TYPES.get(task)
             head = {"ignore_mismatched_sizes": True}
         model, report = loader.from_pretrained(
-            place, config=config, dtype=dtype or "auto", output_loading_info=True, **where, **head, **options
+            place, config=config, dtype=dtype or "auto", output_loading_info=True, **extra, **head, **options
         )
         feeder = _feeder(transformers, place, where)
     fresh = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
@@ -316,22 +318,6 @@ def _seeded(seed: int | None) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the loader's bars and reports on standard error: `Base.fresh` says it better."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 @contextlib.contextmanager

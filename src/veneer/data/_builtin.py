@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from veneer.bases._packages import Package, cached, unpacked
 from veneer.data._formats import Numbered, Raw
-from veneer.errors import UnknownName, nearest
+from veneer.errors import UnknownName, missing_package, nearest
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,52 @@ def _vader(name: str, about: str, rows: Callable[[Path], Raw]) -> Builtin:
     )
 
 
+_CHATTERBOT = Package(
+    "wheel", "chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154"
+)
+DIALOG_LANGUAGES = (
+    "bengali", "chinese", "dutch", "english", "french", "german", "hebrew", "hindi", "hinglish", "indonesian",
+    "italian", "japanese", "korean", "marathi", "oriya", "persian", "portuguese", "russian", "spanish",
+    "swedish", "tamil", "telugu", "thai", "traditionalchinese", "turkish", "ukrainian", "urdu", "yoruba",
+)  # fmt: skip
+
+
+def _dialog(language: str) -> Callable[[Path], Raw]:
+    def rows(folder: Path) -> Raw:
+        """Exchanges of a question and its answers; each further line answers the line before it."""
+        yaml = _yaml()
+        found: list[dict[str, Any]] = []
+        for file in sorted((folder / "chatterbot_corpus" / "data" / language).glob("*.yml")):
+            for turns in yaml.safe_load(file.read_text(encoding="utf-8")).get("conversations") or []:
+                texts = [str(turn).strip() for turn in turns if turn is not None and str(turn).strip()]
+                if len(texts) > 1:
+                    spoken = texts[: len(texts) // 2 * 2]  # ends with an answer
+                    roles = ("user", "assistant") * (len(spoken) // 2)
+                    messages = [{"role": role, "content": text} for role, text in zip(roles, spoken)]
+                    found.append({"messages": messages, "topic": file.stem, "language": language})
+        return Raw({"": list(enumerate(found, 1))}, columns={"messages": "messages"}, task="instruct")
+
+    return rows
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise missing_package("pyyaml", "train", "reading builtin:dialog") from error
+    return yaml
+
+
+_CHAMP = Package(
+    "wheel", "champ-dataset", "1.0.0", "aa59df5ae28e2ec76a401a46faf3d6395920be8009a01ce451f7d5c131d82201"
+)
+_MODLAMP = Package(
+    "wheel", "modlamp", "4.3.3", "6948bcbc4a9614d10b6b47a051d4576c42fe8e5487fbbeb3cfe0d8033eb27f91"
+)
+_EASY_VQA = Package(
+    "wheel", "easy-vqa", "1.0", "fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f"
+)
+
 BUILTINS: dict[str, Builtin] = {
     row.name: row
     for row in (
@@ -106,5 +153,16 @@ BUILTINS: dict[str, Builtin] = {
             _movie_sentences,
         ),
         _vader("vader-domains", "23,703 rated sentences of four sources", _vader_domains),
+        *(
+            Builtin(
+                "dialog" if language == "english" else f"dialog-{language}",
+                f"short exchanges in {language.capitalize()}, in the form of chats",
+                "BSD-3-Clause",
+                _CHATTERBOT,
+                lambda path: path.endswith(".yml"),
+                _dialog(language),
+            )
+            for language in DIALOG_LANGUAGES
+        ),
     )
 }

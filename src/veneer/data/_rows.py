@@ -266,9 +266,8 @@ def _image(value: Any) -> Any:
 
 MAKERS: dict[str, Callable[[Row, bool], list[Row]]] = {
     "classify": _classify, "multilabel": _multilabel, "regress": _regress, "tag": _tag, "qa": _qa,
-    "rank": _rank, "lm": _lm,
-    "instruct": _instruct, "seq2seq": _seq2seq, "image-classify": _image_classify, "vqa": _vqa,
-    "speech": _speech,
+    "rank": _rank, "lm": _lm, "instruct": _instruct, "seq2seq": _seq2seq, "image-classify": _image_classify,
+    "vqa": _vqa, "speech": _speech,
 }  # fmt: skip
 
 
