@@ -2,33 +2,160 @@
 
     W' = W + s B A        A: (rank, in)   B: (out, rank)   s = alpha / rank
 
-B starts at zero, so an adapted model begins as its base model, bit for bit. Rank-stabilized
-LoRA (Kalajdzievski, 2023, arXiv:2312.03732) changes s alone: alpha / sqrt(rank).
+B starts at zero, so an adapted model begins as its base model, bit for bit. Rank-stabilized LoRA
+(Kalajdzievski, 2023, arXiv:2312.03732) changes s alone: alpha / sqrt(rank). Dropout acts on what A reads,
+never on the base's input.
+
+`init` chooses the start. "gaussian" draws A from N(0, 1 / rank^2). "orthogonal" starts with two factors that
+are not zero and whose product is: A = Q_odd^T N, B = M Q_even, for the columns of one orthogonal Q (rank,
+rank). PiSSA (Meng et al., 2024, arXiv:2404.02948) starts at the largest singular vectors of W, A0 = sqrt(S /
+s) V^T, B0 = U sqrt(S / s); "pissa_niter_N" finds them by N rounds of subspace iteration. OLoRA
+(arXiv:2406.01775) starts at W = Q R: B0 = Q[:, :rank], A0 = R[:rank]. Their papers take that start out of W;
+here W stays as it is, and the start out of the update:
+
+    W' = W + s (B A - B0 A0)        A0, B0 frozen, kept in the adapter
+
+"none" draws both factors: not the identity, for tests.
+
+A convolution has A: (rank, in, height, width), the update is B times A, kernel by kernel; with groups each
+A[k] has the shape of one kernel and B reads all of them (HF PEFT's form is this one with zeros in B). The
+table of an embedding, (rows, width), has B: (rows, rank) at zero and A: (rank, width) drawn from N(0, 1); in
+HF PEFT's names lora_embedding_A is this B transposed, lora_embedding_B this A transposed.
+
+Two kinds of bias can be trained: `lora_bias` adds s times a bias of B to the output; `bias="lora_only"`
+trains the base's own bias at edited sites, `bias="all"` all biases of the base. What the first two add is
+`bias_delta`, which merging puts into the base's bias.
 """
 
 from torch import Tensor
 
-from veneer.edits import At, Site, Sites, Specs, Tensors, WeightMethod, dropout, hyper, kaiming, method, zeros
+from veneer.edits import (
+    At,
+    Method,
+    Site,
+    Sites,
+    Specs,
+    Tensors,
+    TrainedCopy,
+    WeightMethod,
+    dropout,
+    from_base,
+    hyper,
+    kaiming,
+    method,
+    normal,
+    zeros,
+)
+from veneer.errors import BadOption
+
+from . import _starts
 
 
-@method("lora", paper="arXiv:2106.09685", family="reparameterized/low-rank", rates=(1e-4, 3e-3))
+@method(
+    "lora",
+    paper="arXiv:2106.09685",
+    family="reparameterized/low-rank",
+    rates=(1e-4, 3e-3),
+    kinds=("linear", "conv1d", "conv", "embedding", "recurrent", "experts", "parameter"),
+)
 class LoRA(WeightMethod):
     rank: int = hyper(8, "width of the update", at_least=1, alias="r", size=True)
     alpha: float = hyper(16.0, "numerator of s", alias="lora_alpha")
     rank_stabilized: bool = hyper(False, "s = alpha / sqrt(rank)", alias="use_rslora")
-    dropout: float = hyper(0.0, "share of the inputs of A that are dropped in training", alias="lora_dropout", at_least=0, at_most=1)
+    dropout: float = hyper(
+        0.0,
+        "share of A's inputs dropped in training",
+        alias="lora_dropout",
+        at_least=0,
+        at_most=1,
+    )
+    init: str | bool = hyper(
+        "default",
+        "default, gaussian, orthogonal, pissa, pissa_niter_N, olora or none",
+        alias="init_lora_weights",
+    )
+    bias: str = hyper("none", "biases of the base that are trained too", choices=("none", "all", "lora_only"))
+    lora_bias: bool = hyper(False, "B has a bias of its own, scaled by s")
     sites: Sites = "attention.{query,value}"
 
+    def __post_init__(self) -> None:
+        if not _starts.is_known(self.init):
+            raise BadOption(
+                f"lora: init={self.init!r} is not a start.",
+                nearest=(*_starts.NAMES, "pissa_niter_4"),
+                next_step="veneer methods lora    shows every option",
+            )
+        if self.init == "orthogonal" and self.rank % 2:
+            raise BadOption(f"lora: init='orthogonal' needs an even rank; rank={self.rank} is odd.")
+
     def tensors(self, site: Site) -> Specs:
-        return {"A": kaiming(self.rank, site.n_in), "B": zeros(site.n_out, self.rank)}
+        a, b = (self.rank, *site.shape[1:]), (site.shape[0], self.rank)
+        drawn = normal(1.0, *a) if site.kind == "embedding" else kaiming(*a)
+        found = {"A": drawn, "B": zeros(*b)}
+        if _starts.reads_weight(self.init):
+            found = {"A": normal(1.0, *a), "B": from_base(*b)}
+            found |= {"A0": from_base(*a, trained=False), "B0": from_base(*b, trained=False)}
+        elif self.init == "orthogonal":
+            found = {"A": normal(1.0, *a), "B": normal(1.0, *b)}
+        elif self.init == "gaussian":
+            found["A"] = normal(1.0 / self.rank, *a)
+        elif _starts.named(self.init) == "none":
+            found["B"] = kaiming(*b)
+        return found | self._biases(site)
+
+    def _biases(self, site: Site) -> Specs:
+        found, factored = {}, site.kind in ("linear", "conv1d")
+        if self.lora_bias and not factored:
+            raise BadOption(
+                f"lora: lora_bias=True is for linear sites; '{site.name}' is of kind '{site.kind}'."
+            )
+        if self.lora_bias:
+            found["bias"] = zeros(site.n_out, decay=False)
+        if self.bias == "lora_only" and factored and site.bias:
+            found["base_bias"] = zeros(site.n_out, decay=False)
+        return found
+
+    def also(self) -> tuple[Method, ...]:
+        return (TrainedCopy(sites="bias"),) if self.bias == "all" else ()
+
+    def start(self, site: Site, W: Tensor, t: Tensors) -> dict[str, Tensor]:
+        kernel = 1 - len(site.shape)
+        W, A = W.flatten(kernel), t.A.flatten(kernel)
+        most = {"orthogonal": sum(W.shape[-2:]) // 2}.get(str(self.init), min(W.shape[-2:]))
+        if self.init != "orthogonal" and not _starts.reads_weight(self.init):
+            return {}
+        if self.rank > most:
+            raise BadOption(
+                f"lora: init={self.init!r} has rank={most} at most at '{site.name}', not rank={self.rank}.",
+                next_step=f"rank={most}, or init='default'",
+            )
+        if self.init == "orthogonal":
+            B, A = _starts.orthogonal_pair(A, t.B)
+            return {"A": A.reshape(t.A.shape), "B": B}
+        B, A = _starts.from_weight(self.init, W, self.rank, self.scale, A)
+        A = A.reshape(t.A.shape)
+        return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
 
     def delta(self, t: Tensors, W: Tensor) -> Tensor:
-        """(out, in) -> (out, in)"""
-        return self.scale * (t.B @ t.A)
+        """(out, in) or (out, in, height, width) -> the same shape"""
+        axis = t.B.dim() - 1  # the first axis of a kernel
+        product = t.B @ t.A.flatten(axis)
+        if "A0" in t:
+            product = product - t.B0 @ t.A0.flatten(axis)
+        return self.scale * product.unflatten(-1, t.A.shape[axis:])
 
     def branch(self, t: Tensors, x: Tensor, at: At) -> Tensor:
         """What delta adds to the output, without forming B A: (..., in) -> (..., out)"""
-        return self.scale * (dropout(x, self.dropout, at) @ t.A.mT) @ t.B.mT
+        x = dropout(x, self.dropout, at)
+        y = (x @ t.A.mT) @ t.B.mT
+        if "A0" in t:
+            y = y - (x @ t.A0.mT) @ t.B0.mT
+        y = self.scale * (y + t.bias if "bias" in t else y)
+        return y + t.base_bias if "base_bias" in t else y
+
+    def bias_delta(self, t: Tensors) -> Tensor | float:
+        """What `branch` adds to the output whatever x is: (out,), or 0.0 where no bias is trained."""
+        return (self.scale * t.bias if "bias" in t else 0.0) + (t.base_bias if "base_bias" in t else 0.0)
 
     @property
     def scale(self) -> float:

@@ -1,0 +1,503 @@
+"""Weight methods as pure functions: equal to independent references, to the same functions row by row, and to
+numbers that were worked by hand or published. No model is needed here.
+"""
+
+import importlib
+
+import pytest
+import torch
+
+from veneer.anatomy import Site
+from veneer.edits import At, Tensors, add_row_axis, build, call, delta_of
+from veneer.errors import BadOption, NoSiteFound
+
+torch.set_num_threads(1)
+TRAINING = At(training=True)
+
+
+def linear(n_in: int, n_out: int, name: str = "s", bias: str = "bias", **facts) -> Site:
+    facts = {"kind": "linear", "shape": (n_out, n_in), "role": "", "module": name, **facts}
+    return Site(name, n_in=n_in, n_out=n_out, width=n_out, bias=bias, **facts)
+
+
+def vector(n: int, name: str = "v") -> Site:
+    return Site(name, "bias", name, "parameter", "bias", shape=(n,), n_in=0, n_out=n, width=n)
+
+
+def conv(n_in: int, n_out: int, size: int = 3) -> Site:
+    return Site(
+        "c", "convolution", "c", "conv", shape=(n_out, n_in, size, size), n_in=n_in, n_out=n_out, width=n_out
+    )
+
+
+def embedding(rows: int, width: int) -> Site:
+    return Site(
+        "e", "token_embedding", "e", "embedding", shape=(rows, width), n_in=rows, n_out=width, width=width
+    )
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def started(method, site: Site, W: torch.Tensor, seed: int = 0) -> Tensors:
+    """What a fresh adapter holds at one site, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    specs = method.tensors(site)
+    t = Tensors({n: s.start(s.shape, generator).double() for n, s in specs.items() if not s.noise})
+    return t.with_(**method.start(site, W, t)) if "start" in method.arguments else t
+
+
+def randomized(method, site: Site, seed: int = 0) -> Tensors:
+    """Tensors of the declared shapes with entries that nothing hides behind."""
+    specs = method.tensors(site)
+    return Tensors(
+        {n: 0.3 + draw(*s.shape, seed=seed + i) for i, (n, s) in enumerate(specs.items()) if not s.noise}
+    )
+
+
+def derived(method, t: Tensors, W: torch.Tensor) -> Tensors:
+    return t.with_(**call(method, "derive", t, {"W": W})) if "derive" in method.arguments else t
+
+
+def output(
+    method, t: Tensors, W: torch.Tensor, x: torch.Tensor, bias=None, at: At = TRAINING
+) -> torch.Tensor:
+    """The edited layer's output: by `branch` where there is one, else by the dense W'."""
+    t = derived(method, t, W)
+    if "branch" in method.arguments and W.dim() == 2:
+        y = x @ W.mT
+        y = y + call(method, "branch", t, {"x": x, "y": y, "at": at})
+    else:
+        y = x @ (W + delta_of(method, t, W)).mT
+    return y if bias is None else y + bias
+
+
+def close(found, expected, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=1e-10, check_dtype=False)
+
+
+# ---- equal to the references, gradients too; and not equal to them once they are made wrong
+
+
+def _lora(options):
+    options = dict(options)
+    options.pop("start", None)
+    if options.pop("bias", False):
+        options["lora_bias"] = True
+    return build("lora", **options)
+
+
+METHODS = {
+    "lora": _lora,
+    "dora": lambda options: build("dora", **options),
+    "vera": lambda options: build("vera", **options),
+}
+
+
+def reference(key: str):
+    return importlib.import_module(f"references.{key}")
+
+
+def layer_cases(key: str):
+    return [c for c in reference(key).cases() if c["options"].get("kind", "layer") == "layer"]
+
+
+CASES = [
+    pytest.param(key, i, id=f"{key}: {c['name']}") for key in METHODS for i, c in enumerate(layer_cases(key))
+]
+MISTAKES = [(key, name) for key in METHODS for name, _ in reference(key).MUTATIONS]
+
+
+@pytest.fixture
+def fixed_dropout(monkeypatch):
+    """Dropout whose mask is the case's, in every method file that drops."""
+
+    def use(case):
+        mask = case["inputs"].get("dropout_mask")
+        for key in METHODS:
+            module = importlib.import_module(f"veneer.methods.{key}")
+            if mask is not None and hasattr(module, "dropout"):
+                monkeypatch.setattr(module, "dropout", lambda x, p, at: x * mask if p and at.training else x)
+
+    return use
+
+
+def ours(key: str, case: dict) -> dict:
+    """Output, delta and gradients of the method under test, from a case's tensors."""
+    method, W, bias = METHODS[key](case["options"]), case["base"]["W"], case["base"]["bias"]
+    t = Tensors({n: v.clone().requires_grad_(n in case["trained"]) for n, v in case["tensors"].items()})
+    x = case["inputs"]["x"].clone().requires_grad_()
+    y = output(method, t, W, x, bias)
+    (y * case["cotangent"]).sum().backward()
+    found = {"output": y.detach(), "delta": delta_of(method, derived(method, t, W), W).detach()}
+    if "bias_delta" in reference(key).reference(case):
+        found["bias_delta"] = torch.as_tensor(method.bias_delta(t)).detach() * torch.ones(len(W))
+    found |= {f"gradient.{n}": getattr(t, n).grad for n in case["trained"]}
+    return {**found, "gradient.x": x.grad}
+
+
+@pytest.mark.parametrize(("key", "index"), CASES)
+def test_outputs_and_gradients_equal_the_reference(key, index, fixed_dropout):
+    case = layer_cases(key)[index]
+    fixed_dropout(case)
+    found, expected = ours(key, case), reference(key).reference(case)
+    for name in found.keys() & expected.keys():
+        close(found[name], expected[name])
+    for name, gradient in reference(key).gradients(case).items():
+        if not name.startswith("penalty"):
+            close(found[f"gradient.{name}"], gradient, 1e-7)
+
+
+@pytest.mark.parametrize(("key", "mistake"), MISTAKES)
+def test_a_reference_with_a_mistake_in_it_is_told_apart(key, mistake, fixed_dropout):
+    apart = 0.0
+    for case in layer_cases(key):
+        fixed_dropout(case)
+        found = ours(key, case)
+        for name, value in reference(key).mutated(case, mistake).items():
+            if name in found:
+                apart = max(apart, float((found[name] - value).abs().max()))
+    penalised = {"the penalty is squared"}
+    schedules = {"scores are summed, not averaged", "uncertainty is left out", "masking at every step",
+                 "importance of the parameters before the step"}  # fmt: skip
+    assert apart > 1e-4 or mistake in penalised | schedules
+
+
+# ---- one form
+
+
+OPTIONS = [
+    ("lora", {"rank": 3}),
+    ("lora", {"rank": 2, "rank_stabilized": True, "init": "pissa"}),
+    ("lora", {"rank": 2, "lora_bias": True, "bias": "lora_only"}),
+    ("dora", {"rank": 3}),
+    ("vera", {"rank": 4}),
+]
+
+
+@pytest.mark.parametrize(("key", "options"), OPTIONS)
+def test_branch_equals_the_dense_delta_forward_and_gradient(key, options):
+    method, site = build(key, **options), linear(5, 3)
+    W, x = draw(3, 5), draw(2, 4, 5, seed=1)
+    shift = method.bias_delta if hasattr(method, "bias_delta") else lambda t: 0.0
+    gradients = []
+    for form in ("branch", "delta"):
+        t = Tensors({n: v.clone().requires_grad_() for n, v in randomized(method, site).items()})
+        full = derived(method, t, W)
+        y = x @ W.mT
+        if form == "branch":
+            dy = call(method, "branch", full, {"x": x, "y": y, "at": At()})
+        else:
+            dy = x @ delta_of(method, full, W).mT + shift(t)
+        (dy * draw(2, 4, 3, seed=2)).sum().backward()
+        gradients.append([dy.detach(), *(v.grad for _, v in t.items())])
+    assert float(gradients[0][0].abs().max()) > 0.1
+    for a, b in zip(*gradients):
+        close(a, b)
+
+
+ROWED = [(k, o, linear(5, 3)) for k, o in OPTIONS]
+ROWED += [
+    ("lora", {"rank": 2}, conv(3, 4)),
+    ("dora", {"rank": 2}, conv(3, 4)),
+    ("lora", {"rank": 2}, embedding(6, 4)),
+]
+ROWED += [
+    ("bitfit", {}, vector(4)),
+    ("bitfit", {}, linear(5, 3)),
+    ("full", {}, linear(5, 3)),
+    ("full", {}, vector(4)),
+]
+
+
+@pytest.mark.parametrize(("key", "options", "site"), ROWED)
+def test_a_row_axis_gives_what_a_loop_over_adapters_gives(key, options, site):
+    method, W = build(key, **options), draw(*site.shape)
+    alone = [derived(method, randomized(method, site, seed=10 * i), W) for i in range(3)]
+    rows = Tensors(
+        {n: add_row_axis(torch.stack([getattr(t, n) for t in alone]), v.dim()) for n, v in alone[0].items()}
+    )
+    expected = torch.stack([delta_of(method, t, W) for t in alone])
+    expected = expected.unsqueeze(1) if W.dim() == 1 else expected
+    close(delta_of(method, rows, W).expand_as(expected), expected)
+    if "branch" in method.arguments and site.kind == "linear":
+        x = draw(3, 2, 5, seed=5)
+        y = x @ W.mT
+        each = [call(method, "branch", t, {"x": x[i], "y": y[i], "at": At()}) for i, t in enumerate(alone)]
+        close(call(method, "branch", rows, {"x": x, "y": y, "at": At()}), torch.stack(each))
+
+
+IDENTITIES = [
+    ("lora", {"rank": 2, "init": i}) for i in ("default", "gaussian", "pissa", "olora", "pissa_niter_3")
+]
+IDENTITIES += [("dora", {"rank": 2}), ("vera", {"rank": 3}), ("bitfit", {}), ("full", {})]
+IDENTITIES += [("lora", {"rank": 2, "lora_bias": True, "bias": "lora_only"})]
+
+
+@pytest.mark.parametrize(("key", "options"), IDENTITIES)
+@pytest.mark.parametrize(
+    "site", [linear(6, 4), conv(3, 4), embedding(7, 5), vector(4)], ids=lambda s: s.kind + s.name
+)
+def test_a_fresh_adapter_is_the_identity_bit_for_bit(key, options, site):
+    method = build(key, **options)
+    if method.facts.kinds and (site.kind not in method.facts.kinds or len(site.shape) == 1):
+        pytest.skip("not a site of this method")
+    if (options.get("lora_bias") or key == "bitfit") and site.kind not in ("linear", "parameter"):
+        pytest.skip("said to be for linear sites")
+    W = draw(*site.shape)
+    t = derived(method, started(method, site, W), W)
+    assert torch.equal(W + delta_of(method, t, W), W)
+    if "branch" in method.arguments and site.kind == "linear":
+        x = draw(2, 3, 6, seed=1)
+        y = x @ W.mT
+        assert torch.equal(y + call(method, "branch", t, {"x": x, "y": y, "at": At()}), y)
+
+
+def test_full_fine_tuning_is_a_copy_that_is_the_weight():
+    W = draw(3, 2)
+    t = started(build("full"), linear(2, 3), W)
+    assert torch.equal(t.W, W)
+    assert torch.equal(build("full").weight(Tensors(W=2 * W), W), 2 * W)
+
+
+# ---- by hand
+
+
+def test_lora_by_hand():
+    """A = [1 2], B = [3 4]^T, s = 2:  s B A = [[6, 12], [8, 16]]."""
+    t = Tensors(A=torch.tensor([[1.0, 2.0]]), B=torch.tensor([[3.0], [4.0]]))
+    close(
+        build("lora", rank=1, alpha=2.0).delta(t, torch.zeros(2, 2)), torch.tensor([[6.0, 12.0], [8.0, 16.0]])
+    )
+
+
+@pytest.mark.parametrize(
+    ("rank", "stabilized", "s"), [(4, False, 4.0), (16, False, 1.0), (4, True, 8.0), (16, True, 4.0)]
+)
+def test_the_scale_of_lora(rank, stabilized, s):
+    assert build("lora", rank=rank, alpha=16.0, rank_stabilized=stabilized).scale == s
+
+
+def test_dora_by_hand():
+    """W = [[3, 0], [0, 1]], B A = [[0, 4], [0, 0]]: rows of length 5 and 1; m = [10, 2]: [[6, 8], [0, 2]]."""
+    W = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    t = Tensors(
+        A=torch.tensor([[0.0, 4.0]]), B=torch.tensor([[1.0], [0.0]]), magnitude=torch.tensor([10.0, 2.0])
+    )
+    method = build("dora", rank=1, alpha=1.0)
+    close(W + method.delta(derived(method, t, W), W), torch.tensor([[6.0, 8.0], [0.0, 2.0]]))
+
+
+def test_vera_by_hand():
+    """A = [1 2], B = [3 4]^T, d = [5], b = [1 10]: [[15, 30], [200, 400]]."""
+    t = Tensors(
+        A=torch.tensor([[1.0, 2.0]]),
+        B=torch.tensor([[3.0], [4.0]]),
+        d=torch.tensor([5.0]),
+        b=torch.tensor([1.0, 10.0]),
+    )
+    close(build("vera", rank=1).delta(t, torch.zeros(2, 2)), torch.tensor([[15.0, 30.0], [200.0, 400.0]]))
+
+
+# ---- starts of LoRA
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_a_start_in_W_has_the_factors_of_its_paper(kind):
+    W, s = draw(5, 4), 1.5
+    t = started(build("lora", rank=2, alpha=3.0, init=kind), linear(4, 5), W)
+    expected = reference("lora").start(kind, W, 2, s)
+    for A, B in ((t.A, t.B), (t.A0, t.B0)):
+        close(B @ A, expected["product"])
+        # The signs of single columns are the decomposition's to choose.
+        close((A @ A.mT).abs(), expected["gram_A"].abs())
+        close((B.mT @ B).abs(), expected["gram_B"].abs())
+
+
+def test_subspace_iteration_finds_the_factors_of_pissa():
+    U, V = torch.linalg.qr(draw(8, 6))[0], torch.linalg.qr(draw(6, 6, seed=1))[0]
+    W = U @ torch.diag(torch.tensor([9.0, 7.0, 0.5, 0.4, 0.2, 0.1], dtype=torch.float64)) @ V.mT
+    exact = started(build("lora", rank=2, init="pissa"), linear(6, 8), W)
+    found = started(build("lora", rank=2, init="pissa_niter_8"), linear(6, 8), W)
+    close(found.B0 @ found.A0, exact.B0 @ exact.A0, 1e-7)
+    rough = started(build("lora", rank=2, init="pissa_niter_1"), linear(6, 8), W)
+    assert not torch.allclose(rough.B0 @ rough.A0, exact.B0 @ exact.A0, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("site", [linear(6, 5), conv(2, 5)], ids=["linear", "conv"])
+def test_the_orthogonal_start_has_two_live_factors_and_no_product(site):
+    t = started(build("lora", rank=4, init="orthogonal"), site, draw(*site.shape))
+    assert float(t.A.abs().max()) > 0.05
+    assert float(t.B.abs().max()) > 0.05
+    assert float((t.B @ t.A.flatten(1)).abs().max()) < 1e-7
+
+
+def test_the_start_for_tests_is_not_the_identity():
+    t = started(build("lora", rank=2, init_lora_weights=False), linear(4, 3), draw(3, 4))
+    assert float(build("lora", rank=2).delta(t, draw(3, 4)).abs().max()) > 1e-3
+
+
+def test_lora_of_an_embedding_is_zero_where_rows_are_looked_up():
+    t = started(build("lora", rank=2), embedding(50, 30), draw(50, 30))
+    assert not t.B.any()
+    assert 0.7 < float(t.A.std()) < 1.3
+
+
+def test_lora_of_a_convolution_is_the_convolution_with_A_then_a_mix_by_B():
+    method, site = build("lora", rank=2, alpha=6.0), conv(3, 4)
+    t, x = randomized(method, site), draw(2, 3, 5, 5)
+    two_steps = 3.0 * torch.einsum("or,brhw->bohw", t.B, torch.nn.functional.conv2d(x, t.A, padding=1))
+    close(torch.nn.functional.conv2d(x, method.delta(t, draw(4, 3, 3, 3)), padding=1), two_steps)
+
+
+def test_lora_trains_all_biases_of_the_base_when_asked():
+    (other,) = build("lora", bias="all").also()
+    assert other.sites == "bias"
+    assert build("lora").also() == ()
+    only = build("lora", bias="lora_only")
+    assert "base_bias" in only.tensors(linear(4, 3))
+    assert "base_bias" not in only.tensors(linear(4, 3, bias=""))
+
+
+# ---- what DoRA must do with dropout, kernels and the norm
+
+
+def test_dora_with_dropout_drops_the_input_of_the_base_term_too(monkeypatch):
+    method = build("dora", rank=2, alpha=4.0, dropout=0.5)
+    W, x = draw(3, 5), draw(2, 4, 5, seed=1)
+    t, mask = randomized(method, linear(5, 3)), (draw(2, 4, 5, seed=2) > 0).double() * 2
+    monkeypatch.setattr("veneer.methods.dora.dropout", lambda x, p, at: x * mask if at.training else x)
+    V = W + 2.0 * t.B @ t.A
+    gain = t.magnitude / V.norm(dim=1)
+    expected = x @ W.mT + (gain - 1) * ((x * mask) @ W.mT) + gain * 2.0 * ((x * mask) @ t.A.mT @ t.B.mT)
+    close(output(method, t, W, x), expected)
+    close(output(method, t, W, x, at=At()), x @ (gain[:, None] * V).mT)
+
+
+def test_dora_of_a_1x1_convolution_is_dora_of_the_linear_layer():
+    method = build("dora", rank=2)
+    small, dense = conv(5, 3, size=1), linear(5, 3)
+    t, W = randomized(method, dense), draw(3, 5)
+    kernel = t.with_(A=t.A[..., None, None])
+    close(method.delta(kernel, W[..., None, None]), method.delta(t, W)[..., None, None])
+    assert method.tensors(small)["magnitude"].shape == (3,)
+
+
+def test_the_norm_of_a_large_update_is_that_of_the_dense_matrix():
+    method, W = build("dora", rank=3, alpha=300.0), draw(4, 6)
+    t = randomized(method, linear(6, 4))
+    gain = method.derive(t, W)["gain"]
+    close(gain, t.magnitude / (W + 100.0 * t.B @ t.A).norm(dim=1))
+
+
+# ---- VeRA's pair
+
+
+def test_the_frozen_pair_of_vera_depends_on_its_seed_alone():
+    first, again, other = (build("vera", rank=4, seed=s).tensors(linear(5, 3)) for s in (3, 3, 4))
+    generators = [torch.Generator().manual_seed(s) for s in (0, 1)]
+    for name in "AB":
+        spec = first[name]
+        assert not spec.trained
+        assert spec.scope == "adapter"
+        a, b = spec.start((9, 9), generators[0]), again[name].start((9, 9), generators[1])
+        assert torch.equal(a, b)
+        assert not torch.equal(a, other[name].start((9, 9), generators[0]))
+    assert not torch.equal(first["A"].start((9, 9), generators[0]), first["B"].start((9, 9), generators[0]))
+
+
+def test_the_bound_of_the_frozen_pair_is_that_of_the_shared_tensor():
+    spec = build("vera", rank=4).tensors(linear(6, 3))["A"]
+    drawn = spec.start((4, 600), torch.Generator())
+    assert 0.9 * (6 / 600) ** 0.5 < float(drawn.abs().max()) <= (6 / 600) ** 0.5
+
+
+# ---- published numbers of trained parameters
+
+
+def trained(method, sites) -> int:
+    return sum(s.size for site in sites for s in method.tensors(site).values() if s.trained)
+
+
+def square(d: int, blocks: int, per_block: int = 2):
+    return [linear(d, d)] * (blocks * per_block)
+
+
+LLAMA_7B = (
+    [linear(4096, 4096)] * 96 + [linear(4096, 11008)] * 32 + [linear(11008, 4096)] * 32
+)  # q, k, v, up, down
+LLAMA_3B = [linear(3072, 3072)] * 28 + [linear(3072, 1024)] * 28  # q, v of Llama-3.2-3B
+
+COUNTS = [
+    ("lora", {"rank": 8}, square(4096, 32), 4_194_304),
+    ("lora", {"rank": 8}, square(768, 12), 294_912),
+    ("lora", {"rank": 4}, square(1024, 24), 393_216),
+    ("lora", {"rank": 1}, square(12288, 96), 4_718_592),
+    ("lora", {"rank": 32}, LLAMA_7B, 56_098_816),
+    ("lora", {"rank": 32}, LLAMA_3B, 9_175_040),
+    ("dora", {"rank": 32}, LLAMA_7B, 56_975_360),
+    ("dora", {"rank": 16}, LLAMA_7B, 28_925_952),
+    ("dora", {"rank": 32}, LLAMA_3B, 9_289_728),
+    ("vera", {"rank": 1024}, square(768, 12), 43_008),
+    ("vera", {"rank": 256}, square(1024, 24), 61_440),
+    ("vera", {"rank": 1024}, square(1280, 36), 165_888),
+    ("vera", {"rank": 256}, LLAMA_3B, 129_024),
+]
+
+
+@pytest.mark.parametrize(("key", "options", "sites", "count"), COUNTS)
+def test_counts_are_those_that_were_published(key, options, sites, count):
+    assert trained(build(key, **options), sites) == count
+
+
+def test_bitfit_counts_the_biases_of_bert_base():
+    """L12, d768, f3072: q, k, v, o, down, two norms: 768, up: 3072; the embeddings' norm, the pooler."""
+    block = [vector(768)] * 7 + [vector(3072)]
+    assert trained(build("bitfit"), block * 12 + [vector(768)] * 2) == 102_912
+
+
+def test_full_counts_every_entry():
+    assert trained(build("full"), [linear(5, 3), vector(3), conv(2, 3)]) == 15 + 3 + 54
+
+
+# ---- what must not be decayed, and what is refused
+
+
+def test_vectors_with_a_neutral_value_are_not_decayed():
+    assert not build("dora").tensors(linear(4, 3))["magnitude"].decay
+    assert not build("bitfit").tensors(vector(3))["b"].decay
+    assert not build("full").tensors(vector(3))["W"].decay
+    assert build("full").tensors(linear(4, 3))["W"].decay
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: build("lora", init="pisa"), ("init='pisa'", "pissa")),
+        (lambda: build("lora", init="orthogonal", rank=3), ("rank=3", "even")),
+        (lambda: build("lora", rank=0), ("rank=0", "at least 1")),
+        (lambda: build("lora", bias="some"), ("bias='some'", "none")),
+        (lambda: build("lora", lora_bias=True).tensors(conv(3, 4)), ("lora_bias", "conv")),
+        (
+            lambda: build("lora", rank=5, init="pissa").start(
+                linear(4, 3), draw(3, 4), Tensors(A=draw(5, 4))
+            ),
+            ("rank=5", "'s'", "rank=3"),
+        ),
+    ],
+)
+def test_a_bad_option_is_refused_in_words(make, words):
+    with pytest.raises(BadOption) as caught:
+        make()
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_bitfit_at_a_matrix_without_bias_says_so():
+    with pytest.raises(NoSiteFound, match="'s' has none"):
+        build("bitfit").tensors(linear(4, 3, bias=""))
+
+
+def test_hf_option_names_are_accepted():
+    method = build("lora", r=4, lora_alpha=8, lora_dropout=0.1, use_rslora=True, init_lora_weights=True)
+    assert (method.rank, method.alpha, method.dropout, method.scale) == (4, 8, 0.1, 4.0)
