@@ -1,17 +1,19 @@
 """Comparing: an experiment that says which method to take, and how sure that is.
 
-`compare` runs a fixed design (`Comparison`) through a ledger that survives a kill, opens the test split once,
-and publishes intervals, the group of arms that cannot be told from the best, and a report. `from_results` gives
-the same statistics and report over scores made elsewhere.
+`compare` runs a fixed design (`Comparison`) through a ledger that survives a kill, opens the test split
+once, and publishes intervals, the group of arms that cannot be told from the best, and a report.
+`from_results` gives the same statistics and report over scores made elsewhere.
 """
 
 from veneer.comparing.analysis import Analysis, Scores, analyse
 from veneer.comparing.arms import CONTROLS, Arm, parse_arm, parse_arms
 from veneer.comparing.design import Budget, Comparison, Forecast, forecast, parse_budget, smallest_findable
 from veneer.comparing.ledger import Ledger
+from veneer.comparing.outside import from_results
 from veneer.comparing.results import CompareResult
 from veneer.comparing.run import compare, run
 from veneer.comparing.runs import Progress, RunResult
+from veneer.comparing.simulation import SelfTest, self_test
 
 __all__ = [
     "CONTROLS",
@@ -25,12 +27,15 @@ __all__ = [
     "Progress",
     "RunResult",
     "Scores",
+    "SelfTest",
     "analyse",
     "compare",
     "forecast",
+    "from_results",
     "parse_arm",
     "parse_arms",
     "parse_budget",
     "run",
+    "self_test",
     "smallest_findable",
 ]

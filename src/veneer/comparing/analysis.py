@@ -20,6 +20,8 @@ from veneer.comparing.statistics import (
     crossed_interval,
     difference,
     sign_flip_can_decide,
+    smallest_for,
+    spread,
 )
 
 LEVEL = 0.05
@@ -151,18 +153,7 @@ def _all_pairs(scores: Scores, names: Sequence[str]) -> Pairs:
 def _oriented(pairs: Pairs, first: str, second: str) -> Difference:
     if (first, second) in pairs:
         return pairs[first, second]
-    found = pairs[second, first]
-    return Difference(
-        -found.estimate,
-        -found.high,
-        -found.low,
-        found.standard_error,
-        found.degrees,
-        found.items_only,
-        found.p_value,
-        1 - found.p_greater,
-        found.sign_flip_p,
-    )
+    return pairs[second, first].reversed()
 
 
 def best_group_p(names: Sequence[str], pairs: Pairs) -> dict[str, float]:
@@ -179,6 +170,19 @@ def best_group_p(names: Sequence[str], pairs: Pairs) -> dict[str, float]:
         beaten = [_oriented(pairs, other, name).p_greater for other in names if other != name]
         found[name] = min(1.0, others * min(beaten, default=1.0))
     return found
+
+
+def best_group_p_of_array(scores: Array) -> Array:
+    """`best_group_p` for many comparisons at once: (repeat, arm, seed, item) -> (repeat, arm)."""
+    arms = scores.shape[1]
+    beaten = np.ones((scores.shape[0], arms))
+    for first in range(arms):
+        for second in range(first + 1, arms):
+            found = spread(scores[:, first] - scores[:, second])
+            upper = found.p_greater()
+            beaten[:, second] = np.minimum(beaten[:, second], upper)
+            beaten[:, first] = np.minimum(beaten[:, first], 1 - upper)
+    return np.minimum(1.0, (arms - 1) * beaten)
 
 
 def groups_of(names: Sequence[str], pairs: Pairs) -> tuple[tuple[str, ...], ...]:
@@ -253,8 +257,11 @@ def _seed_deviation(scores: Array) -> float:
 
 
 def _smallest_found(found: Sequence[Difference]) -> float:
-    """The smallest difference that the design could find (power 0.8), from the variances that were met."""
-    from veneer.comparing.design import smallest_for
+    """The smallest difference that the design could find (power 0.8), from the variances that were met.
 
-    sizes = [smallest_for(one.standard_error, one.degrees, len(found)) for one in found]
+    The median over the half of the contrasts whose arms lie closest: a contrast with an arm at chance level
+    has a far larger variance, and nobody asks whether it can be found.
+    """
+    closest = sorted(found, key=lambda one: abs(one.estimate))[: (len(found) + 1) // 2]
+    sizes = [smallest_for(one.spread, len(found)) for one in closest if one.spread is not None]
     return float(np.median(sizes)) if sizes else 0.0

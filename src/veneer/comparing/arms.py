@@ -86,7 +86,7 @@ def parse_arm(
             raise UnknownName(
                 f"no recipe is called '{name}' (in the arm '{text}').",
                 nearest=nearest(name, recipes),
-                next_step="an arm is method[:option=value,...][+recipe]; quote a value that holds a plus sign",
+                next_step="quote a value that holds a plus sign: method:option='a+b'+recipe",
             )
         found.append(Recipe(name, recipe_options))
     return Arm(method, options, tuple(found))

@@ -1,7 +1,7 @@
 """The design: everything that is fixed before the first run, and what it will be able to find.
 
-A `Comparison` is data. Its canonical JSON is hashed, and the hash stands in every result, so that a result can
-always be traced to the question that was asked before it was known.
+A `Comparison` is data. Its canonical JSON is hashed, and the hash stands in every result, so that a result
+can always be traced to the question that was asked before it was known.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.comparing.arms import Arm, parse_arm
+from veneer.comparing.statistics import Spread, sign_flip_can_decide, smallest_for
 from veneer.errors import BadOption, UnknownName, nearest
 
 DEMO = "demonstration budget: a screen, no claims"
@@ -83,7 +84,7 @@ class Comparison:
     metric: str = "accuracy"
     higher_is_better: bool = True
     budget: str = "published"
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5, 6)
+    seeds: tuple[Any, ...] = (1, 2, 3, 4, 5, 6)
     tuning_seeds: tuple[int, ...] = (0,)
     extension: int = 0
     contrasts: tuple[tuple[str, str], ...] = ()
@@ -95,10 +96,11 @@ class Comparison:
     def __post_init__(self) -> None:
         if self.correction not in ("holm", "fdr_bh"):
             raise BadOption(
-                f"correction is '{self.correction}': expected 'holm' (planned contrasts) or 'fdr_bh' (screens).",
+                f"correction is '{self.correction}': expected 'holm' (planned) or 'fdr_bh' (screens).",
                 next_step="leave it out for 'holm'",
             )
-        if len(self.seeds) < 2 or len(set(self.seeds)) != len(self.seeds):
+        enough = 2 if self.tuning_seeds else 1  # results made elsewhere may have one seed, and are marked so
+        if len(self.seeds) < enough or len(set(self.seeds)) != len(self.seeds):
             raise BadOption(
                 f"seeds are {list(self.seeds)}: expected at least 2 different ones.",
                 next_step="seeds=6 is the least for which a sign-flip test can decide one contrast",
@@ -174,7 +176,7 @@ class Comparison:
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no spaces, no NaN. What cannot be written is written as its text."""
+    """One text for one value: sorted keys, no spaces, no NaN; what JSON lacks is written as its text."""
     return json.dumps(
         value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str
     )
@@ -192,7 +194,7 @@ def same_question(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[
     return differing, only_adds
 
 
-# -- what it will be able to find, and what it will cost -------------------------------------------------------
+# -- what it will be able to find, and what it will cost ----------------------------------------
 
 
 @dataclass(frozen=True)
@@ -218,30 +220,19 @@ def smallest_findable(
 ) -> float:
     """The difference that is found with probability `power` at `level`, corrected for `contrasts`.
 
-    By the noncentral t of the crossed interval, for the assumed variances.
+    By the crossed interval of `statistics`, for the variances that are assumed.
     """
     assumed = assumed or Assumed()
-    a = assumed.seed_deviation**2 / seeds
     rest = assumed.disagreement * (1 - assumed.persistent) / (seeds * items)
-    b = assumed.disagreement * assumed.persistent / items + rest
-    variance = a + b
-    degrees = variance**2 / ((a + rest) ** 2 / max(1, seeds - 1) + b**2 / max(1, items - 1))
-    return smallest_for(variance**0.5, degrees, contrasts, power, level)
-
-
-def smallest_for(
-    standard_error: float, degrees: float, contrasts: int = 1, power: float = 0.8, level: float = 0.05
-) -> float:
-    """The smallest difference that a t test with this standard error finds with probability `power`."""
-    from scipy import optimize, stats
-
-    if standard_error <= 0:
-        return 0.0
-    critical = stats.t.ppf(1 - level / (2 * max(1, contrasts)), degrees)
-    found = optimize.brentq(
-        lambda shift: stats.nct.sf(critical, degrees, shift) - power, 1e-6, critical * 4 + 20, xtol=1e-6
+    expected = Spread(
+        0.0,
+        assumed.seed_deviation**2 / seeds + rest,
+        assumed.disagreement * assumed.persistent / items + rest,
+        rest,
+        max(1.0, seeds - 1.0),
+        max(1.0, items - 1.0),
     )
-    return float(found * standard_error)
+    return smallest_for(expected, contrasts, power, level)
 
 
 @dataclass(frozen=True)
@@ -266,7 +257,8 @@ class Forecast:
     def __str__(self) -> str:
         time = "" if self.seconds_per_run is None else f", about {duration(self.runs * self.seconds_per_run)}"
         lines = [
-            f"{self.runs} runs: {self.tuning_runs} for learning rates, {self.confirming_runs} to confirm{time}"
+            f"{self.runs} runs: {self.tuning_runs} for learning rates, "
+            f"{self.confirming_runs} to confirm{time}"
         ]
         if self.smallest_findable is not None:
             points = 100 * self.smallest_findable
@@ -296,7 +288,7 @@ def forecast(
     seconds_per_run: float | None = None,
     assumed: Assumed | None = None,
 ) -> Forecast:
-    """Runs, time and the smallest effect, from the design and the sizes of the splits where they are known."""
+    """Runs, time and the smallest effect, from the design and, where known, the sizes of the splits."""
     sizes, assumed = sizes or {}, assumed or Assumed()
     trained = sum(arm.is_trained for arm in design.parsed_arms)
     trials = sum(len(rates) for rates in design.rates.values()) * len(design.tuning_seeds)
@@ -312,7 +304,7 @@ def forecast(
         smallest_effect=design.smallest_effect,
         contrasts=contrasts,
         assumed=assumed,
-        sign_flip_decides=contrasts * 2.0 ** (1 - len(design.seeds)) <= 0.05,
+        sign_flip_decides=sign_flip_can_decide(len(design.seeds), contrasts),
     )
 
 

@@ -64,7 +64,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
                 break
             raise BadFile(
                 f"line {number} of {path} is not JSON: the ledger was edited, or its disk is damaged.",
-                next_step="restore the file, delete that line (its run is done again), or use a new output folder",
+                next_step="delete that line (its run is done again), or use a new output folder",
             ) from None
         lines.append(line)
         whole += len(piece) + 1

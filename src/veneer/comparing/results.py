@@ -1,4 +1,4 @@
-"""Results: from the records of runs to the files of a compare folder and the object that `compare` returns."""
+"""Results: from the records of runs to the files of a compare folder and what `compare` returns."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def publish(
 
 
 def scores_of(records: Sequence[Record]) -> Scores:
-    """Item scores of all arms over the same items. A run that diverged has the scores of the untrained base."""
+    """Item scores of all arms over the same items. A run that diverged scores as the untrained base does."""
     measured = [record for record in records if record.status == "ok" and record.lines]
     first = next((opened for record in measured for opened in record.opened if opened), None)
     if first is None:
@@ -123,8 +123,8 @@ def scores_of(records: Sequence[Record]) -> Scores:
     items = tuple(item["item"] for item in first["items"])
     if len(items) < 2 or len(set(items)) != len(items):
         raise BadData(
-            f"the test split has {len(items)} items with {len(set(items))} different ids: expected at least 2, "
-            "each id once.",
+            f"the test split has {len(items)} items with {len(set(items))} different ids: "
+            "expected at least 2, each id once.",
             next_step="give every item an id of its own",
         )
     chance = _chance(measured, items)
@@ -166,7 +166,7 @@ def _rows(record: Record, design: Comparison, scores: Scores) -> list[dict[str, 
     """The lines of results.jsonl for one arm: one a seed, or one with the reason why there is none."""
     name = str(record.arm)
     common = {"arm": name, "method": record.arm.method, "metric": design.metric, "design": design.sha256}
-    blank = {key: None for key in COSTS}
+    blank = dict.fromkeys(COSTS)
     if name not in scores.of:
         settings = settings_of(record, design, None)
         return [
@@ -206,7 +206,7 @@ def settings_of(record: Record, design: Comparison, seed: Any) -> dict[str, Any]
         "learning_rate": record.learning_rate,
         "seed": seed,
         "budget": design.budget,
-        **{key: value for key, value in design.options.items()},
+        **design.options,
     }
     if seed is not None and arm.is_trained and design.model:
         settings["command"] = command_of(record, design, seed)
@@ -281,6 +281,7 @@ def _summary(
         "claim": DEMO if design.is_demo else "",
         "metric": design.metric,
         "higher_is_better": design.higher_is_better,
+        "in_percent": scale.is_share,
         "seeds": analysis.seeds,
         "items": analysis.items,
         "items_only": any(result.interval.items_only for result in analysis.arms),
@@ -295,8 +296,8 @@ def _summary(
             "seed": None if best_run is None else best_run["seed"],
             "best_mean": analysis.best,
             "sentence": sentence,
-            "rule": "fewest trained parameters, then shortest step, among the arms not separable from the best; "
-            "its seed with the highest validation score",
+            "rule": "fewest trained parameters, then shortest step, among the arms not separable "
+            "from the best; its seed with the highest validation score",
         },
         "contrasts": [
             {
@@ -327,7 +328,7 @@ def _summary(
 def _publish_best(
     folder: Path, records: Sequence[Record], analysis: Analysis, summary: Mapping[str, Any]
 ) -> Path:
-    """`best/`: the winner's folder, replaced as a whole, with comparison.json that says where it comes from."""
+    """`best/`: the winner's folder, replaced as a whole; its comparison.json says where it comes from."""
     record = next(record for record in records if str(record.arm) == analysis.recommended)
     source = None
     if record.best is not None and record.best.get("folder"):

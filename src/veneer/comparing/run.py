@@ -1,7 +1,7 @@
 """`compare`: the experiment from design to report, resumable at every moment.
 
-The order is the protocol. Rates are chosen on validation data with the tuning seed; then every arm is confirmed
-on the same new seeds; only then the test split is opened, once, by a step of its own, and counted.
+The order is the protocol. Rates are chosen on validation data with the tuning seed; then every arm is
+confirmed on the same new seeds; only then the test split is opened, by a step of its own, and counted.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ def compare(
     """Compare `methods` on `data`, and say how sure the answer is.
 
     methods: arms (`"lora:rank=16+lora_plus"`), in a list or separated by commas; `untrained`, `linear_probe`
-    and `full` are always added. rates: learning rates by arm or method, else the public grid of its family.
-    trials: rates for each arm (7; in the demo budget 3). extend_rates: further rates on each side where the best
-    lies on the edge (2; demo 0). run_arm: a trainer (see `runs`); without it `veneer.training` is used.
-    extend: add arms or seeds to a comparison that is in `output` already. options: passed to every training.
+    and `full` are always added. rates: learning rates by arm or method, else a public grid by family.
+    trials: rates for each arm (7; in the demo budget 3). extend_rates: further rates on each side where the
+    best lies on the edge (2; demo 0). run_arm: a trainer (see `runs`); without it `veneer.training` is used.
+    extend: add arms or seeds to a comparison that is in `output` already. options: for every training.
 
-    Writes ledger.jsonl, results.jsonl, scores.jsonl, summary.json, report.html and best/ into `output`. The same
-    call goes on after a kill. Errors: BadOption where the folder holds another design; TrainingFailed where
-    another process is at it, or where no arm could be measured.
+    Writes ledger.jsonl, results.jsonl, scores.jsonl, summary.json, report.html and best/ into `output`. The
+    same call goes on after a kill. Errors: BadOption where the folder holds another design; TrainingFailed
+    where another process is at it, or where no arm could be measured.
     """
     if run_arm is None:
         from veneer.comparing.runner import default_runner
@@ -132,8 +132,8 @@ def _settle_design(ledger: Ledger, design: Comparison, folder: Path, extend: boo
         differing, only_adds = same_question(known["design"], plain)
         if not (extend and only_adds):
             raise BadOption(
-                f"{folder} holds another comparison ({known['sha256'][:12]}, this one is {design.sha256[:12]}): "
-                f"they differ in {', '.join(differing)}.",
+                f"{folder} holds another comparison ({known['sha256'][:12]}, "
+                f"this one is {design.sha256[:12]}): they differ in {', '.join(differing)}.",
                 next_step="extend=True (--extend) adds the new arms or seeds and runs nothing twice"
                 if only_adds
                 else "give another output folder, or the design that the folder was begun with",
@@ -184,7 +184,7 @@ def _tuning(runs: Runs, arm: Arm) -> Iterable[dict[str, Any]]:
                 tried.append(line)
                 yield line
         best = choose_rate(tried, design.higher_is_better)
-        further = extension({line["learning_rate"] for line in tried}, best, left)
+        further = extension([line["learning_rate"] for line in tried], best, left)
         rates = [] if further is None else [further]
         if further is not None:
             left["low" if further < best else "high"] -= 1
@@ -204,10 +204,10 @@ def choose_rate(trials: Sequence[Mapping[str, Any]], higher_is_better: bool = Tr
 
 
 def _read_test_once(runs: Runs, records: Sequence[Record], progress: Callable[[Progress], None]) -> int:
-    """Open the sealed test predictions of all runs and fill `records`; returns how often that happened so far.
+    """Open the sealed test predictions of all runs into `records`; returns how often that happened so far.
 
-    What was read before is taken from scores.jsonl: looking again at published scores is no new read. Reads are
-    more than one only where runs were added after the first.
+    The same predictions opened again, to publish the same report, are no new read: there is more than one
+    only where runs were added after the first.
     """
     sealed = sorted(
         {line["sealed_sha256"] for record in records for line in record.lines if line["status"] == "ok"}

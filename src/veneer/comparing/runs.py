@@ -1,8 +1,8 @@
 """Running the arms: what a trainer must give, and what becomes of each run.
 
-A trainer is a callable `run_arm(arm=, seed=, learning_rate=, splits=, output=) -> result`. Every call ends in one
-line of the ledger. Predictions on the test split never stand in the ledger: they go to a sealed file, whose
-digest the ledger keeps, and which only `Runs.open_test` reads, when every rate has been chosen.
+A trainer is a callable `run_arm(arm=, seed=, learning_rate=, splits=, output=) -> result`. Every call ends in
+one line of the ledger. Predictions on the test split never stand in the ledger: they go to a sealed file,
+whose digest the ledger keeps, and which only `Runs.open_test` reads, when every rate has been chosen.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Runs:
         start = time.monotonic()
         try:
             result = self.run_arm(arm=arm, seed=seed, learning_rate=rate, splits=splits, output=output)
-            line |= self._outcome(result, stage, arm, seed)
+            line.update(self._outcome(result, stage, arm, seed))
         except Exception as error:
             line |= {"status": _status(error), "reason": str(error).split("\n")[0] or type(error).__name__}
         line["seconds"] = round(time.monotonic() - start, 3)
@@ -129,7 +129,7 @@ class Runs:
         outcome: dict[str, Any] = {"status": "ok", "reason": "", "validation": value}
         outcome |= {key: plain(getattr(result, key, None)) for key in COSTS}
         if stage == "confirm":
-            sealed = {
+            sealed: dict[str, Any] = {
                 "metrics": {key: plain(number) for key, number in result.metrics.get("test", {}).items()},
                 "items": [_item_line(line, arm) for line in result.predictions["test"]],
             }
@@ -159,14 +159,14 @@ class Runs:
             text = ""
         if hashlib.sha256(text.encode()).hexdigest() != line["sealed_sha256"]:
             raise BadData(
-                f"the test predictions of '{arm}', seed {line['seed']}, are not those that the ledger recorded "
-                f"({path}).",
+                f"the test predictions of '{arm}', seed {line['seed']}, are not "
+                f"those that the ledger recorded ({path}).",
                 next_step="delete the line of that run from ledger.jsonl: the run is then done again",
             )
         return json.loads(text)
 
     def _keep_best(self, arm: Arm) -> None:
-        """Of the folders of an arm only the one with the highest validation score stays: full copies are large."""
+        """Of an arm only the folder with the highest validation score stays: full copies are large."""
         best = self.best_of(arm)
         if best is None:
             return
@@ -208,7 +208,7 @@ class Runs:
 
 
 def _status(error: Exception) -> str:
-    """diverged: a result. not_applicable: the arm cannot exist here. failed: tried again at the next start."""
+    """diverged is a result; not_applicable: no such arm here; failed: tried again at the next start."""
     text = str(error).lower()
     if getattr(error, "diverged", False) or isinstance(error, FloatingPointError):
         return "diverged"
@@ -233,12 +233,7 @@ def _item_line(line: Mapping[str, Any], arm: Arm) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Numbers of numpy and torch as Python's; what is not finite as None; the rest as it is."""
-    if (
-        hasattr(value, "item")
-        and getattr(value, "size", 1) in (1,)
-        or hasattr(value, "item")
-        and callable(getattr(value, "numel", None))
-    ):
+    if hasattr(value, "item") and not isinstance(value, float | int):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -1,21 +1,25 @@
 """Intervals, differences and corrections for scores that are crossed: the same test items for every seed.
 
-A score is x[s, i] = mean + seed_s + item_i + rest_si. Both seeds and items are samples, so the variance of the
-grand mean has two sources, and resampling items within each seed (as if every seed had a test set of its own)
-covers far too seldom. Here the variance is estimated by its analysis-of-variance components
+A score is x[s, i] = mean + seed_s + item_i + rest_si. Both seeds and items are samples, so the variance of
+the grand mean has two sources, and resampling items within each seed (as if every seed had a test set of its
+own) covers far too seldom. The variance is estimated by its analysis-of-variance components
 
     V = A + B - C      A = var(seed means) / S      B = var(item means) / n      C = residual / (S n)
 
-(C is in both A and B, hence subtracted once; A <= C counts as no variance of seeds), and the interval is t with
-Satterthwaite's degrees of freedom: near S - 1 where seeds dominate, near n - 1 where items do. It is the
-reader-and-case analysis of diagnostic imaging (Obuchowski and Rockette, 1995; Hillis, 2007).
-`simulation.self_test` measures its coverage.
+(C is in both A and B, hence subtracted once), and each component has the quantile of its own degrees of
+freedom, as in Graybill and Wang (1980) for sums of variance components; what is subtracted has both:
+
+    half width^2 = t(n-1)^2 B + max(0, t(S-1)^2 A - t(S-1) t(n-1) C)
+
+With few seeds a common t with estimated degrees of freedom (Satterthwaite) is right at 0.95 and wrong in the
+tails that corrections for many contrasts need: where A came out small by chance, its degrees of freedom come
+out large. `simulation.self_test` measures the coverage and the error over families of contrasts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,55 +38,87 @@ class Interval:
     low: float
     high: float
     standard_error: float
-    degrees: float
     items_only: bool = False
 
 
 @dataclass(frozen=True)
 class Difference(Interval):
-    """`first - second`, its two-sided p on the interval, and the sign-flip p over seeds for comparison."""
+    """`first - second`, its two-sided p on the interval, and the sign-flip p over seeds for comparison.
+
+    p_greater is one-sided: how likely so large a value is if first is no better than second.
+    """
 
     p_value: float = 1.0
-    p_greater: float = 0.5  # one-sided: how likely is so large a value if first is not above second
+    p_greater: float = 0.5
     sign_flip_p: float | None = None
+    spread: Spread | None = None
+
+    def reversed(self) -> Difference:
+        """`second - first`."""
+        return replace(
+            self,
+            estimate=-self.estimate,
+            low=-self.high,
+            high=-self.low,
+            p_greater=1 - self.p_greater,
+        )
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Estimate, variance of the estimate, Satterthwaite's degrees of freedom: arrays of the leading shape."""
+    """The estimate and the three components of its variance: arrays of one shape, or numbers."""
 
     estimate: Any
-    variance: Any
-    degrees: Any
+    from_seeds: Any
+    from_items: Any
+    shared: Any
+    seed_df: Any
+    item_df: Any
+
+    @property
+    def standard_error(self) -> Any:
+        return np.sqrt(self.from_items + np.maximum(self.from_seeds - self.shared, 0.0))
+
+    def half_width(self, tail: Any) -> Any:
+        """Half the width of the interval that leaves `tail` on each side."""
+        seeds, items = _upper_t(self.seed_df, tail), _upper_t(self.item_df, tail)
+        added = np.maximum(seeds**2 * self.from_seeds - seeds * items * self.shared, 0.0)
+        return np.sqrt(items**2 * self.from_items + added)
+
+    def p_greater(self) -> Any:
+        """One-sided p of "the mean is not above zero": the tail at which the interval just touches zero."""
+        size = np.abs(np.asarray(self.estimate, dtype=np.float64))
+        low, high = np.full_like(size, -16.0), np.full_like(size, np.log10(0.5))  # of the tail's logarithm
+        for _ in range(40):
+            middle = (low + high) / 2
+            outside = self.half_width(10.0**middle) < size
+            low, high = np.where(outside, low, middle), np.where(outside, middle, high)
+        tail = np.where(size > 0, 10.0**high, 0.5)
+        return np.where(np.asarray(self.estimate) >= 0, tail, 1 - tail)
+
+
+def _upper_t(degrees: Any, tail: Any) -> Any:
+    from scipy import special
+
+    return -special.stdtrit(degrees, tail)  # by the lower tail, which keeps its digits when it is tiny
 
 
 def spread(scores: Array) -> Spread:
-    """Variance of the grand mean of `scores`: (..., seed, item), seeds and items crossed and both random."""
+    """Spread of the grand mean of `scores`: (..., seed, item), seeds and items crossed and both random."""
     seeds, items = scores.shape[-2:]
     mean = scores.mean((-2, -1))
     item_means = scores.mean(-2)
     from_items = item_means.var(-1, ddof=1) / items
     if seeds == 1:
-        return Spread(mean, from_items, np.full_like(mean, items - 1.0))
+        nothing = np.zeros_like(mean)
+        return Spread(mean, nothing, from_items, nothing, 1.0, items - 1.0)
     seed_means = scores.mean(-1)
     from_seeds = seed_means.var(-1, ddof=1) / seeds
     rest = scores - seed_means[..., :, None] - item_means[..., None, :] + mean[..., None, None]
     shared = (rest**2).sum((-2, -1)) / ((seeds - 1) * (items - 1)) / (seeds * items)
-    return _combine(mean, from_seeds, from_items, shared, seeds - 1.0, items - 1.0)
-
-
-def _combine(
-    mean: Any, from_seeds: Any, from_items: Any, shared: Any, seed_df: Any, item_df: float
-) -> Spread:
-    # Where the seeds differ by no more than the residual explains, their component is set to zero: V = B.
-    # Simulated: a degrees-of-freedom term for a component that is not there covers 0.98 where it should 0.95,
-    # and the term without its share of the residual (A - C, as in Hillis) 0.92 where seeds dominate.
-    seeds_differ = from_seeds > shared
-    variance = from_items + np.where(seeds_differ, from_seeds - shared, 0.0)
-    noise = np.where(seeds_differ, from_seeds**2 / seed_df, 0.0) + from_items**2 / item_df
-    with np.errstate(divide="ignore", invalid="ignore"):
-        degrees = np.where(noise > 0, variance**2 / noise, item_df)
-    return Spread(mean, variance, np.clip(degrees, 1.0, None))
+    # Equal scores leave rounding noise of 1e-34 behind, which must not look like a spread.
+    from_seeds, from_items, shared = (np.where(x < 1e-24, 0.0, x) for x in (from_seeds, from_items, shared))
+    return Spread(mean, from_seeds, from_items, shared, seeds - 1.0, items - 1.0)
 
 
 def spread_of_difference(first: Array, second: Array, same_seeds: bool = True) -> Spread:
@@ -93,25 +129,18 @@ def spread_of_difference(first: Array, second: Array, same_seeds: bool = True) -
     """
     if same_seeds:
         return spread(first - second)
-    items = first.shape[-1]
-    item_means = first.mean(0) - second.mean(0)
-    from_items = item_means.var(ddof=1) / items
-    parts = [_seed_parts(scores) for scores in (first, second)]
-    from_seeds = sum(part[0] for part in parts)
-    shared = sum(part[1] for part in parts)
-    noise = sum(part[0] ** 2 / part[2] for part in parts if part[2] > 0)
-    seed_df = from_seeds**2 / noise if noise > 0 else 1.0
-    return _combine(np.asarray(item_means.mean()), from_seeds, from_items, shared, seed_df, items - 1.0)
-
-
-def _seed_parts(scores: Array) -> tuple[float, float, float]:
-    seeds, items = scores.shape
-    if seeds == 1:
-        return 0.0, 0.0, 0.0
-    seed_means, item_means, mean = scores.mean(-1), scores.mean(-2), scores.mean()
-    rest = scores - seed_means[:, None] - item_means[None, :] + mean
-    shared = float((rest**2).sum()) / ((seeds - 1) * (items - 1)) / (seeds * items)
-    return float(seed_means.var(ddof=1)) / seeds, shared, seeds - 1.0
+    one, two = spread(first), spread(second)
+    gap = spread((first.mean(0) - second.mean(0))[None])
+    parts = [part.from_seeds for part in (one, two)]
+    noise = sum(part.from_seeds**2 / part.seed_df for part in (one, two))
+    return Spread(
+        gap.estimate,
+        sum(parts),
+        gap.from_items,
+        one.shared + two.shared,
+        sum(parts) ** 2 / noise if noise > 0 else 1.0,
+        gap.item_df,
+    )
 
 
 def crossed_interval(scores: Array, confidence: float = CONFIDENCE) -> Interval:
@@ -121,32 +150,27 @@ def crossed_interval(scores: Array, confidence: float = CONFIDENCE) -> Interval:
     (1 - alpha^(1/n), the "rule of three") stands in for it.
     """
     found = spread(scores)
-    estimate, error, degrees = float(found.estimate), float(found.variance) ** 0.5, float(found.degrees)
-    half = _t_quantile(1 - (1 - confidence) / 2, degrees) * error
+    estimate, error = float(found.estimate), float(found.standard_error)
+    half = float(found.half_width((1 - confidence) / 2))
     low, high = estimate - half, estimate + half
     if is_binary(scores):
         low, high = max(0.0, low), min(1.0, high)
         if error == 0.0:
             slack = 1 - (1 - confidence) ** (1 / scores.shape[1])
             low, high = (low - slack, high) if estimate > 0.5 else (low, high + slack)
-    return Interval(estimate, low, high, error, degrees, items_only=scores.shape[0] == 1)
+    return Interval(estimate, low, high, error, items_only=scores.shape[0] == 1)
 
 
 def difference(
     first: Array, second: Array, same_seeds: bool = True, confidence: float = CONFIDENCE
 ) -> Difference:
     """`mean(first) - mean(second)` over crossed seeds and the same items, each (seed, item)."""
-    from scipy import stats
-
     found = spread_of_difference(first, second, same_seeds)
-    estimate, error, degrees = float(found.estimate), float(found.variance) ** 0.5, float(found.degrees)
-    if error == 0.0:
-        p_greater = 0.5 if estimate == 0 else float(estimate < 0)
-    else:
-        p_greater = float(stats.t.sf(estimate / error, degrees))
-    half = _t_quantile(1 - (1 - confidence) / 2, degrees) * error
+    estimate, error = float(found.estimate), float(found.standard_error)
+    half = float(found.half_width((1 - confidence) / 2))
     if error == 0.0 and is_binary(first) and is_binary(second):
         half = 1 - (1 - confidence) ** (1 / first.shape[1])
+    p_greater = float(found.p_greater())
     one_seed = min(first.shape[0], second.shape[0]) == 1
     flips = None if one_seed or not same_seeds else sign_flip(first.mean(1) - second.mean(1))
     return Difference(
@@ -154,11 +178,11 @@ def difference(
         estimate - half,
         estimate + half,
         error,
-        degrees,
         items_only=one_seed,
         p_value=min(1.0, 2 * min(p_greater, 1 - p_greater)),
         p_greater=p_greater,
         sign_flip_p=flips,
+        spread=found,
     )
 
 
@@ -166,10 +190,31 @@ def is_binary(scores: Array) -> bool:
     return bool(np.isin(scores, (0.0, 1.0)).all())
 
 
-def _t_quantile(probability: float, degrees: float) -> float:
-    from scipy import stats
+def smallest_for(found: Spread, contrasts: int = 1, power: float = 0.8, level: float = 0.05) -> float:
+    """The smallest difference found with probability `power` at `level`, corrected for `contrasts`.
 
-    return float(stats.t.ppf(probability, degrees))
+    `found` holds the variance components that are expected; how they scatter around that when they are
+    estimated from few seeds is drawn (4000 times, always the same draws).
+    """
+    from scipy import optimize, stats
+
+    error = float(found.standard_error)
+    if error <= 0:
+        return 0.0
+    rng = np.random.default_rng(0)
+    drawn = replace(
+        found,
+        from_seeds=found.from_seeds * rng.chisquare(found.seed_df, 4000) / found.seed_df,
+        from_items=found.from_items * rng.chisquare(found.item_df, 4000) / found.item_df,
+    )
+    half = drawn.half_width(level / (2 * max(1, contrasts)))
+    return float(
+        optimize.brentq(
+            lambda shift: stats.norm.cdf((shift - half) / error).mean() - power,
+            0.0,
+            5 * half.max() + 10 * error,
+        )
+    )
 
 
 def adjust(p_values: Sequence[float], how: str = "holm") -> list[float]:

@@ -57,14 +57,20 @@ def conclusion(
     trained = costs.get(chosen.arm, {}).get("trainable_parameters")
     price = "" if trained is None else f" with {count(trained)} trained parameters"
     tied = [arm.arm for arm in analysis.arms if arm.tied_with_best]
+    best = analysis.arm(analysis.best)
     if len(tied) == 1:
         first = f"{chosen.arm} is better than all others: {result}{price}."
+    elif chosen.arm == best.arm:
+        first = (
+            f"{chosen.arm} has the highest mean and is the cheapest of the {len(tied)} arms that this test "
+        )
+        first += f"cannot tell apart: {result}{price}."
     else:
-        best = analysis.arm(analysis.best)
-        verb = "is the cheapest of" if chosen.arm != best.arm else "is the best of, and the cheapest of,"
-        first = f"{chosen.arm} {verb} {len(tied)} arms that this test cannot tell apart from the best: {result}{price}."
-        if chosen.arm != best.arm:
-            first += f" The highest mean was {best.arm}'s, {scale.value(scale.sign * best.interval.estimate)}{percent}."
+        first = f"{chosen.arm} is the cheapest of {len(tied)} arms that this test cannot tell from the best: "
+        first += f"{result}{price}. "
+        first += (
+            f"{best.arm} has the highest mean, {scale.value(scale.sign * best.interval.estimate)}{percent}."
+        )
     over = f"{analysis.items} test items and {analysis.seeds} seed{'s' if analysis.seeds != 1 else ''}"
     second = (
         f"With {over}, differences below about {scale.size(analysis.smallest_found)} would usually be missed."
@@ -107,8 +113,7 @@ def p_text(p: float) -> str:
 
 def table_text(summary: Mapping[str, Any]) -> str:
     """The arms, best first, in columns that line up."""
-    is_share = all(0 <= arm["low"] and arm["high"] <= 1 for arm in summary["arms"])
-    scale = Scale(summary["metric"], 1.0 if summary["higher_is_better"] else -1.0, is_share)
+    scale = Scale(summary["metric"], 1.0 if summary["higher_is_better"] else -1.0, summary["in_percent"])
     head = (
         "arm",
         scale.unit,
