@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from veneer.anatomy._by_name import read_names
+from veneer.anatomy._by_trace import read_trace
 from veneer.anatomy._findings import Findings
+from veneer.anatomy._probe import run_probe
 from veneer.anatomy._select import Selector, select
 from veneer.anatomy._sites import (
     Places,
@@ -171,4 +173,7 @@ def read(model: nn.Module, *, probe: Mapping[str, Any] | torch.Tensor | None = N
             f"{type(model).__name__} is no torch.nn.Module.", next_step="veneer.anatomy(model) with a module"
         )
     known = known_weights(model)
-    return Anatomy(model, read_names(model, known))
+    tape, notes = run_probe(model, probe)
+    found = read_names(model, known) if tape is None else read_trace(model, tape, known)
+    found.notes = notes + found.notes
+    return Anatomy(model, found)

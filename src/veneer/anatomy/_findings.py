@@ -74,6 +74,7 @@ class Findings:
     rehomed: dict[Key, Key] = field(
         default_factory=dict
     )  # weights used outside of their own module's forward
+    loose_embedding: str = ""  # the token embedding of a model without blocks
     head: str = ""
     pooler: str = ""
     encoder_decoder: bool = False

@@ -91,6 +91,7 @@ def _weight_sites(known: dict[tuple[str, str], Weight], found: Findings, places:
         parts.setdefault(part.key, []).append(part)
     cores = {(core.module, core.cross): core for core in found.cores}
     tokens = {s.token_embedding for s in found.stacks if s.token_embedding}
+    loose = found.loose_embedding
     numbers = _Numbers()
     for key, weight in known.items():
         for part in parts.get(key, []):
@@ -114,6 +115,8 @@ def _weight_sites(known: dict[tuple[str, str], Weight], found: Findings, places:
         role, name = "", ""
         if weight.kind == "norm":
             role, name = "norm", numbers.name(prefix, "norm") if prefix else ""
+        elif loose and weight.module == loose:
+            role, name = "token_embedding", "token_embedding"
         elif weight.module in tokens:
             stack = next(s for s in found.stacks if s.token_embedding == weight.module)
             shared = sum(s.token_embedding == weight.module for s in found.stacks) > 1
@@ -263,6 +266,12 @@ def _end_sites(model: nn.Module, known: dict, found: Findings, places: Places) -
         fields = {"stack": stack.name, "causal": stack.causal} if stack else {}
         sites.append(_plain_site(name, role, module, kind, width, places, **fields))
 
+    add(
+        "embedding",
+        "embedding",
+        found.loose_embedding,
+        by_module[found.loose_embedding].n_out if found.loose_embedding else 0,
+    )
     for stack in found.stacks:
         first, last = (_block_width(stack.blocks[i], known, found) or stack.width for i in (0, -1))
         add(join(stack.name, "embedding"), "embedding", stack.embedding, stack.width or first, stack)
@@ -323,14 +332,15 @@ def build_facts(model: nn.Module, known: dict, found: Findings) -> BaseFacts:
     for stack in found.stacks:
         backbones += [b for b in stack.backbones if b not in backbones]
     main = found.stacks[-1] if found.stacks else None
-    token = next((s.token_embedding for s in found.stacks if s.token_embedding), "")
+    token = next((s.token_embedding for s in found.stacks if s.token_embedding), found.loose_embedding)
+    loose = (("", found.loose_embedding),) if found.loose_embedding else ()
     vocabulary = next((w.n_in for w in known.values() if w.module == token and w.kind == "embedding"), 0)
     width = (main.width or _block_width(main.blocks[-1], known, found)) if main else 0
     return BaseFacts(
         blocks=tuple((s.name, tuple(s.blocks)) for s in found.stacks),
         backbones=tuple(backbones),
-        embeddings=tuple((s.name, s.embedding) for s in found.stacks if s.embedding),
-        token_embeddings=tuple((s.name, s.token_embedding) for s in found.stacks if s.token_embedding),
+        embeddings=tuple((s.name, s.embedding) for s in found.stacks if s.embedding) or loose,
+        token_embeddings=tuple((s.name, s.token_embedding) for s in found.stacks if s.token_embedding) or loose,
         finals=tuple((s.name, s.final) for s in found.stacks if s.final),
         head=found.head, pooler=found.pooler, tied=tuple(pairs), encoder_decoder=found.encoder_decoder,
         causal=found.causal, positions=found.positions, class_token=found.class_token, norm_place=found.norm_place,

@@ -1,0 +1,224 @@
+"""Sub-layers of a block: the branches that are added to its stream, where each begins, ends and is normalised."""
+
+from __future__ import annotations
+
+from veneer.anatomy._findings import Findings, SubLayer
+from veneer.anatomy._graph import ADDS, MULTIPLIES, RESHAPES, SAME, Graph
+from veneer.anatomy._structure import inside
+from veneer.anatomy._trace import Call, Node
+
+_PASSED = SAME | RESHAPES
+
+
+def find_sublayers(
+    graph: Graph,
+    found: Findings,
+    block: str,
+    taken: dict[int, str],
+    attentions: dict[int, str],
+    cores: dict[int, str],
+) -> None:
+    """Adds the sub-layers of one block to `found`, in the order of the forward."""
+    call = graph.calls[block][0]
+    reader = _Branches(graph, found, block, call, taken, attentions, cores)
+    for node in graph.nodes[call.start : call.stop]:
+        if node.name in ADDS and len(node.inputs) >= 2:
+            reader.read(node)
+    reader.finish()
+
+
+class _Branches:
+    def __init__(
+        self,
+        graph: Graph,
+        found: Findings,
+        block: str,
+        call: Call,
+        taken: dict,
+        attentions: dict,
+        cores: dict,
+    ) -> None:
+        self.graph, self.found, self.block, self.call = graph, found, block, call
+        self.taken, self.attentions, self.cores = taken, attentions, cores
+        self.done: set[str] = set()
+        self.order = 0
+        self.entries: list[tuple[str, int, int]] = []  # (role, input, first node of the branch)
+
+    def read(self, node: Node) -> None:
+        """One addition: if one side was made from the other, that other is the stream and it is the branch."""
+        a, b = (self.graph.same(v) for v in node.inputs[:2])
+        if not (self.graph.is_data(a) and self.graph.is_data(b)):
+            return
+        if self._made_from(b, a):
+            stream, branch = a, node.inputs[1]
+        elif self._made_from(a, b):
+            stream, branch = b, node.inputs[0]
+        else:
+            return
+        if not self._has_matrix(branch, stream):
+            return
+        for part in self._split(branch, stream):
+            self._branch(part, stream, node)
+
+    def _made_from(self, value: int, source: int) -> bool:
+        made = self.graph.producer(source)
+        if made is None:
+            return False
+        return value != source and bool(self.graph.before_value(value) >> made.index & 1)
+
+    def _own(self, branch: int, stream: int) -> int:
+        """Nodes that only the branch needs."""
+        return self.graph.before_value(branch) & ~self.graph.before_value(stream) & self.graph.mask(self.call)
+
+    def _has_matrix(self, branch: int, stream: int) -> bool:
+        return any(
+            n.weights or n.index in self.attentions for n in self.graph.each(self._own(branch, stream))
+        )
+
+    def _split(self, branch: int, stream: int) -> list[int]:
+        """Parallel attention and MLP are added before they meet the stream; a sum that a module gives is one branch."""
+        value = self.graph.same(branch)
+        node = self.graph.producer(value)
+        given = [
+            c for c in self.graph.made_by(value) if c.module != self.block and inside(c.module, self.block)
+        ]
+        if node is None or given or node.name not in ADDS or len(node.inputs) < 2:
+            return [branch]
+        a, b = node.inputs[:2]
+        if not (self.graph.is_data(a) and self.graph.is_data(b)) or self.graph.near_value(
+            a
+        ) == self.graph.near_value(b):
+            return [branch]
+        if not (self._has_matrix(a, stream) and self._has_matrix(b, stream)):
+            return [branch]
+        return [*self._split(a, stream), *self._split(b, stream)]
+
+    # ------------------------------------------------------------ one branch
+
+    def _branch(self, branch: int, stream: int, add: Node) -> None:
+        nodes = list(self.graph.each(self._own(branch, stream)))
+        roles = {self.taken[n.index] for n in nodes if n.index in self.taken}
+        attends = [n for n in nodes if n.index in self.attentions]
+        if attends:
+            role, core = self.attentions[attends[0].index], self.cores.get(attends[0].index, "")
+        elif any(r.startswith(("mlp.", "expert.")) for r in roles):
+            role, core = "mlp", ""
+        elif "mixer" in roles or "convolution" in roles:
+            role, core = "mixer" if "mixer" in roles else "convolution", ""
+        else:
+            return
+        module = self._module(branch, stream, nodes)
+        entry = self._entry(nodes)
+        if not module or (role, module) in self.done:
+            return
+        self.done.add((role, module))  # type: ignore[arg-type]
+        source = self._source(entry, core, nodes) if entry is not None else module
+        norm, place = self._norm(entry, stream, branch, add)
+        self.found.sublayers.append(SubLayer(role, self.block, module, source, norm, core, self.order))
+        self.order += 1
+        self.entries.append((role, entry if entry is not None else -1, nodes[0].index))
+        if place and not self.found.norm_place:
+            self.found.norm_place = place
+
+    def _module(self, branch: int, stream: int, nodes: list[Node]) -> str:
+        """The outermost module below the block that gives the branch, before dropout, scaling and a last norm."""
+        graph, value = self.graph, branch
+        own = {n.index for n in nodes}
+        for _ in range(64):
+            for call in reversed(graph.made_by(value)):
+                if call.module != self.block and inside(call.module, self.block) and self._computes(call):
+                    return call.module
+            node = graph.producer(value)
+            if node is None or node.index not in own:
+                break
+            if node.weights or node.index in self.attentions:
+                return (
+                    node.module
+                    if node.module != self.block
+                    else graph.weight_key(node)[0]
+                    if node.weights
+                    else ""
+                )
+            # Step to the part that carries the branch: the operand with the branch's own matrices.
+            nexts = [
+                i
+                for i in node.inputs
+                if graph.before_value(i) & self._own(branch, stream) and graph.is_data(i)
+            ]
+            if not nexts:
+                break
+            if node.name in MULTIPLIES and len(nexts) > 1:
+                nexts = sorted(nexts, key=lambda i: -graph.before_value(i).bit_count())
+            value = nexts[0]
+        return ""
+
+    def _computes(self, call: Call) -> bool:
+        """Dropout and norms give a branch as well, but they do not make it."""
+        return any(self.graph.nodes[i].weights or i in self.attentions for i in self.graph.region(call))
+
+    def _entry(self, nodes: list[Node]) -> int | None:
+        """What the first matrices of the branch read."""
+        own = 0
+        for n in nodes:
+            if n.weights or n.index in self.attentions:
+                own |= 1 << n.index
+        for node in nodes:
+            if not (node.weights or node.index in self.attentions) or node.name == "embedding":
+                continue
+            if (self.graph.before[node.index] & own) == 1 << node.index:
+                value = self.graph.data_input(node) if node.weights else node.inputs[0]
+                if node.name == "multi_head_attention_forward":
+                    value = node.inputs[0]
+                if value is not None and self.graph.is_data(value):
+                    return self.graph.same(value, _PASSED | {"transpose", "contiguous", "permute"})
+        return None
+
+    def _source(self, entry: int, core: str, nodes: list[Node]) -> str:
+        """The module whose first input is `entry`: the attention's core, else the outermost below the block."""
+        first = nodes[0].index
+        fits: list[Call] = []
+        for call in self.graph.tape.calls:
+            inner = call.module != self.block and inside(call.module, self.block)
+            if (
+                not inner
+                or not (self.call.start <= call.start and call.stop <= self.call.stop)
+                or not call.inputs
+            ):
+                continue
+            values = [self.graph.same(v, _PASSED) for v in call.inputs[:1]]
+            if entry in values and call.stop > first and self._computes(call):
+                fits.append(call)
+        if any(c.module == core for c in fits):
+            return core
+        return min(fits, key=lambda c: (c.start, c.depth)).module if fits else ""
+
+    def _norm(self, entry: int | None, stream: int, branch: int, add: Node) -> tuple[str, str]:
+        """(the norm, where it is): before the branch, else after the addition, else at the end of the branch."""
+        norms = set(self.found.norms)
+        if entry is not None and entry != self.graph.same(stream):
+            for call in self.graph.made_by(entry):
+                if call.module in norms:
+                    return call.module, "pre"
+        after = {self.graph.same(v) for v in add.outputs}
+        for call in self.graph.tape.calls:
+            if (
+                call.module in norms
+                and call.inputs
+                and call.start >= add.index
+                and self.graph.same(call.inputs[0]) in after
+            ):
+                if inside(call.module, self.block):
+                    return call.module, "post"
+        for call in self.graph.made_by(self.graph.same(branch)):
+            if call.module in norms:
+                return call.module, "post"
+        return "", ""
+
+    def finish(self) -> None:
+        """Parallel: the MLP's input does not depend on the attention of the same block."""
+        attends = [(start, entry) for role, entry, start in self.entries if role == "attention"]
+        mlps = [entry for role, entry, _ in self.entries if role == "mlp" and entry >= 0]
+        if attends and mlps:
+            ends = [i for i in self.attentions if self.call.start <= i < self.call.stop]
+            if not any(self.graph.before_value(entry) >> i & 1 for entry in mlps for i in ends):
+                self.found.norm_place = "parallel"
