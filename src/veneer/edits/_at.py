@@ -102,7 +102,7 @@ _TERM = re.compile(r"prompt\[(?:(:)(\d+)|(-\d+)(:))\]")
 
 
 def parse_positions(expression: str) -> tuple[int, int, str]:
-    """"prompt[:4] + prompt[-4:]" -> (4, 4, ""); "all" -> (0, 0, "all"); "prompt" -> (0, 0, "prompt")."""
+    """ "prompt[:4] + prompt[-4:]" -> (4, 4, ""); "all" -> (0, 0, "all"); "prompt" -> (0, 0, "prompt")."""
     text = expression.replace(" ", "")
     if text in ("all", "prompt"):
         return 0, 0, text

@@ -27,7 +27,9 @@ def bottleneck(h: Tensor, D: Tensor, D_bias: Tensor, U: Tensor, U_bias: Tensor, 
     return ACTIVATIONS[act](h @ D.mT + D_bias) @ U.mT + U_bias
 
 
-def layer_norm(x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     """Layer norm over the last axis, with gains that may have a row axis."""
     y = F.layer_norm(x, x.shape[-1:], eps=eps)
     y = y if gain is None else y * gain

@@ -266,7 +266,7 @@ def resolve(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
     names: dict[str, str] = {}
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         names[f.name] = f.name
-        names.update({a: f.name for a in f.metadata.get("alias", ())})
+        names.update(dict.fromkeys(f.metadata.get("alias", ()), f.name))
     names.setdefault("target_modules", "sites")
     found: dict[str, Any] = {}
     for name, value in options.items():
@@ -278,7 +278,9 @@ def resolve(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
             )
         field = names[name]
         if field in found:
-            raise BadOption(f"{cls.facts.key}: '{name}' and another name for '{field}' are both given; give one.")
+            raise BadOption(
+                f"{cls.facts.key}: '{name}' and another name for '{field}' are both given; give one."
+            )
         found[field] = value
     return found
 

@@ -24,11 +24,15 @@ class Spec:
     shape: tuple[int, ...]
     start: Start
     trained: bool = True
-    scope: str = "site"  # site: one a site; block: shared by the sites of a block; adapter: one for the whole adapter
+    scope: str = (
+        "site"  # site: one a site; block: shared by the sites of a block; adapter: one for the whole adapter
+    )
     decay: bool = True  # False: weight decay would pull a neutral value (1, a gate, a bias) away
     rate: float = 1.0  # multiplies the learning rate
     group: str = ""  # tensors of another group live in another leaf: lora_plus asks for B apart
-    keep: Callable[[Tensor], Tensor] | None = None  # projection onto the constraint, after each step and at saving
+    keep: Callable[[Tensor], Tensor] | None = (
+        None  # projection onto the constraint, after each step and at saving
+    )
     noise: bool = False  # not stored: drawn for each call in training, from the adapter's own generator
     saved: bool | None = None  # None: trained tensors, and frozen ones that no seed makes again
     null_gradient: str = ""  # why this tensor's gradient is zero by mathematics

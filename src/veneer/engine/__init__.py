@@ -1,0 +1,22 @@
+"""The engine: attach, banks, rows, merge, save and load. The only room that touches modules; it names no method."""
+
+from ._adapter import Adapter
+from ._api import activate, active, adapters, bare, rows
+from ._attach import attach, detach, host_of, plan, read, relayout
+from ._host import Host, fingerprint
+from ._merge import MergeReport, merge, unmerge, why_not
+from ._plan import Plan
+from ._store import FORMATS, export, folder_of, load, read_record, read_tensors, register_format, save
+from ._training import (
+    Run,
+    between_steps,
+    check_gradients,
+    parameters,
+    penalty,
+    prepare_training,
+    restore,
+    state,
+    trainable,
+)
+
+__all__ = [name for name in dir() if not name.startswith("_")]

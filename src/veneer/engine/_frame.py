@@ -1,0 +1,90 @@
+"""The frame: what is known of one forward pass. It belongs to the call and travels in a thread-local.
+
+Two levels. A *session* is opened by `rows(...)` or by `generate` and lives over many calls: the names by row, where
+the prompt was, what was inserted, what `condition` returned. A *call* is made by a door, then frozen: the program
+(which edits run at which module) and the facts of the rows. Checkpointed blocks carry the call's frame as a keyword,
+so that recomputation, on whatever thread, sees the same.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Names = tuple[str, ...]  # the adapters on top of one another, lowest first
+
+
+@dataclass
+class Session:
+    """What lives longer than one forward. `rows` is None where the active adapters serve the whole batch."""
+
+    host: Any
+    rows: list[Names] | None = None
+    by_stack: dict[str, list[Names]] | None = None  # two towers: names by row of each
+    names: Names | None = None  # for the whole batch, in place of the host's active ones
+    generating: bool = False
+    prompt: Tensor | None = None  # (rows, tokens when generation began) bool
+    inserted: Any = None  # the Insertion of `tokens` edits made when generation began
+    conditions: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
+    history: dict[Any, Tensor] = field(default_factory=dict)
+    programs: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Frame:
+    """One call, frozen before the first block runs; `captured` and `taps` are written by blocks and read later."""
+
+    host: Any
+    program: dict[str, Any]
+    session: Session | None = None
+    at: dict[str, Any] = field(default_factory=dict)  # stack -> At
+    captured: dict[Any, Tensor] = field(default_factory=dict)
+    taps: dict[str, dict[int, Tensor]] | None = None  # stack -> block -> (rows, tokens, width)
+    key_mask: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # stack -> (rows, keys): inserted padding, where a base has no mask
+    inserted: Any = None
+
+
+class _Local(threading.local):
+    frame: Frame | None = None
+    session: Session | None = None
+
+
+local = _Local()
+
+
+def current(host: Any) -> Frame | None:
+    """The frame of this call, if it belongs to `host`; another model's frame counts as none."""
+    frame = local.frame
+    return frame if frame is not None and frame.host is host else None
+
+
+def session_of(host: Any) -> Session | None:
+    session = local.session
+    return session if session is not None and session.host is host else None
+
+
+@contextmanager
+def entered(frame: Frame | None) -> Iterator[None]:
+    before = local.frame
+    local.frame = frame
+    try:
+        yield
+    finally:
+        local.frame = before
+
+
+@contextmanager
+def opened(session: Session | None) -> Iterator[None]:
+    before = local.session
+    local.session = session
+    try:
+        yield
+    finally:
+        local.session = before

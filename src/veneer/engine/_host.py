@@ -1,0 +1,360 @@
+"""The host: what a model that carries adapters knows about them. It is the model's child `veneer`.
+
+The base's own `state_dict` keys stay; all adapters sit under this one child.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.parse
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.anatomy import Anatomy, Site
+from veneer.errors import BadOption, UnknownAdapter, Unsupported, nearest
+
+from . import _attention
+from ._adapter import Adapter
+from ._frame import Frame, Names, Session
+from ._plan import Plan
+from ._program import Op, Program, build
+from ._swap import restore, swap
+from ._weights import cut, stored
+
+PROGRAMS_KEPT = 16
+
+
+class Host(nn.Module):
+    """Adapters of one model: which there are, which are active, what is merged, what is shared."""
+
+    def __init__(self, root: nn.Module, found: Anatomy) -> None:
+        super().__init__()
+        self.__dict__["root"] = root  # not a child: the root is the parent
+        self.anatomy = found
+        self.names: dict[str, str] = {}  # adapter name -> name of the child module
+        self.active: Names = ()
+        self.merged: list[str] = []
+        self.kept: dict[
+            tuple[str, str], Tensor
+        ] = {}  # (module, parameter) -> the bare weight, while something is merged
+        self.kept_codes: dict[
+            str, dict[str, Tensor]
+        ] = {}  # the same for quantised modules: their own buffers
+        self.shared: dict[Any, Tensor] = {}  # frozen tensors that adapters share
+        self.plans: dict[str, Plan] = {}
+        self.flags: dict[str, bool] = {n: p.requires_grad for n, p in root.named_parameters()}
+        self.swapped: dict[str, nn.Module] = {}
+        self._modules_by_name: dict[str, nn.Module] | None = None
+        self._programs: OrderedDict[Any, Program] = OrderedDict()
+        for p in root.parameters():
+            p.requires_grad_(False)
+
+    # -- adapters -----------------------------------------------------------------------------------------------
+
+    def adapter(self, name: str) -> Adapter:
+        child = self.names.get(name)
+        if child is None:
+            raise UnknownAdapter(
+                f"no adapter is called '{name}' on this {type(self.root).__name__}.",
+                nearest=nearest(name, self.names) or tuple(self.names),
+                next_step="veneer.adapters(model)    lists those that are on it",
+            )
+        return self._modules[child]  # type: ignore[return-value]
+
+    def add(self, adapter: Adapter) -> None:
+        if adapter.name in self.names:
+            raise BadOption(
+                f"an adapter is already called '{adapter.name}'.",
+                next_step="choose another name, or veneer.detach(model, name) first",
+            )
+        child = child_name(adapter.name)
+        self.add_module(child, adapter)
+        self.names[adapter.name] = child
+        self.reach(adapter.plan)
+
+    def drop(self, name: str) -> None:
+        self.adapter(name)
+        del self._modules[self.names.pop(name)]
+        self.active = tuple(n for n in self.active if n != name)
+        self._programs.clear()
+        used = {store for a in self.adapters().values() for store in a.frozen_shared.values()}
+        self.shared = {k: v for k, v in self.shared.items() if k in used}
+
+    def adapters(self) -> dict[str, Adapter]:
+        return {n: self._modules[c] for n, c in self.names.items()}  # type: ignore[misc]
+
+    def set_active(self, names: Names) -> None:
+        """Whole batches go through these; only their tensors require gradients."""
+        for name in names:
+            self.adapter(name)
+            if name in self.merged:
+                raise Unsupported(
+                    f"adapter '{name}' is merged into the base, so it acts already.",
+                    next_step="veneer.unmerge(model) takes it out again",
+                )
+        before = self.active
+        self.active = tuple(names)
+        for name in {*before, *names}:
+            if name in self.names:
+                for leaf in self.adapter(name).leaves():
+                    leaf.requires_grad_(name in names)
+
+    # -- reading the base -----------------------------------------------------------------------------------------
+
+    def module(self, name: str) -> nn.Module:
+        if self._modules_by_name is None:
+            self._modules_by_name = dict(self.root.named_modules(remove_duplicate=False))
+        return self._modules_by_name[name]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The base's floating dtype: adapters are cast to it at the door."""
+        found = self.__dict__.get("_dtype")
+        if found is None:
+            for n, p in self.root.named_parameters():
+                if p.is_floating_point() and not n.startswith("veneer."):
+                    found = p.dtype
+                    break
+            self.__dict__["_dtype"] = found
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        for n, p in self.root.named_parameters():
+            if not n.startswith("veneer."):
+                return p.device
+        return torch.device("cpu")
+
+    def bare(self, site: Site) -> Tensor:
+        """The stored bare parameter: what was kept while adapters are merged, else the module's own."""
+        kept = self.kept.get((site.module, site.parameter))
+        return kept if kept is not None else stored(self.module(site.module), site.parameter)
+
+    def weight(self, site: Site) -> Tensor | None:
+        """The bare W of a site in the method's shape; None where the site has none."""
+        if site.port != "weight" and site.kind not in ("linear", "conv1d", "embedding", "conv"):
+            return None
+        return cut(self.bare(site), site)
+
+    def bias(self, site: Site) -> Tensor | None:
+        if not site.bias:
+            return None
+        b = stored(self.module(site.module), site.bias)
+        if b is None or not site.ranges:
+            return b
+        return torch.cat([b[i:j] for i, j in site.ranges])
+
+    def sibling(self, site: Site, role: str) -> Site:
+        """The projection of the same attention: `key` of "block.3.attention"."""
+        found = self.__dict__.get("_sites_by_name")
+        if found is None:
+            found = self.__dict__["_sites_by_name"] = {s.name: s for s in self.anatomy.sites}
+        other = found.get(f"{site.name}.{role}")
+        if other is not None:
+            return other
+        raise Unsupported(f"the attention '{site.name}' has no projection called '{role}' in this base.")
+
+    def stack_of(self, module: str) -> str:
+        found = self.__dict__.setdefault("_stacks", {})
+        if not found:
+            for stack, blocks in self.anatomy.facts.blocks:
+                found.update(dict.fromkeys(blocks, stack))
+        while module:
+            if module in found:
+                return found[module]
+            module = module.rpartition(".")[0]
+        return ""
+
+    # -- reaching modules -----------------------------------------------------------------------------------------
+
+    def reach(self, plan: Plan) -> None:
+        """Swap the classes that a plan needs, once for each plan."""
+        if plan.cache.get("reached") == id(self):
+            return
+        facts = self.anatomy.facts
+        wanted: list[tuple[str, str]] = [("", "door")]
+        wanted += [(name, "backbone") for name in facts.backbones]
+        wanted += [(block, "block") for _, blocks in facts.blocks for block in blocks]
+        for sp in plan.sites:
+            site = sp.site
+            if site.port == "attention":
+                _attention.check(self.module(site.module), site.module)
+                wanted.append((site.module, "attention"))
+            else:
+                wanted.append((site.module, "site"))
+            if site.source and site.source != site.module and site.port == "output":
+                wanted.append((site.source, "site"))
+            if site.port == "tokens" and not self.has_token_ids(site.stack):
+                wanted += [
+                    (s.module, "attention") for s in self.anatomy.select("attention", port="attention")
+                ]
+        for name, kind in wanted:
+            module = self.root if name == "" else self.module(name)
+            swap(module, name, self, kind)
+            self.swapped[name] = module
+        plan.cache["reached"] = id(self)
+
+    def has_token_ids(self, stack: str) -> bool:
+        return any(s == stack for s, _ in self.anatomy.facts.token_embeddings)
+
+    def leave(self) -> None:
+        """Give classes and `requires_grad` back: no adapter is left."""
+        for module in self.swapped.values():
+            restore(module)
+        for plan in self.plans.values():
+            plan.cache.clear()
+        for name, parameter in self.root.named_parameters():
+            if name in self.flags:
+                parameter.requires_grad_(self.flags[name])
+        del self.root._modules["veneer"]
+
+    # -- programs -------------------------------------------------------------------------------------------------
+
+    def program(self, rows: Any, training: bool) -> Program:
+        """The program for a composition. Without gradients it is kept, and found again at the next call."""
+        if torch.is_grad_enabled() or training:
+            return build(self, rows, training)
+        used = {n for names in ([rows] if _is_names(rows) else rows) for n in names}
+        versions = tuple((n, tuple(p._version for p in self.adapter(n).leaves())) for n in sorted(used))
+        key = (rows if _is_names(rows) else tuple(rows), versions, self.dtype, len(self.kept))
+        found = self._programs.get(key)
+        if found is None:
+            found = self._programs[key] = build(self, rows, training)
+            while len(self._programs) > PROGRAMS_KEPT:
+                self._programs.popitem(last=False)
+        return found
+
+    def implicit_frame(self, training: bool) -> Frame:
+        """For a module that is called by itself: the active adapters, and no facts about the rows."""
+        from veneer.edits import At
+
+        return Frame(self, self.program(self.active, training), at={"": At(training=training)})
+
+    def rows_for(self, session: Session | None, total: int, stack: str = "") -> Any:
+        """Names for this call: one stack of names for the whole batch, or one for each row."""
+        if session is None:
+            return self.active
+        rows = session.by_stack.get(stack) if session.by_stack else session.rows
+        if rows is None:
+            return self.active if session.names is None else session.names
+        if total % len(rows) or not total:
+            raise BadOption(
+                f"the batch has {total} rows, but names were given for {len(rows)}.",
+                next_step='with veneer.rows(model, ["a", None, ...]):    one name for each row',
+            )
+        each = total // len(rows)
+        spread = [names for names in rows for _ in range(each)]  # beams and samples stand next to one another
+        return spread[0] if all(n == spread[0] for n in spread) else spread
+
+    def project(self) -> None:
+        """Put constrained tensors back on their constraint, where a step has moved them."""
+        for name in self.active:
+            self.adapter(name).project()
+
+    def remember(self, frame: Frame, op: Op, key: str, x: Tensor) -> Tensor:
+        """x of all tokens so far, kept on the cache object and reordered with it."""
+        cache = frame.captured.get("cache")
+        if cache is None:
+            return x
+        history = cache.__dict__.setdefault("_veneer_history", {})
+        if "_veneer_reorder" not in cache.__dict__ and hasattr(cache, "reorder_cache"):
+            _follow_reordering(cache, history)
+        name = (op.adapter.name, op.site.name, key)
+        full = x
+        if op.rows is not None:
+            total = frame.captured["total"]
+            rows = op.rows
+            empty = x.new_zeros(total, *x.shape[1:])  # type: ignore[call-overload]
+            full = rows.put(empty, x)
+        before = history.get(name)
+        full = full if before is None else torch.cat([before, full], dim=1)
+        history[name] = full
+        return full if op.rows is None else op.rows.take(full)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        made = super()._apply(fn, recurse)
+        # Frozen shared tensors are no buffers (they are not saved), so they have to be moved by hand; a change of
+        # dtype is not for them.
+        self.shared = {
+            k: fn(v) if not v.is_floating_point() else _moved(fn, v) for k, v in self.shared.items()
+        }
+        self.kept = {k: fn(v) for k, v in self.kept.items()}
+        self.__dict__.pop("_dtype", None)
+        self._programs.clear()
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_programs"] = OrderedDict()
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Host:
+        import copy
+
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        for key, value in self.__dict__.items():
+            if key in ("_programs",):
+                made.__dict__[key] = OrderedDict()
+            elif key in ("anatomy", "plans"):
+                made.__dict__[key] = value if key == "anatomy" else dict(value)
+            else:
+                made.__dict__[key] = copy.deepcopy(value, memo)
+        return made
+
+    def extra_repr(self) -> str:
+        return f"active: {', '.join(self.active) or 'none'}"
+
+
+def _moved(fn: Any, value: Tensor) -> Tensor:
+    moved = fn(value)
+    return moved if moved.dtype == value.dtype else value.to(moved.device)
+
+
+def _is_names(rows: Any) -> bool:
+    return isinstance(rows, tuple) and all(isinstance(n, str) for n in rows)
+
+
+def _follow_reordering(cache: Any, history: dict[Any, Tensor]) -> None:
+    plain = cache.reorder_cache
+
+    def reorder_cache(beam_idx: Tensor, *args: Any, **kwargs: Any) -> Any:
+        for name, value in history.items():
+            history[name] = value.index_select(0, beam_idx.to(value.device))
+        return plain(beam_idx, *args, **kwargs)
+
+    cache.__dict__["_veneer_reorder"] = True
+    cache.reorder_cache = reorder_cache
+
+
+def child_name(name: str) -> str:
+    """A module name for any adapter name: dots cannot stand in one."""
+    if not isinstance(name, str) or not name.strip() or any(ord(c) < 32 for c in name) or len(name) > 200:
+        raise BadOption(
+            f"adapter name {name!r}: expected 1 to 200 printable characters.", next_step="choose another name"
+        )
+    return urllib.parse.quote(name, safe=" ").replace(".", "%2E")
+
+
+def fingerprint(found: Anatomy, root: nn.Module) -> dict[str, Any]:
+    """What tells one base from another: names and shapes of its parameters, and a sample of its values."""
+    shapes = hashlib.sha256()
+    values = hashlib.sha256()
+    for name, p in root.named_parameters():
+        if name.startswith("veneer."):
+            continue
+        shapes.update(f"{name}:{tuple(p.shape)};".encode())
+        flat = p.detach().reshape(-1)
+        step = max(1, flat.numel() // 8)
+        values.update(flat[::step][:8].float().cpu().numpy().tobytes())
+    return {
+        "class": type(root).__name__,
+        "shapes": shapes.hexdigest()[:32],
+        "values": values.hexdigest()[:32],
+    }
+
+
+__all__ = ["Host", "child_name", "fingerprint"]

@@ -1,0 +1,185 @@
+"""Programs: for one composition of rows, which edits run at which module.
+
+Two forms with the same functions. *Grouped* (eager): each adapter touches its own rows only, several adapters of one
+shape at once where their functions broadcast. *Banked* (under torch.compile): every resident adapter of a shape is
+stacked and read by a slot a row, slot 0 being the bare row, so that one graph serves every switch and shuffle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from veneer.edits import Tensors, call
+
+from ._adapter import Adapter, gather
+from ._frame import Names
+from ._plan import SitePlan
+from ._rows import Rows
+from ._weights import cut
+
+ONE_BY_ONE = ("experts", "recurrent", "other")  # kinds whose inputs have no row axis to broadcast over
+
+
+class Op:
+    """One edit at one site for some rows of the call. `rows` None is the whole batch."""
+
+    __slots__ = (
+        "adapter",
+        "count",
+        "live",
+        "members",
+        "method",
+        "plan",
+        "port",
+        "rowed",
+        "rows",
+        "site",
+        "t",
+    )
+
+    def __init__(
+        self, plan: SitePlan, t: Tensors, rows: Rows | None, rowed: bool, adapter: Adapter, count: int = 0
+    ) -> None:
+        self.plan, self.t, self.rows, self.rowed, self.adapter = plan, t, rows, rowed, adapter
+        self.count = count  # rowed: how many rows its tensors have
+        self.method, self.site, self.port = plan.method, plan.site, plan.site.port
+        self.members: tuple[Op, ...] = ()
+        self.live: Tensor | None = None  # banked form: (rows, 1, 1) bool
+
+
+class SiteOps:
+    """What runs at one module, by port, in the order of the stack of adapters."""
+
+    __slots__ = ("around", "attention", "capture", "exit", "input", "output", "tokens", "weight")
+
+    def __init__(self) -> None:
+        self.input: list[Op] = []
+        self.weight: list[Op] = []
+        self.output: list[Op] = []
+        self.attention: list[Op] = []
+        self.around: list[Op] = []
+        self.tokens: list[Op] = []
+        self.exit: list[Op] = []
+        self.capture = False
+
+
+Program = dict[str, SiteOps]
+
+
+def build(
+    host: Any, rows: Sequence[Names] | Names, training: bool, stacks: dict[str, Sequence[Names]] | None = None
+) -> Program:
+    """The program for a whole batch under one stack of names, or for a stack of names a row."""
+    program: Program = {}
+    if isinstance(rows, tuple) and all(isinstance(n, str) for n in rows):
+        for name in rows:
+            _add(program, host, [(host.adapter(name), None)], training)
+        return program
+    total = len(rows)
+    for level in range(max((len(names) for names in rows), default=0)):
+        by_name: dict[str, list[int]] = {}
+        for i, names in enumerate(rows):
+            if level < len(names):
+                by_name.setdefault(names[level], []).append(i)
+        banks: dict[Any, list[tuple[Adapter, Rows | None]]] = {}
+        for name, indices in by_name.items():
+            adapter = host.adapter(name)
+            chosen: Rows | None = Rows(indices, total)
+            if chosen is not None and chosen.whole:
+                chosen = None
+            banks.setdefault(id(adapter.plan) if _can_bank(adapter) else name, []).append((adapter, chosen))
+        for members in banks.values():
+            _add(program, host, members, training, total)
+    return program
+
+
+def _can_bank(adapter: Adapter) -> bool:
+    """Adapters of one plan whose functions broadcast share a bank."""
+    return adapter.method.broadcasts and not adapter.of and not adapter.frozen_own
+
+
+def _add(
+    program: Program, host: Any, members: list[tuple[Adapter, Rows | None]], training: bool, total: int = 0
+) -> None:
+    first = members[0][0]
+    tensors = [site_tensors(host, a, training) for a, _ in members]
+    together = len(members) > 1
+    slots = rows = None
+    if together:
+        indices = sorted(
+            (i, slot) for slot, (_, r) in enumerate(members) for i in (r.indices if r else range(total))
+        )
+        rows = Rows([i for i, _ in indices], total)
+        slots = torch.tensor([slot for _, slot in indices], device=host.device)
+        rows = None if rows.whole else rows
+    for i, sp in enumerate(first.plan.sites):
+        if together and _broadcasts_at(sp):
+            ops = [Op(sp, gather([t[i] for t in tensors], slots), rows, True, first, len(indices))]
+        else:
+            ops = [Op(sp, t[i], r, False, a) for (a, r), t in zip(members, tensors)]
+        for op in ops:
+            if op.adapter.of:
+                op.members = _members(host, op, training)
+            place(program, op)
+
+
+def place(program: Program, op: Op) -> None:
+    site = op.site
+    at = program.setdefault(site.module, SiteOps())
+    getattr(at, op.port).append(op)
+    if site.source and site.source != site.module and op.port == "output":
+        program.setdefault(site.source, SiteOps()).capture = True
+
+
+def _broadcasts_at(sp: SitePlan) -> bool:
+    """Whether the functions of one site serve a row axis there."""
+    if sp.site.kind in ONE_BY_ONE or sp.site.experts or sp.part < 0:
+        return False
+    m = sp.method
+    if not m.broadcasts or "at" in m.arguments.get("derive", ()) or "condition" in m.arguments:
+        return False
+    if sp.site.port == "weight":
+        if sp.site.kind in ("linear", "conv1d"):
+            return "branch" in m.arguments
+        return is_shift(sp)
+    return sp.site.port in ("input", "output", "attention") and sp.site.kind != "conv"
+
+
+def is_shift(sp: SitePlan) -> bool:
+    """A weight edit of a bias: it shifts the output, whatever the module is."""
+    site = sp.site
+    return len(site.shape) == 1 and bool(site.parameter) and site.parameter == site.bias and not site.ranges
+
+
+def _members(host: Any, op: Op, training: bool) -> tuple[Op, ...]:
+    found = []
+    for name in op.adapter.of:
+        member = host.adapter(name)
+        made = site_tensors(host, member, training=False)
+        for i, sp in enumerate(member.plan.sites):
+            if sp.site.name == op.site.name and sp.site.port == op.site.port:
+                found.append(Op(sp, made[i], None, False, member))
+    return tuple(found)
+
+
+def site_tensors(host: Any, adapter: Adapter, training: bool) -> list[Tensors]:
+    """Tensors of each site plan, what `derive` makes included where it does not depend on the rows."""
+    adapter.check_prepared()
+    made = adapter.site_tensors(host.shared, host.dtype, training)
+    if "derived" in adapter._cached and adapter._cached.get("tensors") is made:
+        return adapter._cached["derived"]
+    derived = []
+    for sp, t in zip(adapter.plan.sites, made):
+        if "derive" in sp.method.arguments and "at" not in sp.method.arguments["derive"]:
+            t = t.with_(**call(sp.method, "derive", t, {"W": host.weight(sp.site), "at": None}))
+        derived.append(t)
+    if adapter._cached.get("tensors") is made:
+        adapter._cached["derived"] = derived
+    return derived
+
+
+__all__ = ["Op", "Program", "SiteOps", "build", "cut", "is_shift", "place", "site_tensors"]

@@ -1,0 +1,377 @@
+"""What runs at an edited module: input edits, the base, weight edits, output edits, in this order.
+
+Weight edits are functions of the *bare* W and add up; outputs are edited after all weight edits. So merging one of
+two adapters leaves the other what it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.edits import Tensors, delta_of
+
+from ._facts import apply, facts, tensors_at
+from ._frame import Frame, current, local
+from ._program import Op, SiteOps, is_shift
+from ._rows import Rows
+from ._swap import HOST, NAME, kind, twin
+from ._tokens import insert
+from ._weights import cut, features, paste, stored
+
+
+def frame_of(module: nn.Module) -> Frame | None:
+    """The frame for this module; one is made where nothing above it opened a door."""
+    host = module.__dict__[HOST]
+    frame = current(host)
+    if frame is None and local.frame is None and host.active:
+        return host.implicit_frame(module.training)
+    return frame
+
+
+@kind("site")
+def _site(base: type) -> dict[str, Any]:
+    plain = base.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        frame = frame_of(self)
+        if frame is None:
+            return plain(self, *args, **kwargs)
+        ops = frame.program.get(self.__dict__[NAME])
+        if ops is None:
+            return plain(self, *args, **kwargs)
+        return run(self, functools.partial(plain, self), ops, frame, args, kwargs)
+
+    return {"forward": forward}
+
+
+def run(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args: tuple, kwargs: dict) -> Any:
+    """The module's forward under `ops`."""
+    if ops.input or ops.capture or ops.output:
+        args, kwargs, x = _first_input(args, kwargs)
+    else:
+        x = None
+    if ops.capture:
+        frame.captured[module.__dict__[NAME]] = x
+    if ops.input:
+        for op in ops.input:
+            x = edit(op, frame, x, "input", {"x": x})
+        args = (x, *args[1:])
+    if ops.around:
+        y = around(ops.around, frame, plain, args, kwargs)
+    elif ops.weight:
+        y = weighted(module, plain, ops.weight, frame, args, kwargs)
+    else:
+        y = plain(*args, **kwargs)
+    if ops.tokens and not frame.host.has_token_ids(ops.tokens[0].site.stack):
+        y = with_first(y, _insert_after(ops.tokens, frame, first(y)))
+    for op in (*ops.output, *ops.exit):
+        inner = first(y)
+        if op.port == "exit":
+            new = leave(op, frame, inner)
+        else:
+            source = op.site.source
+            seen = frame.captured.get(source, x) if source and source != op.site.module else x
+            new = edit(op, frame, inner, "output", {"x": seen, "y": inner})
+        y = with_first(y, new)
+    return y
+
+
+def _first_input(args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
+    if args:
+        return args, kwargs, args[0]
+    name = next(iter(kwargs))
+    for likely in ("hidden_states", "input", "x", "input_ids"):
+        if likely in kwargs:
+            name = likely
+    rest = {k: v for k, v in kwargs.items() if k != name}
+    return (kwargs[name],), rest, kwargs[name]
+
+
+def _insert_after(ops: list[Op], frame: Frame, y: Tensor) -> Tensor:
+    """Positions put in behind an embedding without token ids; padding between rows is closed to attention."""
+    y, where = insert(ops, frame, y, None)
+    frame.inserted = where
+    if int(where.counts.min()) != where.length:
+        real = torch.ones(y.shape[0], y.shape[1] - where.length, dtype=torch.bool, device=y.device)
+        frame.key_mask[ops[0].site.stack] = where.extend(real, fill=False, at_added=True)
+    for stack in ("", ops[0].site.stack):
+        if stack in frame.at:
+            frame.at[stack] = frame.at[stack].with_(added=where.added)
+    return y
+
+
+def first(y: Any) -> Tensor:
+    """The tensor that is edited: the first of a tuple, the last hidden state of a model output."""
+    if isinstance(y, Tensor):
+        return y
+    if isinstance(y, (tuple, list)):
+        return y[0]
+    return y["last_hidden_state"] if "last_hidden_state" in y else y[0]
+
+
+def with_first(y: Any, new: Tensor) -> Any:
+    if isinstance(y, Tensor):
+        return new
+    if isinstance(y, tuple) and not hasattr(y, "keys"):
+        if hasattr(y, "_replace"):
+            return y._replace(**{y._fields[0]: new})
+        return (new, *y[1:])
+    if isinstance(y, list):
+        return [new, *y[1:]]
+    y["last_hidden_state" if "last_hidden_state" in y else next(iter(y.keys()))] = new
+    return y
+
+
+# -- activation edits -------------------------------------------------------------------------------------------
+
+
+def edit(op: Op, frame: Frame, target: Tensor, function: str, have: dict[str, Any]) -> Tensor:
+    """target with one input or output edit applied to the op's rows."""
+    wants_at = "at" in op.method.arguments[function] or "at" in op.method.arguments.get("derive", ())
+    if not target.is_floating_point():
+        return target
+    given = {}
+    for name, value in have.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = op.rows.take(value) if op.rows is not None else value
+            value = _last_axis(value, op)
+        given[name] = value
+    if wants_at:
+        given["at"] = facts(op, frame)
+    mine = given["y" if function == "output" else "x"]
+    new = apply(op, frame, function, given)
+    new = _back(new, mine, target if op.rows is None else op.rows.take(target), op).to(target.dtype)
+    if op.live is not None:
+        return torch.where(op.live.view(-1, *[1] * (target.dim() - 1)), new, target)
+    return new if op.rows is None else op.rows.put(target, new)
+
+
+def _last_axis(value: Tensor, op: Op) -> Tensor:
+    """Channels last for convolutions; (rows, tokens, width) where tensors have a row axis."""
+    if op.site.kind == "conv" and value.dim() == 4:
+        value = value.movedim(1, -1)
+    if op.rowed:
+        value = value.reshape(_rows_of(op, value), -1, value.shape[-1])
+    return value
+
+
+def _rows_of(op: Op, value: Tensor) -> int:
+    """How many rows a rowed op sees: its tensors have one entry for each."""
+    return op.count
+
+
+def _back(new: Tensor, mine: Tensor, like: Tensor, op: Op) -> Tensor:
+    if op.site.kind == "conv" and like.dim() == 4:
+        last = like.movedim(1, -1)
+        return new.reshape(last.shape).movedim(-1, 1)
+    return new.reshape(like.shape) if op.rowed else new
+
+
+# -- weight edits -----------------------------------------------------------------------------------------------
+
+
+def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: tuple, kwargs: dict) -> Any:
+    """The base's output under weight edits: dense ones through W', factored ones added to the output."""
+    factored = [op for op in ops if _is_factored(op)]
+    dense = [op for op in ops if not _is_factored(op)]
+    whole = [op for op in dense if op.rows is None]
+    parts = [op for op in dense if op.rows is not None]
+    apart = any("y" in op.method.arguments.get("branch", ()) for op in factored)
+    bias = getattr(module, "bias", None) if apart else None
+    replaced = _replaced(module, whole, frame)
+    if bias is not None and "bias" not in replaced:
+        replaced["bias"] = None
+    else:
+        bias = None
+    y = twin(module, replaced).forward(*args, **kwargs) if replaced else plain(*args, **kwargs)
+    for rows, members in _segments(parts):
+        chosen = [_take(rows, v) for v in args]
+        named = {k: _take(rows, v) for k, v in kwargs.items()}
+        swapped = _replaced(module, [*whole, *members], frame)
+        if bias is not None:
+            swapped["bias"] = None
+        y = _put(rows, y, twin(module, swapped).forward(*chosen, **named))
+    if factored:
+        x = args[0] if args else next(iter(kwargs.values()))
+        y = with_first(y, _add_branches(factored, frame, x, first(y), bias))
+    return y
+
+
+def _is_factored(op: Op) -> bool:
+    if is_shift(op.plan):
+        return True
+    return op.site.kind in ("linear", "conv1d") and "branch" in op.method.arguments and not op.site.experts
+
+
+def _replaced(module: nn.Module, ops: list[Op], frame: Frame) -> dict[str, Tensor | None]:
+    """Parameter name -> W' for the given dense edits, all of the bare W, added."""
+    host, replaced = frame.host, {}
+    name = module.__dict__[NAME]
+    for op in ops:
+        site = op.site
+        now = replaced.get(site.parameter)
+        kept = host.kept.get((name, site.parameter))
+        bare = kept if kept is not None else stored(module, site.parameter)
+        alone = kept is None and sum(o.site.parameter == site.parameter for o in ops) == 1
+        W = cut(bare, site)
+        t = tensors_at(op, frame, None)
+        if alone and "weight" in op.method.arguments and not site.experts:
+            replaced[site.parameter] = paste(bare, op.method.weight(t, W), site)
+            continue
+        start = now if now is not None else stored(module, site.parameter)
+        new = cut(start, site) + dense_delta(op.method, t, W, site).to(start.dtype)
+        replaced[site.parameter] = paste(start, new, site)
+    return replaced
+
+
+def dense_delta(method: Any, t: Tensors, W: Tensor, site: Any) -> Tensor:
+    """dW in the method's shape; over experts by vmap, shared tensors unmapped."""
+    if not site.experts:
+        return delta_of(method, t, W)
+    mapped = {n: v for n, v in t.items() if v.dim() and v.shape[0] == site.experts}
+    shared = {n: v for n, v in t.items() if n not in mapped}
+
+    def one(own: dict[str, Tensor], w: Tensor) -> Tensor:
+        return delta_of(method, Tensors({**shared, **own}), w)
+
+    return torch.vmap(one)(mapped, W)
+
+
+def _segments(ops: list[Op]) -> list[tuple[Rows, list[Op]]]:
+    """Rows with the same dense edits, each group once."""
+    by_row: dict[int, list[Op]] = {}
+    total = 0
+    for op in ops:
+        total = op.rows.total  # type: ignore[union-attr]
+        for i in op.rows.indices:  # type: ignore[union-attr]
+            by_row.setdefault(i, []).append(op)
+    groups: dict[tuple[int, ...], tuple[list[int], list[Op]]] = {}
+    for i in sorted(by_row):
+        key = tuple(id(op) for op in by_row[i])
+        groups.setdefault(key, ([], by_row[i]))[0].append(i)
+    return [(Rows(indices, total), members) for indices, members in groups.values()]
+
+
+def _take(rows: Rows, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] % rows.total == 0 and value.shape[0]:
+        return rows.take(value)
+    return value
+
+
+def _put(rows: Rows, y: Any, new: Any) -> Any:
+    if isinstance(y, Tensor):
+        return rows.put(y, new)
+    if isinstance(y, tuple):
+        return tuple(_put_one(rows, a, b) for a, b in zip(y, new))
+    return with_first(y, rows.put(first(y), first(new)))
+
+
+def _put_one(rows: Rows, a: Any, b: Any) -> Any:
+    if not isinstance(a, Tensor):
+        return tuple(_put_one(rows, p, q) for p, q in zip(a, b)) if isinstance(a, tuple) else a
+    axis = (
+        0 if a.shape[0] % rows.total == 0 and b.shape[0] != a.shape[0] else 1
+    )  # recurrent states: batch on axis 1
+    return rows.put(a, b, axis)
+
+
+def _add_branches(ops: list[Op], frame: Frame, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    # Without gradients dy is added in place; an edit that reads the bare output then needs a copy of it.
+    reads = not torch.is_grad_enabled() and any("y" in op.method.arguments.get("branch", ()) for op in ops)
+    bare = y.clone() if reads else y
+    for op in ops:
+        m, site = op.method, op.site
+        rows = op.rows
+        mine = rows.take(x) if rows is not None else x
+        if is_shift(op.plan):
+            W = cut(frame.host.bare(site), site)
+            dy = delta_of(m, tensors_at(op, frame, None), W)
+            if op.rowed and y.dim() == 2:
+                dy = dy.squeeze(1)
+            dy = (
+                dy
+                if rows is None
+                else dy.expand(mine.shape[0], *y.shape[1:])
+                if op.rowed
+                else dy.expand_as(rows.take(y))
+            )
+        else:
+            have: dict[str, Any] = {"x": _as_rows(mine, op)}
+            if "y" in m.arguments["branch"]:
+                inner = cut_features(rows.take(bare) if rows is not None else bare, site)
+                have["y"] = _as_rows(inner, op)
+            if "at" in m.arguments["branch"]:
+                have["at"] = facts(op, frame)
+            dy = apply(op, frame, "branch", have)
+            dy = dy.reshape(*mine.shape[:-1], dy.shape[-1]) if op.rowed else dy
+        if op.live is not None:
+            dy = torch.where(
+                op.live.view(-1, *[1] * (dy.dim() - 1)), dy, torch.zeros((), dtype=dy.dtype, device=dy.device)
+            )
+        dy = dy.to(y.dtype)
+        if site.ranges and not is_shift(op.plan):
+            wide = torch.zeros(*dy.shape[:-1], y.shape[-1], dtype=dy.dtype, device=dy.device)
+            dy = wide.index_copy(-1, features(site, dy.device), dy)
+        y = y + dy if rows is None else rows.add(y, dy)
+    return y if bias is None else y + bias
+
+
+def cut_features(y: Tensor, site: Any) -> Tensor:
+    return y if not site.ranges else y.index_select(-1, features(site, y.device))
+
+
+def _as_rows(value: Tensor, op: Op) -> Tensor:
+    return value.reshape(_rows_of(op, value), -1, value.shape[-1]) if op.rowed else value
+
+
+# -- around and exit --------------------------------------------------------------------------------------------
+
+
+def around(ops: list[Op], frame: Frame, plain: Any, args: tuple, kwargs: dict) -> Any:
+    """Edits around a block. The block runs for all rows, then each op's rows are chosen: a cache stays whole."""
+    args, kwargs, x = _first_input(args, kwargs)
+    result: Any = None
+
+    def base(z: Tensor) -> Tensor:
+        nonlocal result
+        result = plain(z, *args[1:], **kwargs)
+        return first(result)
+
+    call_inner = base
+    for op in ops:
+        call_inner = functools.partial(_around_one, op, frame, call_inner)
+    y = call_inner(x)
+    if result is None:  # an edit that never called the block: its cache and extras are those of a plain call
+        result = plain(x, *args[1:], **kwargs)
+    return with_first(result, y)
+
+
+def _around_one(op: Op, frame: Frame, inner: Any, x: Tensor) -> Tensor:
+    if op.rows is None:
+        return apply(op, frame, "around", {"call": inner, "x": x, "at": facts(op, frame)})
+    whole = inner(x)
+    rows = op.rows
+    new = apply(
+        op, frame, "around",
+        {"call": lambda z: rows.take(inner(rows.put(x, z))), "x": rows.take(x), "at": facts(op, frame)},
+    )  # fmt: skip
+    return rows.put(whole, new)
+
+
+def leave(op: Op, frame: Frame, h: Tensor) -> Tensor:
+    """The last hidden state written by an exit edit, which reads the taps of its own rows."""
+    taps = (frame.taps or {}).get(op.site.stack, {})
+    if op.rows is None:
+        return apply(op, frame, "exit", {"taps": taps, "h": h, "at": facts(op, frame)}).to(h.dtype)
+    rows = op.rows
+    mine = {block: rows.take(tap) for block, tap in taps.items()}
+    new = apply(op, frame, "exit", {"taps": mine, "h": rows.take(h), "at": facts(op, frame)})
+    return rows.put(h, new)
+
+
+__all__ = ["dense_delta", "first", "frame_of", "run", "with_first"]

@@ -1,0 +1,170 @@
+"""The tokens port: positions that an edit puts into the stream of each row, before its first real token.
+
+Rows keep their order and their own number of added positions. A row with fewer than the most gets padding in front
+of them, so the real tokens of all rows stay aligned and what comes out can be cut back to what went in.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.edits import At
+
+from ._facts import apply, facts, select
+from ._frame import Frame
+from ._program import Op
+from ._rows import Rows
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """Where positions were put in. T tokens become T + length."""
+
+    place: Tensor  # (rows,): index of the first real token, or one after it for a class token
+    counts: Tensor  # (rows,): added positions of each row
+    length: int  # the most of any row
+    index: Tensor  # (rows, T + length): source of each new position in [tokens; added]
+    added: Tensor  # (rows, T + length) bool
+
+    def extend(self, values: Tensor, fill: Any = 0, at_added: Any = None) -> Tensor:
+        """(rows, T) -> (rows, T + length): `at_added` at added positions, `fill` at the padding before them."""
+        rows, tokens = values.shape
+        extra = torch.full((rows, self.length), fill, dtype=values.dtype, device=values.device)
+        out = torch.cat([values, extra], 1).gather(1, self.index)
+        if at_added is None:
+            return out
+        return torch.where(
+            self.added, torch.as_tensor(at_added, dtype=values.dtype, device=values.device), out
+        )
+
+    def cut_back(self, y: Tensor) -> Tensor:
+        """(rows, T + length, ...) -> (rows, T, ...): the tokens that went in."""
+        tokens = y.shape[1] - self.length
+        old = torch.arange(tokens, device=y.device)[None]
+        index = torch.where(old < self.place[:, None], old, old + self.length)
+        return y.gather(1, index.view(*index.shape, *[1] * (y.dim() - 2)).expand(-1, -1, *y.shape[2:]))
+
+    def repeat(self, times: int) -> Insertion:
+        """For rows that stand `times` times next to one another (beams)."""
+        return Insertion(
+            *(v.repeat_interleave(times, 0) if isinstance(v, Tensor) else v for v in
+              (self.place, self.counts, self.length, self.index, self.added))
+        )  # fmt: skip
+
+
+def insert(ops: list[Op], frame: Frame, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Insertion]:
+    """(rows, T, width) -> ((rows, T + length, width), where). `mask`: (rows, T), True at real tokens."""
+    rows, tokens, width = embeds.shape
+    device = embeds.device
+    pieces: list[tuple[list[int], Tensor]] = []
+    counts = [0] * rows
+    after_first = [False] * rows
+    for op in ops:
+        mine = list(range(rows)) if op.rows is None else _rows_at(op.rows, rows)
+        given = apply(op, frame, "tokens", {"at": facts(op, frame)}).to(embeds.dtype)
+        if given.dim() == 2:
+            given = given.expand(len(mine), *given.shape)
+        pieces.append((mine, given))
+        for i in mine:
+            counts[i] += given.shape[-2]
+            after_first[i] |= getattr(op.method, "place", "first") == "after_first"
+    length = max(counts)
+    count = torch.tensor(counts, device=device)
+    block = embeds.new_zeros(rows, length, width)
+    filled = [0] * rows
+    for mine, given in pieces:  # in the order of the stack, right-aligned
+        start = torch.tensor([length - counts[i] + filled[i] for i in mine], device=device)
+        column = start[:, None] + torch.arange(given.shape[1], device=device)
+        block = block.index_put((torch.tensor(mine, device=device)[:, None], column), given)
+        for i in mine:
+            filled[i] += given.shape[1]
+    if mask is None:
+        place = torch.zeros(rows, dtype=torch.long, device=device)
+    else:
+        place = mask.to(torch.long).argmax(1)
+    place = place + torch.tensor(after_first, device=device).long()
+    where = _insertion(place, count, length, tokens)
+    out = torch.cat([embeds, block], 1).gather(1, where.index[..., None].expand(-1, -1, width))
+    return out, where
+
+
+def _rows_at(rows: Rows, total: int) -> list[int]:
+    each = total // rows.total
+    return [i * each + j for i in rows.indices for j in range(each)]
+
+
+def _insertion(place: Tensor, count: Tensor, length: int, tokens: int) -> Insertion:
+    new = torch.arange(tokens + length, device=place.device)[None]
+    p = place[:, None]
+    inside = (new >= p) & (new < p + length)
+    index = torch.where(new < p, new, torch.where(inside, tokens + new - p, new - length))
+    added = inside & (new >= p + length - count[:, None])
+    return Insertion(place, count, length, index, added)
+
+
+def extend_facts(at: At, where: Insertion, mask: Tensor | None) -> At:
+    """The facts of the longer stream."""
+    changes: dict[str, Any] = {"added": where.added, "ids": None, "mask": mask, "mask_all": mask}
+    if at.prompt is not None:
+        changes["prompt"] = where.extend(at.prompt, fill=False)
+    return at.with_(**changes)
+
+
+def extend_mask(mask: Tensor | None, where: Insertion, rows: int, tokens: int, device: Any) -> Tensor:
+    """(rows, T) mask, or None -> (rows, T + length) of the mask's own type (int64 where there was none)."""
+    if mask is None:
+        mask = torch.ones(rows, tokens, dtype=torch.long, device=device)
+    one = True if mask.dtype == torch.bool else 1
+    return where.extend(mask, fill=0, at_added=one)
+
+
+def extend_positions(given: Tensor | None, mask: Tensor, where: Insertion, offset: int) -> Tensor:
+    """Position ids of the longer stream: real tokens come after the added ones, padding takes position `offset`."""
+    if given is None:
+        count = mask.to(torch.long).cumsum(1)
+        return torch.where(mask.bool(), count - 1 + offset, offset)
+    given = given.expand(where.place.shape[0], -1)
+    shifted = given + where.counts[:, None]
+    out = where.extend(shifted, fill=0)
+    start = given.gather(1, where.place.clamp(max=given.shape[1] - 1)[:, None])
+    rank = where.added.long().cumsum(1) - 1
+    return torch.where(where.added, start + rank, out)
+
+
+def position_offset(backbone: nn.Module) -> int:
+    """Where positions of real tokens start: RoBERTa's tables keep rows for padding."""
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+class Doorway:
+    """One backbone's way in: its forward's argument names, read once a class."""
+
+    _seen: dict[Any, tuple[str, ...]] = {}
+
+    @classmethod
+    def names(cls, forward: Callable[..., Any]) -> tuple[str, ...]:
+        found = cls._seen.get(forward)
+        if found is None:
+            found = cls._seen[forward] = tuple(inspect.signature(forward).parameters)
+        return found
+
+
+__all__ = [
+    "Doorway",
+    "Insertion",
+    "extend_facts",
+    "extend_mask",
+    "extend_positions",
+    "insert",
+    "position_offset",
+    "select",
+]
