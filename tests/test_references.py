@@ -24,8 +24,13 @@ MODULES = {name: importlib.import_module(f"references.{name}") for name in METHO
 PAIRS = [(name, mistake) for name, module in MODULES.items() for mistake, _ in module.MUTATIONS]
 
 
-def close(found, expected, rtol: float = 1e-9) -> None:
-    torch.testing.assert_close(found, expected, rtol=rtol, atol=1e-10, check_dtype=False)
+def close(found, expected, rtol: float = 1e-9, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=atol, check_dtype=False)
+
+
+def slopes_close(found, expected) -> None:
+    """Five-point differences at step 1e-4 lose about five of the sixteen digits."""
+    close(found, expected, rtol=1e-8, atol=3e-9)
 
 
 def case_named(method: str, part: str):
@@ -68,7 +73,7 @@ def test_gradients_name_all_trained_tensors_and_none_is_zero(method):
         for name in case["trained"]:
             if name in found:
                 assert found[name].shape == case["tensors"][name].shape
-                assert (found[name].abs().max() > 1e-6) == (name not in null), name
+                assert (found[name].abs().max() > 1e-4) == (name not in null), name
 
 
 @pytest.mark.parametrize(("method", "mistake"), PAIRS)
@@ -111,7 +116,7 @@ def test_loops_and_differences_agree_with_matrices_and_autograd(method):
         output.backward(case["cotangent"])
         for name, slope in MODULES[method].gradients(case).items():
             if not name.startswith("penalty."):
-                close(t[name].grad, slope, rtol=1e-8)
+                slopes_close(t[name].grad, slope)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_penalties_agree_with_matrices_and_autograd(method):
         penalty.backward()
         for name, slope in MODULES[method].gradients(case).items():
             if name.startswith("penalty."):
-                close(t[name.removeprefix("penalty.")].grad, slope, rtol=1e-8)
+                slopes_close(t[name.removeprefix("penalty.")].grad, slope)
                 tried += 1
     assert tried
 
@@ -421,3 +426,189 @@ def test_hf_peft_agrees_on_the_schedule_of_adalora():
             model.base_model.update_and_allocate(t)
             for i, parameters in enumerate(held):
                 close(parameters["E"].data[:, 0], expected["E"][t - 1, i])
+
+
+def test_of_equal_fish_scores_two_lie_on_either_side_of_the_cut():
+    case = case_named("fish_mask", "tied True")
+    found = MODULES["fish_mask"].reference(case)
+    score = torch.cat([found[f"score.{name}"].flatten() for name in ("W1", "W2", "b2")])
+    chosen = torch.zeros(len(score), dtype=torch.bool).index_fill(0, found["indices"], True)
+    lowest = score[chosen].min()
+    assert lowest == score[~chosen].max()
+    assert (score == lowest).nonzero()[0, 0] in found["indices"]
+
+
+def test_a_gate_of_diff_pruning_is_open_with_the_probability_of_its_penalty():
+    module, options = MODULES["diff_pruning"], {"low": -0.1, "high": 1.1}
+    levels = [(i + 0.5) / 20_000 for i in range(20_000)]
+    for alpha in (-1.5, 0.2, 2.0):
+        open_share = sum(module.gate(alpha, u, options) > 0 for u in levels) / len(levels)
+        assert abs(open_share - module.expected_open(alpha, options)) < 1e-4
+
+
+def test_an_inverted_embedding_is_the_embedding():
+    module = MODULES["invertible_adapter"]
+    for case in module.cases():
+        there = {**case, "options": {**case["options"], "inverse": False}}
+        o = module.reference(there)["output"]
+        back = {**case, "options": {**case["options"], "inverse": True}, "inputs": {"x": o}}
+        close(module.reference(back)["output"], case["inputs"]["x"])
+
+
+def test_a_closed_gate_of_llama_adapter_leaves_the_attention_alone():
+    module = MODULES["llama_adapter"]
+    for case in module.cases():
+        shut = {**case["tensors"], "gate": torch.zeros_like(case["tensors"]["gate"])}
+        found = module.reference({**case, "tensors": shut})["output"]
+        far = {**case["tensors"], "prompt": case["tensors"]["prompt"] * 5}
+        assert not torch.allclose(module.reference({**case, "tensors": far})["output"], found)
+        shut_far = {**far, "gate": shut["gate"]}
+        close(module.reference({**case, "tensors": shut_far})["output"], found)
+
+
+def test_a_gated_prompt_added_before_or_behind_the_output_projection_is_the_same():
+    for case in MODULES["llama_adapter"].cases():
+        found, base = MODULES["llama_adapter"].reference(case), case["base"]
+        shut = {**case["tensors"], "gate": torch.zeros_like(case["tensors"]["gate"])}
+        plain = MODULES["llama_adapter"].reference({**case, "tensors": shut})
+        extra = (found["output"] - plain["output"]).transpose(1, 2).flatten(2)
+        close(found["projected"], plain["projected"] + extra @ base["out_W"].T)
+
+
+def test_a_fusion_of_equal_adapters_is_that_adapter():
+    module = MODULES["adapter_fusion"]
+    case = case_named("adapter_fusion", "static True")
+    same = case["inputs"]["z"][:1].expand_as(case["inputs"]["z"])
+    found = module.reference({**case, "inputs": {**case["inputs"], "z": same}})["output"]
+    close(found, same[0] + case["inputs"]["residual"])
+
+
+def test_an_identity_as_fusion_value_costs_no_penalty():
+    module = MODULES["adapter_fusion"]
+    case = case_named("adapter_fusion", "static False")
+    eye = torch.eye(3, dtype=torch.float64)
+    assert module.reference({**case, "tensors": {**case["tensors"], "V": eye}})["penalty"] == 0.0
+
+
+def test_equal_tasks_get_equal_generated_weights():
+    case = case_named("hyperformer", "tasks [1, 1]")
+    found = MODULES["hyperformer"].reference(case)
+    assert torch.equal(found["D"][0], found["D"][1])
+    other = MODULES["hyperformer"].reference(case_named("hyperformer", "tasks [0, 2]"))
+    assert not torch.allclose(other["D"][0], other["D"][1])
+
+
+def test_no_reference_lets_a_real_token_see_a_pad():
+    """Pads filled with other numbers change nothing at real tokens."""
+    states = {
+        "prefix_tuning": {"k": 2, "v": 2, "q": 2},
+        "llama_adapter": {"k": 2, "v": 2, "q": 2},
+        "unipelt": {"x": 1, "y": 1, "k": 2, "v": 2, "q": 2},
+        "ladder_side_tuning": {"h_0": 1, "h_1": 1, "h_2": 1},
+        "linear_probe": {"h": 1},
+    }
+    for method, axes in states.items():
+        for case in MODULES[method].cases():
+            if "mask" not in case["inputs"]:
+                continue
+            inputs, mask = dict(case["inputs"]), case["inputs"]["mask"]
+            for name, axis in axes.items():
+                if name in inputs:
+                    value = inputs[name].clone()
+                    live = mask[:, -value.shape[axis] :]
+                    value.movedim(axis, 1)[~live] = 7.0
+                    inputs[name] = value
+            found = MODULES[method].reference({**case, "inputs": inputs})["output"]
+            close(found, MODULES[method].reference(case)["output"])
+
+
+def test_no_causal_reference_lets_a_token_see_the_future():
+    for method, names in (
+        ("prefix_tuning", "kv"),
+        ("unipelt", "xkvq"),
+        ("ladder_side_tuning", ("h_1", "h_2")),
+    ):
+        for case in MODULES[method].cases():
+            if not case["options"].get("causal") or "mask" not in case["inputs"]:
+                continue
+            inputs = dict(case["inputs"])
+            for name in names:
+                if name in inputs:
+                    inputs[name] = inputs[name].clone()
+                    inputs[name].select(-2, -1).fill_(3.0)  # the last token
+            before = MODULES[method].reference(case)["output"]
+            after = MODULES[method].reference({**case, "inputs": inputs})["output"]
+            assert torch.equal(before[..., :-1, :], after[..., :-1, :])
+            assert not torch.allclose(before[0, ..., -1, :], after[0, ..., -1, :])
+
+
+# ---- update rules
+
+
+def test_one_projected_adam_step_is_torch_adam_in_the_small_space():
+    module = MODULES["galore"]
+    for case in module.cases():
+        if "projections" in case:
+            continue
+        o, found = case["options"], module.reference(case)
+        P = found["P.1"]
+        right = case["W"].shape[0] >= case["W"].shape[1]
+        small = torch.nn.Parameter(torch.zeros_like(case["W"] @ P.T if right else P.T @ case["W"]))
+        adam = torch.optim.Adam([small], lr=1.0, betas=(o["beta1"], o["beta2"]), eps=o["eps"])
+        W = case["W"]
+        for step, G in enumerate(case["slopes"]):
+            before = small.detach().clone()
+            small.grad = G @ P.T if right else P.T @ G
+            adam.step()
+            moved = small.detach() - before
+            back = moved @ P if right else P @ moved
+            W = W * (1 - o["rate"] * o["decay"]) + o["rate"] * o["scale"] * back
+            close(found["W"][step], W)
+
+
+def test_a_projection_spans_the_first_singular_vectors():
+    for case in MODULES["galore"].cases():
+        P = MODULES["galore"].reference(case)["P.1"]
+        G, rank = case["slopes"][0], case["options"]["rank"]
+        U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+        if G.shape[0] >= G.shape[1]:
+            close(P.T @ P, Vh[:rank].T @ Vh[:rank])
+        else:
+            close(P @ P.T, U[:, :rank] @ U[:, :rank].T)
+
+
+def test_signs_of_singular_vectors_matter_only_when_the_projection_is_renewed():
+    module = MODULES["galore"]
+    for case in module.cases():
+        o = case["options"]
+        renewed = o["refresh"] < len(case["slopes"])
+        steps = range(1, len(case["slopes"]) + 1, o["refresh"])
+        given = case.get("projections") or {1: module.reference(case)["P.1"]}
+        flipped = {t: given[t] if t < max(steps) else -given[t] for t in steps}
+        found = module.reference({**case, "projections": flipped})["W"]
+        assert torch.allclose(found, module.reference(case)["W"], atol=1e-12) != renewed
+
+
+def test_the_two_point_estimate_tends_to_the_directional_derivative():
+    module = MODULES["mezo"]
+    case = module.cases()[0]
+    tensors = {name: value.clone().requires_grad_() for name, value in case["tensors"].items()}
+    x, y = case["inputs"]["x"][0], case["inputs"]["y"][0]
+    out = (tensors["norm"] * x) @ tensors["W"].T + tensors["bias"]
+    ((out - y).square() / 2 + 0.1 * out**3).sum(1).mean().backward()
+    along = sum((tensors[name].grad * case["z"][0][name]).sum() for name in tensors)
+    torch.testing.assert_close(module.reference(case)["g"][0], along, rtol=1e-4, atol=0)
+
+
+def test_a_mezo_run_is_replayed_from_its_seeds_and_estimates():
+    module = MODULES["mezo"]
+    for case in module.cases():
+        found, o = module.reference(case), case["options"]
+        theta = {name: case["tensors"][name] for name in module.ORDER}
+        for g, seed in zip(found["g"], case["seeds"]):
+            drawn = module.draws(seed, [value.shape for value in theta.values()])
+            for (name, value), z in zip(theta.items(), drawn):
+                decay = o["decay"] if name == "W" else 0.0
+                theta[name] = value - o["rate"] * (g * z + decay * value)
+        for name in theta:
+            close(theta[name], found[name][-1])

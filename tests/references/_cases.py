@@ -40,7 +40,7 @@ def changed(case: Case, section: str, **values) -> Case:
 
 
 def differences(
-    scalar: Callable[[Case], float], case: Case, places: Iterable[tuple[str, str]], step: float = 1e-3
+    scalar: Callable[[Case], float], case: Case, places: Iterable[tuple[str, str]], step: float = 1e-4
 ) -> dict[str, Tensor]:
     """d scalar / d each named tensor, entry by entry, by the five-point formula (error about step**4).
 
