@@ -164,11 +164,10 @@ def whisper_folder(source: Path, folder: Path) -> None:
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
     fill(model, _whisper_names(read_ctranslate2((source / "model.bin").read_bytes())))
-    generation = model.generation_config
-    generation.decoder_start_token_id, generation.eos_token_id, generation.pad_token_id = 50257, 50256, 50256
-    generation.bos_token_id, generation.max_length = 50256, 448
-    generation.forced_decoder_ids, generation.is_multilingual = [[1, 50362]], False
-    generation.no_timestamps_token_id = 50362
+    model.generation_config.update(
+        decoder_start_token_id=50257, bos_token_id=50256, eos_token_id=50256, pad_token_id=50256,
+        max_length=448, forced_decoder_ids=[[1, 50362]], is_multilingual=False, no_timestamps_token_id=50362,
+    )  # fmt: skip
     model.save_pretrained(folder)
     WhisperFeatureExtractor(feature_size=80).save_pretrained(folder)
     PreTrainedTokenizerFast(

@@ -203,7 +203,9 @@ def _feeder(transformers: Any, place: str, where: dict[str, Any]) -> Any:
     order = [transformers.AutoProcessor, transformers.AutoTokenizer] if local and has_processor else []
     for auto in [*order, transformers.AutoTokenizer, transformers.AutoFeatureExtractor]:
         try:
-            return auto.from_pretrained(place, **where)
+            found = auto.from_pretrained(place, **where)
+            if not _is_tokenizer(transformers, found) or len(found) > len(found.added_tokens_decoder):
+                return found  # else: a folder without files gives a tokenizer that knows no word
         except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError):
             continue  # the folder has none of this kind
     return None

@@ -130,7 +130,11 @@ def download(package: Package, folder: Path) -> Path:
         raise MissingPackage(f"{thing} did not arrive in {TIMEOUT_SECONDS} s.", next_step=again) from error
     files = [path for path in folder.iterdir() if path.is_file()]
     if done.returncode or len(files) != 1:
-        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith(("WARNING", "W:"))]
+        said = [
+            line
+            for line in done.stderr.splitlines()
+            if line.strip() and not line.startswith(("WARNING", "W:"))
+        ]
         reason = said[-1].strip() if said else f"exit code {done.returncode}, {len(files)} files"
         raise MissingPackage(f"{thing} could not be fetched: {reason}", next_step=again)
     found = hashlib.sha256(files[0].read_bytes()).hexdigest()

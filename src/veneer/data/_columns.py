@@ -148,10 +148,10 @@ def _mapping(
     for role in (*needed, *welcome):
         if role in mapping:
             continue
-        column = next((lowered[n] for n in NAMES[role] if n in lowered and lowered[n] not in used), None)
-        if column is not None:
-            mapping[role] = column
-            used.add(column)
+        found = next((lowered[n] for n in NAMES[role] if n in lowered and lowered[n] not in used), None)
+        if found is not None:
+            mapping[role] = found
+            used.add(found)
         elif role in needed:
             return None
     return mapping
