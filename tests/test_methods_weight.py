@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from veneer.anatomy import Site
-from veneer.edits import At, Tensors, add_row_axis, build, call, delta_of
+from veneer.edits import At, Tensors, add_row_axis, build, call, delta_of, skew
 from veneer.errors import BadOption, NoSiteFound
 
 torch.set_num_threads(1)
@@ -88,10 +88,19 @@ def _lora(options):
     return build("lora", **options)
 
 
+def _oft(options):
+    options = {k: v for k, v in options.items() if v is not None}
+    return build("oft", coft="eps" in options, **options)
+
+
 METHODS = {
     "lora": _lora,
     "dora": lambda options: build("dora", **options),
     "vera": lambda options: build("vera", **options),
+    "adalora": lambda options: build(
+        "adalora", target_rank=1, **{k: v for k, v in options.items() if k != "kind"}
+    ),
+    "oft": _oft,
 }
 
 
@@ -126,14 +135,23 @@ def fixed_dropout(monkeypatch):
 def ours(key: str, case: dict) -> dict:
     """Output, delta and gradients of the method under test, from a case's tensors."""
     method, W, bias = METHODS[key](case["options"]), case["base"]["W"], case["base"]["bias"]
-    t = Tensors({n: v.clone().requires_grad_(n in case["trained"]) for n, v in case["tensors"].items()})
+    keep = {n: s.keep for n, s in method.tensors(linear(W.shape[1], W.shape[0])).items()}  # as after a step
+    held = {n: keep[n](v) if keep.get(n) else v for n, v in case["tensors"].items()}
+    t = Tensors({n: v.clone().requires_grad_(n in case["trained"]) for n, v in held.items()})
     x = case["inputs"]["x"].clone().requires_grad_()
     y = output(method, t, W, x, bias)
     (y * case["cotangent"]).sum().backward()
     found = {"output": y.detach(), "delta": delta_of(method, derived(method, t, W), W).detach()}
     if "bias_delta" in reference(key).reference(case):
-        found["bias_delta"] = torch.as_tensor(method.bias_delta(t)).detach() * torch.ones(len(W))
+        shift = method.bias_delta(t)
+        found["bias_delta"] = torch.zeros(len(W)) if shift is None else shift.detach()
     found |= {f"gradient.{n}": getattr(t, n).grad for n in case["trained"]}
+    if "penalty" in method.arguments:
+        clean = Tensors({n: v.clone().requires_grad_() for n, v in held.items()})
+        found["penalty"] = method.penalty(clean)
+        found["penalty"].backward()
+        found |= {f"penalty.{n}": v.grad for n, v in clean.items() if v.grad is not None}
+        found["penalty"] = found["penalty"].detach()
     return {**found, "gradient.x": x.grad}
 
 
@@ -145,8 +163,7 @@ def test_outputs_and_gradients_equal_the_reference(key, index, fixed_dropout):
     for name in found.keys() & expected.keys():
         close(found[name], expected[name])
     for name, gradient in reference(key).gradients(case).items():
-        if not name.startswith("penalty"):
-            close(found[f"gradient.{name}"], gradient, 1e-7)
+        close(found[name if name.startswith("penalty") else f"gradient.{name}"], gradient, 1e-7)
 
 
 @pytest.mark.parametrize(("key", "mistake"), MISTAKES)
@@ -158,10 +175,15 @@ def test_a_reference_with_a_mistake_in_it_is_told_apart(key, mistake, fixed_drop
         for name, value in reference(key).mutated(case, mistake).items():
             if name in found:
                 apart = max(apart, float((found[name] - value).abs().max()))
-    penalised = {"the penalty is squared"}
-    schedules = {"scores are summed, not averaged", "uncertainty is left out", "masking at every step",
-                 "importance of the parameters before the step"}  # fmt: skip
-    assert apart > 1e-4 or mistake in penalised | schedules
+    assert apart > 1e-4 or mistake in SCHEDULES
+
+
+SCHEDULES = {  # mistakes of the schedule, which has its own test
+    "scores are summed, not averaged",
+    "uncertainty is left out",
+    "masking at every step",
+    "importance of the parameters before the step",
+}
 
 
 # ---- one form
@@ -173,6 +195,7 @@ OPTIONS = [
     ("lora", {"rank": 2, "lora_bias": True, "bias": "lora_only"}),
     ("dora", {"rank": 3}),
     ("vera", {"rank": 4}),
+    ("adalora", {"rank": 3, "target_rank": 2}),
 ]
 
 
@@ -180,7 +203,6 @@ OPTIONS = [
 def test_branch_equals_the_dense_delta_forward_and_gradient(key, options):
     method, site = build(key, **options), linear(5, 3)
     W, x = draw(3, 5), draw(2, 4, 5, seed=1)
-    shift = method.bias_delta if hasattr(method, "bias_delta") else lambda t: 0.0
     gradients = []
     for form in ("branch", "delta"):
         t = Tensors({n: v.clone().requires_grad_() for n, v in randomized(method, site).items()})
@@ -189,7 +211,9 @@ def test_branch_equals_the_dense_delta_forward_and_gradient(key, options):
         if form == "branch":
             dy = call(method, "branch", full, {"x": x, "y": y, "at": At()})
         else:
-            dy = x @ delta_of(method, full, W).mT + shift(t)
+            dy = x @ delta_of(method, full, W).mT
+            shift = method.bias_delta(t) if hasattr(method, "bias_delta") else None
+            dy = dy if shift is None else dy + shift
         (dy * draw(2, 4, 3, seed=2)).sum().backward()
         gradients.append([dy.detach(), *(v.grad for _, v in t.items())])
     assert float(gradients[0][0].abs().max()) > 0.1
@@ -231,6 +255,7 @@ def test_a_row_axis_gives_what_a_loop_over_adapters_gives(key, options, site):
 IDENTITIES = [
     ("lora", {"rank": 2, "init": i}) for i in ("default", "gaussian", "pissa", "olora", "pissa_niter_3")
 ]
+IDENTITIES += [("adalora", {}), ("oft", {}), ("oft", {"cayley": "neumann"}), ("oft", {"block_share": True})]
 IDENTITIES += [("dora", {"rank": 2}), ("vera", {"rank": 3}), ("bitfit", {}), ("full", {})]
 IDENTITIES += [("lora", {"rank": 2, "lora_bias": True, "bias": "lora_only"})]
 
@@ -439,6 +464,9 @@ COUNTS = [
     ("dora", {"rank": 32}, LLAMA_7B, 56_975_360),
     ("dora", {"rank": 16}, LLAMA_7B, 28_925_952),
     ("dora", {"rank": 32}, LLAMA_3B, 9_289_728),
+    ("adalora", {"rank": 64}, LLAMA_3B, 18_353_664),
+    ("oft", {"blocks": 32}, LLAMA_3B, 8_171_520),
+    ("oft", {"block_size": 16}, [linear(4096, 4096)] * 192 + [linear(11008, 4096)] * 32, 8_540_160),
     ("vera", {"rank": 1024}, square(768, 12), 43_008),
     ("vera", {"rank": 256}, square(1024, 24), 61_440),
     ("vera", {"rank": 1024}, square(1280, 36), 165_888),
@@ -501,3 +529,154 @@ def test_bitfit_at_a_matrix_without_bias_says_so():
 def test_hf_option_names_are_accepted():
     method = build("lora", r=4, lora_alpha=8, lora_dropout=0.1, use_rslora=True, init_lora_weights=True)
     assert (method.rank, method.alpha, method.dropout, method.scale) == (4, 8, 0.1, 4.0)
+
+
+# ---- OFT
+
+
+def test_oft_by_hand():
+    """Q = [1]: S = [[0, 1], [-1, 0]], R = (I - S)(I + S)^-1 = [[0, -1], [1, 0]]; [1 2] R^T = [-2 1]."""
+    method = build("oft", block_size=2)
+    t, W = Tensors(Q=torch.ones(1, 1)), torch.tensor([[1.0, 2.0]])
+    close(method.rotation(t.Q), torch.tensor([[[0.0, -1.0], [1.0, 0.0]]]))
+    close(W + method.delta(t, W), torch.tensor([[-2.0, 1.0]]))
+
+
+def test_the_two_cayley_forms_turn_in_opposite_directions():
+    Q = 1e-3 * draw(3, 6)
+    exact = build("oft").rotation(Q)
+    series = build("oft", use_cayley_neumann=True).rotation(-Q)
+    close(exact, series, 1e-7)
+    assert float((exact - build("oft", cayley="neumann").rotation(Q)).abs().max()) > 1e-3
+
+
+def test_the_exact_form_is_orthogonal_and_the_series_drifts_with_the_turn():
+    one = torch.eye(4, dtype=torch.float64)
+    gap = lambda R: float((R @ R.mT - one).abs().max())  # noqa: E731
+    assert gap(build("oft").rotation(3 * draw(2, 6))) < 1e-12
+    small, large = (gap(build("oft", cayley="neumann").rotation(a * draw(2, 6))) for a in (0.01, 0.3))
+    assert small < 1e-5 < large
+
+
+def test_constrained_oft_keeps_the_turn_within_its_bound():
+    keep = build("oft", coft=True, eps=0.5, block_size=3).tensors(linear(12, 3))["Q"].keep
+    Q = torch.cat([draw(2, 3), 1e-3 * draw(2, 3)])
+    kept = keep(Q)
+    norms = skew(kept, 3).flatten(1).norm(dim=1)
+    close(norms[:2], torch.full((2,), 0.25, dtype=torch.float64))
+    assert torch.equal(kept[2:], Q[2:])
+    close(kept[:2] / kept[:2].norm(dim=1, keepdim=True), Q[:2] / Q[:2].norm(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "width", "blocks", "entries"),
+    [({}, 64, 2, 496), ({}, 100, 4, 300), ({"block_size": 4}, 12, 3, 6), ({"r": 2}, 12, 2, 15)],
+)
+def test_blocks_cover_the_width(options, width, blocks, entries):
+    assert build("oft", **options).tensors(linear(width, 3))["Q"].shape == (blocks, entries)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: build("oft", block_size=5).tensors(linear(12, 3)),
+            ("block_size=5", "12", "'s'", "block_size=4"),
+        ),
+        (lambda: build("oft", blocks=5).tensors(linear(12, 3)), ("blocks=5", "12")),
+        (lambda: build("oft", blocks=5, block_size=2), ("both given",)),
+        (lambda: build("oft", cayley="euler"), ("cayley='euler'", "neumann")),
+        (lambda: build("oft").tensors(linear(37, 3)), ("block_size=0", "37")),
+    ],
+)
+def test_oft_refuses_what_it_cannot_cut(make, words):
+    with pytest.raises(BadOption) as caught:
+        make()
+    assert all(word in str(caught.value) for word in words)
+
+
+# ---- AdaLoRA's schedule
+
+
+class Run:
+    """What `between_steps` sees, for tests."""
+
+    def __init__(self, t, grad, step, total_steps, state):
+        self.t, self.grad, self.step, self.total_steps, self.state = t, grad, step, total_steps, state
+
+    def forget(self, site, tensor, mask=None):
+        raise AssertionError("nothing is forgotten")
+
+
+def adalora_run(case: dict, method) -> dict:
+    """The trajectory of a schedule case: plain SGD, then `between_steps`."""
+    o, state = case["options"], {}
+    sites = {str(i): Tensors({n: v.clone() for n, v in s.items()}) for i, s in enumerate(case["sites"])}
+    found = {"E": [], "kept": []}
+    for step, gradients in enumerate(case["gradient_steps"], start=1):
+        grad = {str(i): Tensors(g) for i, g in enumerate(gradients)}
+        for name, t in sites.items():
+            for n, v in t.items():
+                v -= o["rate"] * getattr(grad[name], n)
+        method.between_steps(Run(sites, grad, step, o["total_steps"], state))
+        found["E"].append(torch.stack([t.E.clone() for t in sites.values()]))
+        ones = torch.ones(o["rank"])
+        found["kept"].append(torch.stack([state.get(f"{name}/kept", ones).double() for name in sites]))
+    found = {n: torch.stack(v) for n, v in found.items()}
+    return found | {f"{n}{i}": getattr(t, n) for i, t in sites.items() for n in "AB"}
+
+
+SCHEDULE_CASES = [c for c in reference("adalora").cases() if c["options"]["kind"] == "schedule"]
+
+
+def scheduled(options: dict):
+    names = ("rank", "target_rank", "tinit", "tfinal", "beta1", "beta2")
+    return build("adalora", every=options["delta_t"], **{n: options[n] for n in names})
+
+
+@pytest.mark.parametrize("case", SCHEDULE_CASES, ids=lambda c: c["name"])
+def test_the_trajectory_of_adalora_equals_the_reference(case):
+    expected, found = reference("adalora").reference(case), adalora_run(case, scheduled(case["options"]))
+    for name, value in found.items():
+        close(value, expected[name])
+    o, sites = case["options"], len(case["sites"])
+    counts = [
+        scheduled(o).budget(t, o["total_steps"], o["rank"] * sites, o["target_rank"] * sites)
+        for t in range(1, o["total_steps"] + 1)
+    ]
+    close(torch.tensor(counts, dtype=torch.float64), expected["budget"])
+    assert found["kept"][-1].sum() == o["target_rank"] * sites
+
+
+@pytest.mark.parametrize("mistake", sorted(SCHEDULES))
+def test_a_mistake_in_the_schedule_is_told_apart(mistake):
+    apart = 0.0
+    for case in SCHEDULE_CASES:
+        found, wrong = (
+            adalora_run(case, scheduled(case["options"])),
+            reference("adalora").mutated(case, mistake),
+        )
+        apart = max(apart, *(float((found[n] - wrong[n]).abs().max()) for n in ("E", "kept")))
+    assert apart > 1e-3
+
+
+def test_the_budget_falls_by_a_cube():
+    """From 120 to 80 over steps 10 to 90: at 30, 80 + 40 (3/4)^3 = 96.9, cut to 96; at 50, 80 + 40 / 8."""
+    method = build("adalora", rank=12, target_rank=8, tinit=10, tfinal=10)
+    assert [method.budget(t, 100, 120, 80) for t in (1, 10, 30, 50, 70, 90, 95)] == [
+        120,
+        120,
+        96,
+        85,
+        80,
+        80,
+        80,
+    ]
+
+
+def test_a_schedule_without_room_is_refused():
+    method = build("adalora", tinit=5, tfinal=5)
+    with pytest.raises(BadOption, match="tinit=5 and tfinal=5 leave no step of 10"):
+        method.between_steps(Run({}, {}, 1, 10, {}))
+    with pytest.raises(BadOption, match="target_rank=20"):
+        build("adalora", target_rank=20)

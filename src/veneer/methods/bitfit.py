@@ -27,16 +27,16 @@ class BitFit(WeightMethod):
                 f"bitfit trains biases, and '{site.name}' has none.",
                 next_step="sites='bias' takes every bias vector that there is",
             )
-        return {"b": zeros(site.n_out, decay=False)}
+        return {"bias": zeros(site.n_out, decay=False)}
 
     def delta(self, t: Tensors, W: Tensor) -> Tensor:
         """A bias vector (out,) -> (out,). A matrix stays as it is: see `bias_delta`."""
-        return t.b if W.dim() == 1 else torch.zeros_like(W)
+        return t.b if "b" in t else torch.zeros_like(W)
 
     def branch(self, t: Tensors, x: Tensor) -> Tensor:
         """At a matrix: (..., in) -> (..., out)"""
-        return t.b.expand(*x.shape[:-1], t.b.shape[-1])
+        return t.bias.expand(*x.shape[:-1], t.bias.shape[-1])
 
-    def bias_delta(self, t: Tensors) -> Tensor:
+    def bias_delta(self, t: Tensors) -> Tensor | None:
         """What merging adds to the bias of a matrix: (out,)"""
-        return t.b
+        return t.bias if "bias" in t else None

@@ -133,7 +133,7 @@ class LoRA(WeightMethod):
             B, A = _starts.orthogonal_pair(A, t.B)
             return {"A": A.reshape(t.A.shape), "B": B}
         B, A = _starts.from_weight(self.init, W, self.rank, self.scale, A)
-        A = A.reshape(t.A.shape)
+        A = A.reshape(self.rank, *site.shape[1:])
         return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
 
     def delta(self, t: Tensors, W: Tensor) -> Tensor:
@@ -153,9 +153,11 @@ class LoRA(WeightMethod):
         y = self.scale * (y + t.bias if "bias" in t else y)
         return y + t.base_bias if "base_bias" in t else y
 
-    def bias_delta(self, t: Tensors) -> Tensor | float:
-        """What `branch` adds to the output whatever x is: (out,), or 0.0 where no bias is trained."""
-        return (self.scale * t.bias if "bias" in t else 0.0) + (t.base_bias if "base_bias" in t else 0.0)
+    def bias_delta(self, t: Tensors) -> Tensor | None:
+        """What `branch` adds to the output whatever x is: (out,), or None where no bias is trained."""
+        if "bias" in t and "base_bias" in t:
+            return self.scale * t.bias + t.base_bias
+        return self.scale * t.bias if "bias" in t else t.base_bias if "base_bias" in t else None
 
     @property
     def scale(self) -> float:
