@@ -1,4 +1,4 @@
-"""Adapters, rescaling and representation edits as pure functions: by hand, against references, with a row axis."""
+"""Adapters, rescaling and representation edits as pure functions: by hand, by reference, with a row axis."""
 
 from dataclasses import replace
 
@@ -7,9 +7,13 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
+from references import adapter_fusion as fusion_reference
+from references import hyperformer as hyperformer_reference
 from references import ia3 as ia3_reference
+from references import invertible_adapter as invertible_reference
 from references import loreft as loreft_reference
 from references import serial_adapter as serial_reference
+from references import unipelt as unipelt_reference
 from veneer.anatomy import Site
 from veneer.edits import At, Tensors, add_row_axis, build, orthonormal_rows
 from veneer.errors import BadOption
@@ -206,6 +210,208 @@ def test_a_position_that_does_not_exist_is_refused_at_once():
         build("loreft", positions="prompt[4]")
 
 
+# ---- invertible adapters
+
+
+@pytest.mark.parametrize("case", invertible_reference.cases(), ids=lambda c: c["name"])
+def test_invertible_adapter_equals_its_reference(case):
+    o, m = case["options"], case["tensors"]["F_down"].shape[0]
+    width = case["inputs"]["x"].shape[-1]
+    method = build(
+        "invertible_adapter", coupling=o["form"], activation=o["activation"], reduction=width / 2 / m
+    )
+    t, x = leaves(case), case["inputs"]["x"].clone().requires_grad_()
+    assert {n: v.shape for n, v in t.items()} == {
+        n: s.shape for n, s in method.tensors(site("output", width)).items()
+    }
+    output = method.input(t, x) if o["inverse"] else method.output(t, x)
+    assert_close(output, invertible_reference.reference(case)["output"])
+    gradients_agree(invertible_reference, case, output, t, {"x": x})
+
+
+@pytest.mark.parametrize("coupling", ["nice", "glow"])
+def test_the_inverse_of_an_invertible_adapter_undoes_it(coupling):
+    method = build("invertible_adapter", coupling=coupling)
+    t, e = randomised(method, site(width=8)), normal(2, 5, 8)
+    assert not torch.allclose(method.output(t, e), e)
+    assert_close(method.input(t, method.output(t, e)), e, rtol=1e-10, atol=1e-12)
+    assert_close(method.output(t, method.input(t, e)), e, rtol=1e-10, atol=1e-12)
+
+
+def test_the_inverse_stands_before_a_head_of_tokens_only():
+    method = build("invertible_adapter")
+    tokens, classes = (replace(site("input", 8), n_in=8, n_out=n) for n in (50, 2))
+    assert set(method.tensors(tokens)) == set(method.tensors(site(width=8)))
+    assert method.tensors(classes) == {}
+    x = normal(2, 8)
+    assert method.input(Tensors(), x) is x
+    assert all(spec.scope == "adapter" for spec in method.tensors(tokens).values())
+
+
+# ---- fusion
+
+
+def fusion_of(case):
+    variant = "static" if case["options"]["static"] else "dynamic"
+    return build("adapter_fusion", variant=variant, temperature=case["options"]["temperature"])
+
+
+@pytest.mark.parametrize("case", fusion_reference.cases(), ids=lambda c: c["name"])
+def test_adapter_fusion_equals_its_reference(case):
+    method, t = fusion_of(case), leaves(case)
+    inputs = {n: v.clone().requires_grad_() for n, v in case["inputs"].items()}
+    output = inputs["residual"] + method.fused(t, inputs["h"], inputs["z"])
+    expected = fusion_reference.reference(case)
+    assert_close(output, expected["output"])
+    gradients_agree(fusion_reference, case, output, t, inputs)
+    if "V" in t:
+        assert_close(method.penalty(t), expected["penalty"])
+        slope = torch.autograd.grad(method.penalty(t), t.V)[0]
+        assert_close(slope, fusion_reference.gradients(case)["penalty.V"], rtol=1e-6, atol=1e-8)
+    else:
+        assert method.penalty(t) == 0
+
+
+def test_fusion_reads_what_its_members_add():
+    """Two members that add 1 and 3, with equal scores: the fusion adds 2."""
+    method = build("adapter_fusion")
+    t = Tensors(
+        Q=torch.zeros(2, 2), Q_bias=torch.zeros(2), K=torch.eye(2), K_bias=torch.zeros(2), V=torch.eye(2)
+    )
+    at = At(members=(lambda x, y: y + 1, lambda x, y: y + 3))
+    x, y = torch.randn(1, 3, 2), torch.randn(1, 3, 2)
+    assert_close(method.output(t, x, y, at), y + 2)
+    assert method.output(t, x, y, At()) is y
+
+
+def test_fusion_starts_near_a_plain_mixture():
+    spec = build("adapter_fusion").tensors(site())["V"]
+    V = spec.start(spec.shape, torch.Generator())
+    assert_close(V.diagonal(), torch.ones(6))
+    assert_close(V - torch.eye(6) * V, torch.full((6, 6), 1e-6) * (1 - torch.eye(6)))
+
+
+# ---- UniPELT
+
+
+@pytest.mark.parametrize("case", unipelt_reference.cases(), ids=lambda c: c["name"])
+def test_unipelt_equals_its_reference(case):
+    part, mask = case["options"]["part"], case["inputs"]["mask"]
+    o, t = case["options"], leaves(case)
+    inputs = {n: v.clone().requires_grad_() for n, v in case["inputs"].items() if v.is_floating_point()}
+    x = inputs["x"]
+    role = {"adapter": "mlp", "prefix": "attention", "lora": "query"}[part]
+    at = At(site=replace(site("output", 4, role), port=UNIPELT_PORTS[part], causal=o["causal"]), mask=mask)
+    if part == "lora":
+        output = torch.nn.functional.linear(x, case["base"]["W"], case["base"]["bias"])
+        output = output + build("unipelt", rank=o["rank"]).branch(t, x)
+    elif part == "adapter":
+        output = build("unipelt", reduction=4 / 3, activation=o["activation"]).output(t, x, inputs["y"], at)
+    else:
+        method = build("unipelt", length=o["length"])
+        q, k, v = (inputs[n] for n in "qkv")
+        seen = mask[:, None, None, :].expand(-1, 1, 3, -1)
+        seen = seen & torch.ones(3, 3, dtype=torch.bool).tril() if o["causal"] else seen
+
+        def attend(q, k, v, m):
+            k, v = (z.repeat_interleave(2, 1) for z in (k, v))
+            return (q @ k.mT / 2**0.5).masked_fill(~m, -1e30).softmax(-1) @ v
+
+        output = method.attention(t, q, k, v, seen, attend, at.with_(hidden=x))
+    real = mask[:, None, :, None] if part == "prefix" else mask[..., None]
+    expected = unipelt_reference.reference(case)["output"]
+    assert_close(output * real, expected)
+    gradients_agree(unipelt_reference, case, output * real, t, inputs)
+    for mistake, _ in unipelt_reference.MUTATIONS:
+        changed = unipelt_reference.mutated(case, mistake)["output"]
+        if not torch.equal(changed, expected):
+            assert not torch.allclose(output * real, changed), mistake
+
+
+UNIPELT_PORTS = {"adapter": "output", "prefix": "attention", "lora": "weight"}
+
+
+def test_the_gates_of_unipelt_in_a_causal_base_are_the_same_token_by_token():
+    method = build("unipelt", reduction=2)
+    where = replace(site("output"), causal=True)
+    t, x, y = randomised(method, where), normal(2, 4, 6), normal(2, 4, 6, seed=1)
+    mask = torch.tensor([[True] * 4, [False, True, True, True]])
+    at = At(site=where, mask=mask)
+    whole = method.output(t, x, y, at)
+    kept = {}
+
+    def history(key, new):
+        kept[key] = torch.cat([kept[key], new], -2) if key in kept else new
+        return kept[key]
+
+    for i in range(4):
+        step = At(site=where, mask=mask[:, i : i + 1], mask_all=mask[:, : i + 1], past=i, _history=history)
+        assert_close(method.output(t, x[:, i : i + 1], y[:, i : i + 1], step), whole[:, i : i + 1])
+
+
+def test_the_tensors_of_unipelt_follow_the_port():
+    method = build("unipelt", rank=2, reduction=2, length=3)
+    weight = Site("q", "attention.query", "m.q", "linear", n_in=6, n_out=4, width=4, port="weight")
+    heads = replace(site("attention", 6, "attention"), heads=4, kv_heads=2, head_dim=3)
+    shapes = {n: s.shape for n, s in method.tensors(weight).items()}
+    assert shapes == {"A": (2, 6), "B": (4, 2), "gate_lora": (6,), "gate_lora_bias": ()}
+    assert {n: s.shape for n, s in method.tensors(heads).items()} == {
+        "K": (2, 3, 3), "V": (2, 3, 3), "gate_prefix": (6,), "gate_prefix_bias": ()
+    }  # fmt: skip
+    assert "gate_adapter" in method.tensors(site("output"))
+
+
+# ---- HyperFormer
+
+
+def hyperformer_of(case):
+    o, t = case["options"], case["tensors"]
+    return build(
+        "hyperformer", tasks=3, reduction=o["width"] / o["m"], embedding=t["task"].shape[1],
+        hidden=t["trunk1"].shape[0], code=t["trunk2"].shape[0], activation=o["activation"],
+        variant="++" if o["plus"] else "plain",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", hyperformer_reference.cases(), ids=lambda c: c["name"])
+def test_hyperformer_equals_its_reference(case):
+    method, o = hyperformer_of(case), case["options"]
+    where = site("output", o["width"], ("attention", "mlp")[o["position"]])
+    t, y = leaves(case), case["inputs"]["y"].clone().requires_grad_()
+    seen = t.with_(layer=t.layer[o["layer"]]) if "layer" in t else t
+    assert {n: v.shape for n, v in seen.items()} == {n: s.shape for n, s in method.tensors(where).items()}
+    at = At(site=where, tasks=case["inputs"]["task_ids"])
+    made = method.derive(seen, at)
+    output = method.output(seen.with_(**made), y)
+    expected = hyperformer_reference.reference(case)
+    assert_close(output, expected["output"])
+    assert_close(made["D"], expected["D"])
+    gradients_agree(hyperformer_reference, case, output, t, {"y": y})
+    for mistake, _ in hyperformer_reference.MUTATIONS:
+        changed = hyperformer_reference.mutated(case, mistake)["output"]
+        if not torch.equal(changed, expected["output"]):
+            assert not torch.allclose(output, changed), mistake
+
+
+def test_hyperformer_with_one_task_needs_no_task_and_with_several_asks_for_it():
+    one, several = (build("hyperformer", tasks=n, reduction=2, embedding=4, hidden=5, code=3) for n in (1, 3))
+    t, at, y = randomised(one, site()), At(site=site()), normal(2, 3, 6)
+    alone = one.output(t.with_(**one.derive(t, at)), y)
+    told = one.output(t.with_(**one.derive(t, at.with_(tasks=torch.tensor([0, 0])))), y)
+    assert_close(alone, told)
+    with pytest.raises(BadOption, match="3 tasks"):
+        several.derive(randomised(several, site()), at)
+
+
+def test_hyperformer_starts_as_the_base_unless_it_is_told_otherwise():
+    for init, same in (("identity", True), ("normal", False)):
+        method = build("hyperformer", init=init, reduction=2, embedding=4, hidden=5, code=3)
+        generator = torch.Generator().manual_seed(0)
+        t = Tensors({n: s.start(s.shape, generator) for n, s in method.tensors(site()).items()})
+        y = torch.randn(2, 3, 6)
+        assert torch.equal(method.output(t.with_(**method.derive(t, At(site=site()))), y), y) is same
+
+
 # ---- all of them
 
 
@@ -218,6 +424,11 @@ def test_a_position_that_does_not_exist_is_refused_at_once():
         ("loreft", {"tied": False, "positions": "prompt[:2] + prompt[-1:]"}),
         ("loreft", {"variant": "direft", "positions": "all"}),
         ("loreft", {"variant": "lobireft"}),
+        ("invertible_adapter", {}),
+        ("invertible_adapter", {"coupling": "glow"}),
+        ("adapter_fusion", {}),
+        ("adapter_fusion", {"variant": "static"}),
+        ("unipelt", {"reduction": 2}),
     ],
 )
 def test_a_row_an_adapter_equals_each_adapter_alone(key, options):
@@ -225,10 +436,14 @@ def test_a_row_an_adapter_equals_each_adapter_alone(key, options):
     several = [randomised(method, site(), seed) for seed in range(3)]
     y, mask = normal(3, 7, 6), torch.ones(3, 7, dtype=torch.bool)
     mask[1, :3] = mask[2, 5:] = False
-    have = {"t": by_rows(several), "y": y, "at": At(prompt=mask)}
+    members = (lambda x, y: y + x, lambda x, y: 2 * y)
+    at = At(prompt=mask, mask=mask, members=members, site=site())
+    have = {"t": by_rows(several), "x": 2 * y, "y": y, "at": at}
     together = method.output(*(have[n] for n in method.arguments["output"]))
     for i, t in enumerate(several):
-        have = {"t": t, "y": y[i : i + 1], "at": At(prompt=mask[i : i + 1])}
+        one = mask[i : i + 1]
+        at = at.with_(prompt=one, mask=one)
+        have = {"t": t, "x": 2 * y[i : i + 1], "y": y[i : i + 1], "at": at}
         assert_close(together[i : i + 1], method.output(*(have[n] for n in method.arguments["output"])))
 
 
@@ -246,3 +461,8 @@ def test_counts_on_bert_base_are_those_published():
     assert count(build("loreft", rank=1, tied=False), *sublayers(768, 12, "block")) == 36_888
     scaled = sublayers(768, 12, "key", "value") + sublayers(3072, 12, "down")
     assert count(build("ia3"), *scaled) == 55_296
+    inversion = count(build("invertible_adapter"), site(width=768), replace(site("input", 768), n_out=30522))
+    assert inversion == 296_064
+    fusion = build("adapter_fusion")
+    assert count(fusion, site(width=768)) == 3 * 768**2 + 2 * 768
+    assert count(build("hyperformer", tasks=5), *both) == 2_581_464 + 5 * 64

@@ -1,13 +1,19 @@
 """Prompts and prefixes as pure functions: by hand, against references, with a row axis."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import tensor
 from torch.testing import assert_close
 
+from references import ladder_side_tuning as ladder_reference
+from references import llama_adapter as llama_reference
 from references import prefix_tuning as prefix_reference
+from references import q_peft as q_peft_reference
+from references import visual_prompt_tuning as visual_reference
 from veneer.anatomy import Site
 from veneer.edits import At, Tensors, add_row_axis, build
 
@@ -49,10 +55,10 @@ def by_rows(several):
     )
 
 
-def attend(q, k, v, mask):
+def attend(q, k, v, mask, scale=None):
     """Softmax attention with grouped key heads, masks of both kinds."""
     k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
-    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    scores = q @ k.mT * (scale or 1 / math.sqrt(q.shape[-1]))
     scores = scores.masked_fill(~mask, -1e30) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1) @ v
 
@@ -178,16 +184,285 @@ def test_prompt_tuning_gives_its_rows():
     assert t.prompt.shape == (3, 6)
 
 
+# ---- LLaMA-Adapter
+
+
+def project_of(case):
+    """at.project of a case's own frozen projections."""
+
+    def project(role, z):
+        y = torch.nn.functional.linear(z, case["base"][f"{role}_W"], case["base"][f"{role}_bias"])
+        return y.unflatten(-1, (-1, case["inputs"]["q"].shape[-1]))
+
+    return project
+
+
+@pytest.mark.parametrize("case", llama_reference.cases(), ids=lambda c: c["name"])
+def test_llama_adapter_equals_its_reference(case):
+    t = Tensors({n: v.clone().requires_grad_() for n, v in case["tensors"].items()})
+    q, k, v = (case["inputs"][n].clone().requires_grad_() for n in "qkv")
+    method = build("llama_adapter", length=case["options"]["length"], gate=case["options"]["gate"])
+    where = attention_site(q.shape[1], k.shape[1], q.shape[-1], t.prompt.shape[-1])
+    assert {n: v.shape for n, v in t.items()} == {n: s.shape for n, s in method.tensors(where).items()}
+    output = method.attention(t, q, k, v, mask_for(case), attend, At(_project=project_of(case)))
+    real = case["inputs"]["mask"][:, None, :, None]
+    expected = llama_reference.reference(case)["output"]
+    assert_close(output * real, expected)
+    wanted = {**dict(t.items()), "q": q, "k": k, "v": v}
+    found = torch.autograd.grad((output * real * case["cotangent"]).sum(), list(wanted.values()))
+    slopes = llama_reference.gradients(case)
+    for name, value in zip(wanted, found):
+        assert_close(value, slopes[name], rtol=1e-7, atol=1e-8)
+    for mistake, _ in llama_reference.MUTATIONS:
+        changed = llama_reference.mutated(case, mistake)["output"]
+        if not torch.equal(changed, expected):
+            assert not torch.allclose(output * real, changed), mistake
+
+
+def test_llama_adapter_starts_as_the_base_bit_for_bit():
+    method, where = build("llama_adapter", length=2), attention_site(4, 2, 3, 12)
+    generator = torch.Generator().manual_seed(0)
+    t = Tensors({n: s.start(s.shape, generator) for n, s in method.tensors(where).items()})
+    q, k, v = torch.randn(2, 4, 5, 3), torch.randn(2, 2, 5, 3), torch.randn(2, 2, 5, 3)
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    at = At(_project=lambda role, z: z[..., :6].unflatten(-1, (2, 3)))
+    assert torch.equal(method.attention(t, q, k, v, mask, attend, at), attend(q, k, v, mask))
+
+
+def test_count_of_llama_adapter_as_published():
+    method = build("llama_adapter")
+    where = attention_site(32, 32, 128, 4096)
+    assert 30 * sum(spec.size for spec in method.tensors(where).values()) == 1_229_760
+
+
+# ---- visual prompt tuning
+
+
+@pytest.mark.parametrize("case", visual_reference.cases(), ids=lambda c: c["name"])
+def test_visual_prompts_equal_their_reference(case):
+    o = case["options"]
+    method = build("visual_prompt_tuning", length=o["length"], deep=o["deep"])
+    expected = visual_reference.reference(case)
+    x, t = case["inputs"]["x"], case["tensors"]
+    first = method.tokens(Tensors(prompt=t["prompt_0" if o["deep"] else "prompt"]), At())
+    entered = torch.cat([x[:, :1], first.expand(x.shape[0], -1, -1), x[:, 1:]], 1)
+    assert method.place == "after_first"
+    assert_close(entered, expected["input.0"])
+    added = torch.zeros(entered.shape[:2], dtype=torch.bool)
+    added[:, 1 : 1 + o["length"]] = True
+    for block in range(1, o["blocks"]):
+        own = Tensors(prompt=t[f"prompt_{block}"]) if o["deep"] else Tensors()
+        new = method.input(own, expected[f"before.{block}"], At(added=added))
+        assert_close(new, expected[f"input.{block}"])
+
+
+def test_deep_prompts_are_renewed_where_each_row_has_them():
+    method = build("visual_prompt_tuning", length=2, deep=True)
+    where = embedding_site()
+    t, x = randomised(method, where), normal(2, 5, 6)
+    added = torch.tensor([[False, True, True, False, False], [False, False, False, True, True]])
+    new = method.input(t, x, At(added=added))
+    assert_close(new[0, 1:3], t.prompt)
+    assert_close(new[1, 3:], t.prompt)
+    assert torch.equal(new[~added], x[~added])
+
+
+def test_counts_and_bound_of_visual_prompts():
+    sites = [embedding_site(768)] + [
+        replace(embedding_site(768), port="input", block=i) for i in range(1, 12)
+    ]
+    for deep, blocks in ((False, 1), (True, 12)):
+        method = build("visual_prompt_tuning", length=10, deep=deep)
+        assert sum(s.size for where in sites for s in method.tensors(where).values()) == blocks * 10 * 768
+    spec = build("visual_prompt_tuning", length=50).tensors(sites[0])["prompt"]
+    start = spec.start(spec.shape, torch.Generator().manual_seed(0))
+    assert 0.99 * (6 / 1536) ** 0.5 < start.abs().max() <= (6 / 1536) ** 0.5
+
+
+# ---- ladder side tuning
+
+
+def ladder_of(case):
+    """The method and its tensors, rungs stacked, from a case that numbers them."""
+    o, t = case["options"], case["tensors"]
+    kept = [int(i) for i in o["kept"]]
+    stacked = {}
+    for name in ("D", "D_bias", "gate"):
+        first, _, rest = name.partition("_")
+        stacked[name] = torch.stack([t[f"{first}_{i}" + f"_{rest}" * bool(rest)] for i in kept])
+    for part in [n.partition(".")[2] for n in t if n.startswith(f"{kept[0]}.")]:
+        stacked[part] = torch.stack([t[f"{i}.{part}"] for i in kept])
+    vectors = {
+        n: v[:, None, :] if v.dim() == 2 else v.view(-1, 1, 1) if v.dim() == 1 else v
+        for n, v in stacked.items()
+    }
+    whole = {n: t[n] for n in ("D_0", "D_0_bias", "norm", "norm_bias", "U", "U_bias")}
+    method = build(
+        "ladder_side_tuning", heads=o["heads"], activation=o["activation"], rungs=tuple(i - 1 for i in kept)
+    )
+    return method, Tensors({n: v.clone().requires_grad_() for n, v in {**whole, **vectors}.items()}), kept
+
+
+@pytest.mark.parametrize("case", ladder_reference.cases(), ids=lambda c: c["name"])
+def test_the_ladder_equals_its_reference(case):
+    method, t, kept = ladder_of(case)
+    mask = case["inputs"]["mask"]
+    taps = {i - 1: case["inputs"][f"h_{i}"] for i in range(3)}
+    at = At(site=ladder_site(5, causal=case["options"]["causal"]), mask=mask, mask_all=mask)
+    output = method.exit(t, taps, torch.zeros(()), at) * mask[..., None]
+    expected = ladder_reference.reference(case)["output"]
+    assert_close(output, expected)
+    found = torch.autograd.grad((output * case["cotangent"]).sum(), [v for _, v in t.items()])
+    slopes = ladder_reference.gradients(case)
+    for (name, _), value in zip(t.items(), found):
+        if name in slopes:
+            assert_close(value, slopes[name], rtol=1e-7, atol=1e-8)
+        else:
+            for row, i in enumerate(kept):
+                own = {"D": f"D_{i}", "D_bias": f"D_{i}_bias", "gate": f"gate_{i}"}.get(name, f"{i}.{name}")
+                assert_close(value[row].view_as(slopes[own]), slopes[own], rtol=1e-7, atol=1e-8)
+    for mistake, _ in ladder_reference.MUTATIONS:
+        changed = ladder_reference.mutated(case, mistake)["output"]
+        if not torch.equal(changed, expected):
+            assert not torch.allclose(output, changed), mistake
+
+
+def ladder_site(width=16, causal=True, blocks=2, stack=""):
+    return Site("final", "final", "m.norm", "norm", n_in=width, n_out=width, width=width, causal=causal,
+                blocks=blocks, stack=stack, port="exit")  # fmt: skip
+
+
+def test_the_ladder_step_by_step_equals_the_ladder_at_once():
+    method = build("ladder_side_tuning", reduction=2, heads=2)
+    where = ladder_site()
+    t = randomised(method, where)
+    taps = {i: normal(2, 4, 16, seed=i + 2) for i in (-1, 0, 1)}
+    mask = torch.tensor([[True] * 4, [False, True, True, True]])
+    whole = method.exit(t, taps, taps[1], At(site=where, mask=mask, mask_all=mask))
+    kept = {}
+
+    def history(key, new):
+        kept[key] = torch.cat([kept[key], new], -2) if key in kept else new
+        return kept[key]
+
+    for i in range(4):
+        step = {b: h[:, i : i + 1] for b, h in taps.items()}
+        at = At(site=where, mask=mask[:, i : i + 1], mask_all=mask[:, : i + 1], past=i, _history=history)
+        new = method.exit(t, step, step[1], at)
+        assert_close(new[mask[:, i]], whole[:, i : i + 1][mask[:, i]])
+
+
+def test_the_ladder_can_mix_the_base_in_and_leaves_an_encoder_alone():
+    mixed = build("ladder_side_tuning", reduction=2, heads=2, merge_base=True)
+    t = randomised(mixed, ladder_site())
+    taps = {i: normal(2, 4, 16, seed=i + 2) for i in (-1, 0, 1)}
+    at = At(site=ladder_site())
+    alone = build("ladder_side_tuning", reduction=2, heads=2).exit(t, taps, taps[1], at)
+    mu = torch.sigmoid(t.gate_last / 0.1)
+    assert_close(mixed.exit(t, taps, taps[1], at), mu * alone + (1 - mu) * taps[1])
+    assert mixed.tensors(ladder_site(stack="encoder")) == {}
+    assert mixed.exit(Tensors(), taps, taps[1], at) is taps[1]
+    assert mixed.wanted_taps == "all"
+    assert build("ladder_side_tuning", rungs=(1,)).wanted_taps == (-1, 1)
+
+
+def test_count_of_the_ladder_by_its_formula():
+    d, w, blocks = 768, 96, 12
+    rung = w * d + w + 1 + 4 * w + 4 * (w * w + w) + 8 * w * w + 5 * w
+    specs = build("ladder_side_tuning").tensors(ladder_site(d, blocks=blocks))
+    assert sum(s.size for s in specs.values()) == blocks * rung + 2 * w * d + w + d + 2 * w
+
+
+# ---- Q-PEFT
+
+
+def hints_of(case, **options):
+    """The method, its tensors and condition's inputs; states stand in for embedded ids."""
+    o, t, given = case["options"], case["tensors"], case["inputs"]
+    rank = (t["query"] if o["form"] == "A" else t["down"]).shape[0]
+    variant = {"A": "attend", "R": "retrieve"}[o["form"]]
+    method = build(
+        "q_peft", variant=variant, length=0, rank=rank, heads=o["heads"] or 1, k=o["chosen"] or 1, **options
+    )
+    states = {"query": given["query_states"], "document": given["document_states"]}
+    inputs = {
+        f"{n}_ids": torch.arange(s.shape[1]).expand(2, -1) + 100 * (n == "query") for n, s in states.items()
+    }
+    inputs |= {f"{n}_mask": given[f"{n}_mask"] for n in states}
+    inputs["embed"] = lambda ids: states["query" if ids[0, 0] >= 100 else "document"]
+    tensors = Tensors({n: v.clone().requires_grad_() for n, v in t.items()}, blank=normal(4))
+    return method, tensors, inputs
+
+
+@pytest.mark.parametrize("case", q_peft_reference.cases(), ids=lambda c: c["name"])
+def test_the_hints_of_q_peft_equal_their_reference(case):
+    method, t, inputs = hints_of(case)
+    assert {n: v.shape for n, v in t.items()} == {
+        n: s.shape for n, s in method.tensors(embedding_site(4)).items()
+    }
+    hints = method.condition(t, inputs, At())["hints"]
+    found = method.tokens(t, At(conditions={"hints": hints}))
+    soft = q_peft_reference.reference(case)["soft"]  # hints of all rows, one below the other
+    real = inputs["query_mask"] if case["options"]["form"] == "A" else torch.ones_like(found[..., 0]).bool()
+    assert_close(found[real], soft)
+    assert_close(found[~real], t.blank.expand_as(found[~real]))
+    slopes = torch.autograd.grad(
+        found[real].sum(), [v for n, v in t.items() if n != "blank"], allow_unused=True
+    )
+    assert all(slope is not None for slope in slopes)
+
+
+def test_q_peft_leaves_out_the_tokens_of_the_query_and_fills_what_is_missing():
+    method = build("q_peft", length=3, k=3, rank=2)
+    t = randomised(method, embedding_site(4))
+    table = normal(10, 4)
+    inputs = {
+        "query_ids": tensor([[1, 2]]), "document_ids": tensor([[2, 5, 1, 7]]), "embed": lambda ids: table[ids]
+    }  # fmt: skip
+    hints = method.condition(t, inputs, At())["hints"]
+    made = table[[5, 7]] + torch.relu(table[[5, 7]] @ t.down.mT + t.down_bias) @ t.up.mT + t.up_bias
+    assert_close(hints[0, :2], made)
+    assert_close(hints[0, 2], t.blank)
+    tokens = method.tokens(t, At(conditions={"hints": hints}))
+    assert tokens.shape == (1, 6, 4)
+    assert torch.equal(tokens[0, :3], t.prompt)
+
+
 # ---- all of them
 
 
-@pytest.mark.parametrize(("key", "options"), [("prefix_tuning", {"length": 2})])
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("prefix_tuning", {"length": 2}),
+        ("llama_adapter", {"length": 2}),
+        ("llama_adapter", {"length": 2, "gate": "layer"}),
+        ("unipelt", {"length": 2}),
+    ],
+)
 def test_a_row_an_adapter_equals_each_adapter_alone(key, options):
     method = build(key, **options)
     several = [randomised(method, attention_site(), seed) for seed in range(3)]
     q, k, v = normal(3, 4, 5, 3), normal(3, 2, 5, 3, seed=1), normal(3, 2, 5, 3, seed=2)
     mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
-    together = method.attention(by_rows(several), q, k, v, mask, attend, At())
+    hidden, scaled = normal(3, 5, 12, seed=3), partial(attend, scale=3**-0.5)
+    for causal in (False, True):
+        at = At(
+            site=attention_site(causal=causal),
+            _project=lambda role, z: z[..., :6].unflatten(-1, (2, 3)),
+            hidden=hidden,
+        )
+        together = method.attention(by_rows(several), q, k, v, mask, scaled, at)
+        for i, t in enumerate(several):
+            one = slice(i, i + 1)
+            alone = method.attention(t, q[one], k[one], v[one], mask, scaled, at.with_(hidden=hidden[one]))
+            assert_close(together[one], alone)
+
+
+def test_a_row_an_adapter_of_deep_prompts_equals_each_alone():
+    method = build("visual_prompt_tuning", length=2, deep=True)
+    several = [randomised(method, embedding_site(), seed) for seed in range(3)]
+    x, added = normal(3, 5, 6), torch.tensor([[False, True, True, False, False]] * 3)
+    together = method.input(by_rows(several), x, At(added=added))
     for i, t in enumerate(several):
-        one = slice(i, i + 1)
-        assert_close(together[one], method.attention(t, q[one], k[one], v[one], mask, attend, At()))
+        assert_close(together[i : i + 1], method.input(t, x[i : i + 1], At(added=added[:1])))
