@@ -201,7 +201,7 @@ def _from_base(host: Host, adapter: Adapter, drawn: dict[str, Tensor]) -> dict[s
     for sp, keys in zip(adapter.plan.sites, adapter.plan.keys):
         if "start" not in sp.method.arguments:
             continue
-        W = host.weight(sp.site)
+        W = host.token_table(sp.site.stack) if sp.site.port == "tokens" else host.weight(sp.site)
         t = Tensors({n: drawn[k] for n, k in keys.items() if k in drawn})
         W = None if W is None else W.detach().float() if host.dtype != torch.float64 else W.detach()
         if sp.site.experts and W is not None:

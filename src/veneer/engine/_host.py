@@ -135,7 +135,7 @@ class Host(nn.Module):
 
     def weight(self, site: Site) -> Tensor | None:
         """The bare W of a site in the method's shape; None where the site has none."""
-        if site.port != "weight" and site.kind not in ("linear", "conv1d", "embedding", "conv"):
+        if not site.parameter or (site.port != "weight" and site.kind not in ("linear", "conv1d", "embedding", "conv")):
             return None
         return cut(self.bare(site), site)
 
@@ -146,6 +146,11 @@ class Host(nn.Module):
         if b is None or not site.ranges:
             return b
         return torch.cat([b[i:j] for i, j in site.ranges])
+
+    def token_table(self, stack: str) -> Tensor | None:
+        """(vocabulary, width): the table of token embeddings of a stack, if it has one."""
+        tables = dict(self.anatomy.facts.token_embeddings)
+        return stored(self.module(tables[stack]), "weight") if stack in tables else None
 
     def sibling(self, site: Site, role: str) -> Site:
         """The projection of the same attention: `key` of "block.3.attention"."""

@@ -6,6 +6,7 @@ adapter costs what the first did.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -199,6 +200,8 @@ def _sites_of(found: Anatomy, m: Method, exclude: Any, layers: Any, partial: boo
                 f"{m.key} edits sites of kind {', '.join(kinds)}; '{wrong[0].name}' is of kind '{wrong[0].kind}'.",
                 next_step="veneer anatomy MODEL    shows every role and its modules",
             )
+        if port == "attention":  # the module that makes q, k and v and calls the attention
+            sites = [dataclasses.replace(s, module=dict(s.options).get("core", s.module)) for s in sites]
         chosen += [s if s.port == port else s.at(port) for s in sites]
     return chosen
 
@@ -210,7 +213,15 @@ def _stream_sites(found: Anatomy, port: str, selector: Any) -> list[Site]:
     """
     where = "embedding" if port == "tokens" else "final"
     wanted = selector if selector not in ("", None, True) else where
-    sites = [s.at(port) for s in found.select(wanted, port=port)]
+    facts = dict(found.facts.blocks)
+    like = {s.stack: s for s in found.sites if s.role == "attention"}
+    sites = []
+    for s in found.select(wanted, port=port):
+        attention = like.get(s.stack, s)  # a side network takes its heads and its causality from the stack
+        sites.append(
+            s.at(port, blocks=len(facts.get(s.stack, ())), heads=attention.heads, kv_heads=attention.kv_heads,
+                 head_dim=attention.head_dim, causal=attention.causal)
+        )  # fmt: skip
     if port == "tokens" and found.facts.encoder_decoder:
         sites = [s for s in sites if s.stack != "decoder"] or sites
     if not sites:

@@ -59,14 +59,18 @@ def run(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args: tuple, 
         frame.captured[module.__dict__[NAME]] = x
     if ops.input:
         for op in ops.input:
-            x = edit(op, frame, x, "input", {"x": x})
+            if not op.site.ranges:
+                x = edit(op, frame, x, "input", {"x": x})
         args = (x, *args[1:])
-    if ops.around:
-        y = around(ops.around, frame, plain, args, kwargs)
-    elif ops.weight:
-        y = weighted(module, plain, ops.weight, frame, args, kwargs)
-    else:
-        y = plain(*args, **kwargs)
+    y = _inner(module, plain, ops, frame, args, kwargs)
+    for ranges in dict.fromkeys(op.site.ranges for op in ops.input if op.site.ranges):
+        # The input of one part of a fused projection: the others see the module's own.
+        own = x
+        for op in ops.input:
+            if op.site.ranges == ranges:
+                own, site = edit(op, frame, own, "input", {"x": own}), op.site
+        part = first(_inner(module, plain, ops, frame, (own, *args[1:]), kwargs))
+        y = with_first(y, _paste_features(first(y), cut_features(part, site), site))
     if ops.tokens and not frame.host.has_token_ids(ops.tokens[0].site.stack):
         y = with_first(y, _insert_after(ops.tokens, frame, first(y)))
     for op in (*ops.output, *ops.exit):
@@ -76,9 +80,24 @@ def run(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args: tuple, 
         else:
             source = op.site.source
             seen = frame.captured.get(source, x) if source and source != op.site.module else x
-            new = edit(op, frame, inner, "output", {"x": seen, "y": inner})
+            mine = cut_features(inner, op.site)
+            new = edit(op, frame, mine, "output", {"x": seen, "y": mine})
+            new = new if not op.site.ranges else _paste_features(inner, new, op.site)
         y = with_first(y, new)
     return y
+
+
+def _inner(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args: tuple, kwargs: dict) -> Any:
+    """The base under weight edits, or under edits around it."""
+    if ops.around:
+        return around(ops.around, frame, plain, args, kwargs)
+    if ops.weight:
+        return weighted(module, plain, ops.weight, frame, args, kwargs)
+    return plain(*args, **kwargs)
+
+
+def _paste_features(y: Tensor, part: Tensor, site: Any) -> Tensor:
+    return y.index_copy(-1, features(site, y.device), part.to(y.dtype))
 
 
 def _first_input(args: tuple, kwargs: dict) -> tuple[tuple, dict, Any]:
@@ -185,7 +204,7 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
     bias = getattr(module, "bias", None) if apart else None
     replaced = _replaced(module, whole, frame)
     if bias is not None and "bias" not in replaced:
-        replaced["bias"] = None
+        replaced["bias"] = torch.zeros_like(bias)  # not every class can do without one
     else:
         bias = None
     y = twin(module, replaced).forward(*args, **kwargs) if replaced else plain(*args, **kwargs)
@@ -194,7 +213,7 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         named = {k: _take(rows, v) for k, v in kwargs.items()}
         swapped = _replaced(module, [*whole, *members], frame)
         if bias is not None:
-            swapped["bias"] = None
+            swapped["bias"] = torch.zeros_like(bias)
         y = _put(rows, y, twin(module, swapped).forward(*chosen, **named))
     if factored:
         x = args[0] if args else next(iter(kwargs.values()))

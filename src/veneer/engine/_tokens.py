@@ -1,7 +1,8 @@
 """The tokens port: positions that an edit puts into the stream of each row, before its first real token.
 
-Rows keep their order and their own number of added positions. A row with fewer than the most gets padding in front
-of them, so the real tokens of all rows stay aligned and what comes out can be cut back to what went in.
+Rows keep their order and their own number of added positions. A row with fewer than the most gets padding: in front
+of them in a causal stack, so that all rows end together, and at the end elsewhere, so that a base which counts
+positions from the left counts them as it does for that row alone. What comes out is cut back to what went in.
 """
 
 from __future__ import annotations
@@ -31,12 +32,15 @@ class Insertion:
     length: int  # the most of any row
     index: Tensor  # (rows, T + length): source of each new position in [tokens; added]
     added: Tensor  # (rows, T + length) bool
+    padding: Tensor  # (rows, T + length) bool
+    shift: Tensor  # (rows,): how far tokens behind the place have moved
 
     def extend(self, values: Tensor, fill: Any = 0, at_added: Any = None) -> Tensor:
         """(rows, T) -> (rows, T + length): `at_added` at added positions, `fill` at the padding before them."""
         rows, tokens = values.shape
         extra = torch.full((rows, self.length), fill, dtype=values.dtype, device=values.device)
         out = torch.cat([values, extra], 1).gather(1, self.index)
+        out = out.masked_fill(self.padding, fill)
         if at_added is None:
             return out
         return torch.where(
@@ -47,15 +51,8 @@ class Insertion:
         """(rows, T + length, ...) -> (rows, T, ...): the tokens that went in."""
         tokens = y.shape[1] - self.length
         old = torch.arange(tokens, device=y.device)[None]
-        index = torch.where(old < self.place[:, None], old, old + self.length)
+        index = torch.where(old < self.place[:, None], old, old + self.shift[:, None])
         return y.gather(1, index.view(*index.shape, *[1] * (y.dim() - 2)).expand(-1, -1, *y.shape[2:]))
-
-    def repeat(self, times: int) -> Insertion:
-        """For rows that stand `times` times next to one another (beams)."""
-        return Insertion(
-            *(v.repeat_interleave(times, 0) if isinstance(v, Tensor) else v for v in
-              (self.place, self.counts, self.length, self.index, self.added))
-        )  # fmt: skip
 
 
 def insert(ops: list[Op], frame: Frame, embeds: Tensor, mask: Tensor | None) -> tuple[Tensor, Insertion]:
@@ -64,7 +61,8 @@ def insert(ops: list[Op], frame: Frame, embeds: Tensor, mask: Tensor | None) -> 
     device = embeds.device
     pieces: list[tuple[list[int], Tensor]] = []
     counts = [0] * rows
-    after_first = [False] * rows
+    # A head or pooler reads the first position of a base with a class token, so nothing may come before it.
+    after_first = [frame.host.anatomy.facts.class_token] * rows
     for op in ops:
         mine = list(range(rows)) if op.rows is None else _rows_at(op.rows, rows)
         given = apply(op, frame, "tokens", {"at": facts(op, frame)}).to(embeds.dtype)
@@ -89,7 +87,9 @@ def insert(ops: list[Op], frame: Frame, embeds: Tensor, mask: Tensor | None) -> 
     else:
         place = mask.to(torch.long).argmax(1)
     place = place + torch.tensor(after_first, device=device).long()
-    where = _insertion(place, count, length, tokens)
+    facts_of_base = frame.host.anatomy.facts
+    trailing = facts_of_base.encoder_decoder or not facts_of_base.causal
+    where = _insertion(place, count, length, tokens, trailing)
     out = torch.cat([embeds, block], 1).gather(1, where.index[..., None].expand(-1, -1, width))
     return out, where
 
@@ -99,13 +99,16 @@ def _rows_at(rows: Rows, total: int) -> list[int]:
     return [i * each + j for i in rows.indices for j in range(each)]
 
 
-def _insertion(place: Tensor, count: Tensor, length: int, tokens: int) -> Insertion:
+def _insertion(place: Tensor, count: Tensor, length: int, tokens: int, trailing: bool) -> Insertion:
     new = torch.arange(tokens + length, device=place.device)[None]
-    p = place[:, None]
-    inside = (new >= p) & (new < p + length)
-    index = torch.where(new < p, new, torch.where(inside, tokens + new - p, new - length))
-    added = inside & (new >= p + length - count[:, None])
-    return Insertion(place, count, length, index, added)
+    p, n = place[:, None], count[:, None]
+    shift = n if trailing else torch.full_like(n, length)
+    start = p if trailing else p + length - n  # of the added positions
+    added = (new >= start) & (new < start + n)
+    behind = new >= p + shift
+    index = torch.where(new < p, new, torch.where(added, tokens + length - n + new - start, new - shift))
+    padding = (behind & (new - shift >= tokens)) | ((new >= p) & (new < start))
+    return Insertion(place, count, length, index.clamp(0, tokens + length - 1), added, padding, shift[:, 0])
 
 
 def extend_facts(at: At, where: Insertion, mask: Tensor | None) -> At:
