@@ -69,7 +69,7 @@ def from_results(
     )
     folder = Path(output) if output is not None else path.with_name(path.stem + "-compared")
     folder.mkdir(parents=True, exist_ok=True)
-    return publish(folder, design, None, records, reads=1, source=path.name)
+    return publish(folder, design, None, records, reads=1, source=path.name, scores_rise=higher_is_better)
 
 
 def _read(path: Path) -> dict[tuple[str, str], dict[str, Any]]:

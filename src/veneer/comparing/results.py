@@ -91,20 +91,24 @@ def publish(
     records: Sequence[Record],
     reads: int,
     source: str,
+    scores_rise: bool = True,
 ) -> CompareResult:
-    """Analyse the records and write scores.jsonl, results.jsonl, summary.json, best/ and report.html."""
+    """Analyse the records and write scores.jsonl, results.jsonl, summary.json, best/ and report.html.
+
+    scores_rise: item scores are better where they are higher, as a trainer's always are, whatever its metric.
+    """
     from veneer.comparing.report import render
     from veneer.comparing.words import conclusion
 
     scores = scores_of(records)
-    sign = 1.0 if design.higher_is_better else -1.0
+    sign = 1.0 if scores_rise else -1.0
     oriented = Scores({arm: sign * of for arm, of in scores.of.items()}, scores.seeds, scores.items)
     costs = {str(record.arm): record.costs for record in records}
     analysis = analyse(oriented, costs, design.contrasts, design.correction)
-    scale = Scale.of(design.metric, sign, scores.of.values())
     rows = tuple(row for record in records for row in _rows(record, design, scores))
+    scale = Scale.of(_analysed(design, rows), sign, scores.of.values())
     sentence = conclusion(analysis, scale, costs, design.is_demo)
-    summary = _summary(design, analysis, scale, records, costs, sentence, reads, source)
+    summary = _summary(design, analysis, scale, records, rows, costs, sentence, reads, source)
     write_atomic(folder / "results.jsonl", "".join(_line(row) for row in rows))
     write_atomic(folder / "scores.jsonl", "".join(_line(line) for line in _score_lines(records, scores)))
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
@@ -112,6 +116,13 @@ def publish(
     result = CompareResult(folder, design, analysis, rows, sentence, reads, best_folder)
     write_atomic(folder / "report.html", render(summary, rows, analysis, records, scale, expected))
     return result
+
+
+def _analysed(design: Comparison, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the intervals are of: the metric where it is the mean of the item scores, else their mean."""
+    known = [row for row in rows if row["value"] is not None]
+    is_mean = all(abs(row["value"] - row["item_score"]) < 1e-6 for row in known)
+    return design.metric if is_mean else "mean item score"
 
 
 def scores_of(records: Sequence[Record]) -> Scores:
@@ -251,12 +262,17 @@ def _summary(
     analysis: Analysis,
     scale: Scale,
     records: Sequence[Record],
+    rows: Sequence[Mapping[str, Any]],
     costs: Mapping[str, Mapping[str, Any]],
     sentence: str,
     reads: int,
     source: str,
 ) -> dict[str, Any]:
     arms = []
+    values = {
+        arm: _mean([row["value"] for row in rows if row["arm"] == arm and row["value"] is not None])
+        for arm in costs
+    }
     for result in analysis.arms:
         low, high = scale.bounds(result.interval.low, result.interval.high)
         arms.append(
@@ -265,6 +281,7 @@ def _summary(
                 "mean": scale.sign * result.interval.estimate,
                 "low": low,
                 "high": high,
+                "metric_mean": values[result.arm],
                 "tied_with_best": result.tied_with_best,
                 "p_adjusted": result.p_adjusted,
                 "on_front": result.front_probability >= 0.5,
@@ -280,7 +297,8 @@ def _summary(
         "budget": parse_budget(design.budget).label,
         "claim": DEMO if design.is_demo else "",
         "metric": design.metric,
-        "higher_is_better": design.higher_is_better,
+        "analysed": scale.metric,
+        "higher_is_better": scale.sign > 0,
         "in_percent": scale.is_share,
         "seeds": analysis.seeds,
         "items": analysis.items,
@@ -348,6 +366,10 @@ def _publish_best(
 
 def _line(value: Mapping[str, Any]) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
 
 
 def _finite(value: float) -> float | None:

@@ -29,8 +29,8 @@ def compare(
     *,
     output: str | Path,
     task: str | None = None,
-    metric: str = "accuracy",
-    higher_is_better: bool = True,
+    metric: str | None = None,
+    higher_is_better: bool | None = None,
     budget: str = "published",
     seeds: int | Sequence[int] = 6,
     tuning_seeds: Sequence[int] = (0,),
@@ -70,6 +70,11 @@ def compare(
         data_sha256 = data_sha256 or runner.data_sha256
         known_methods = known_methods or runner.families
         families = families or runner.families
+        metric = metric or runner.task.primary_metric
+        if higher_is_better is None:
+            from veneer.tasks import find_metric
+
+            higher_is_better = find_metric(metric).greater_is_better
     say = progress or (lambda event: None)
     is_demo = parse_budget(budget).kind == "demo"
     arms = parse_arms(methods, known_methods, known_recipes)
@@ -80,8 +85,8 @@ def compare(
         arms=tuple(str(arm) for arm in arms),
         rates=grids(arms, count, rates, families),
         task=task,
-        metric=metric,
-        higher_is_better=higher_is_better,
+        metric=metric or "accuracy",
+        higher_is_better=True if higher_is_better is None else higher_is_better,
         budget=str(parse_budget(budget)),
         seeds=choose_seeds(seeds),
         tuning_seeds=tuple(tuning_seeds),

@@ -30,6 +30,7 @@ class RunResult(Protocol):
     """What a trainer returns; `veneer.training.TrainResult` is one.
 
     metrics: {split: {name: value}}. predictions: {split: [{"item", "score", ...}]}. folder: what it saved.
+    An item's score is better where it is higher (a squared error comes with its sign turned).
     """
 
     metrics: Mapping[str, Mapping[str, float]]

@@ -113,7 +113,7 @@ def p_text(p: float) -> str:
 
 def table_text(summary: Mapping[str, Any]) -> str:
     """The arms, best first, in columns that line up."""
-    scale = Scale(summary["metric"], 1.0 if summary["higher_is_better"] else -1.0, summary["in_percent"])
+    scale = Scale(summary["analysed"], 1.0 if summary["higher_is_better"] else -1.0, summary["in_percent"])
     head = (
         "arm",
         scale.unit,

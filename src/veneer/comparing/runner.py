@@ -1,0 +1,136 @@
+"""The trainer that `compare` uses when it is given none: `veneer.training` on data that `veneer.data` reads.
+
+Thin on purpose. What it adds is the untrained base (which for labels is the best constant guess), and the
+sizes and epochs that a budget means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from veneer.comparing.arms import Arm
+from veneer.comparing.design import Budget, canonical_json
+from veneer.errors import Unsupported
+
+DEMO_SIZES = {"train": 190, "validation": 200, "test": 300}
+DEMO_EPOCHS = 2
+
+
+class TrainingRunner:
+    """`run_arm` over `veneer.training.train`. The data are read once, here."""
+
+    def __init__(
+        self, model: Any, data: Any, task: str | None, budget: Budget, options: Mapping[str, Any]
+    ) -> None:
+        from veneer.data import Splits, read
+        from veneer.tasks import find_task
+
+        self.model, self.budget, self.options = model, budget, dict(options)
+        reading = {
+            key: self.options.pop(key)
+            for key in ("columns", "sizes", "group", "split")
+            if key in self.options
+        }
+        self.data = data if isinstance(data, Splits) else read(data, task=task, **reading)
+        if budget.kind == "demo":
+            for split, size in DEMO_SIZES.items():
+                setattr(self.data, split, getattr(self.data, split)[:size])
+        self.task = find_task(self.data.task).from_rows(self.data.train, self.data.labels or None)
+        self.amount()  # a budget that cannot be set is said before anything runs
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: len(rows) for name, rows in self.data.parts.items()}
+
+    @property
+    def data_sha256(self) -> str:
+        return hashlib.sha256(canonical_json(self.data.parts).encode()).hexdigest()
+
+    @property
+    def families(self) -> dict[str, str]:
+        """{method: family} of all methods there are."""
+        import veneer
+
+        return {info.key: info.family for info in veneer.methods()}
+
+    def __call__(
+        self, *, arm: Arm, seed: int, learning_rate: float | None, splits: tuple[str, ...], output: Path
+    ) -> Any:
+        if arm.method == "untrained" and self.task.name in ("classify", "regress"):
+            return self.constant_guess(splits, output)
+        from veneer.training import train
+
+        return train(
+            model=self.model,
+            data=self.data,
+            method=str(arm),
+            task=self.data.task,
+            output=output,
+            learning_rate=learning_rate,
+            seed=seed,
+            evaluate_on=splits,
+            progress=False,
+            **{**self.amount(), **self.options},
+        )
+
+    def amount(self) -> dict[str, Any]:
+        """The budget as options of training. The order of the data is the same for all arms, so that equal
+        passes are equal tokens."""
+        kind, amount = self.budget.kind, self.budget.amount
+        if kind == "demo":
+            return {"epochs": DEMO_EPOCHS}
+        if kind == "examples" and amount is not None:
+            return {"epochs": amount / max(1, len(self.data.train))}
+        if kind != "published":
+            raise Unsupported(
+                f"the budget {self.budget} cannot be set in training yet.",
+                next_step="examples=N is the same for all arms, tokens included",
+            )
+        return {}
+
+    def constant_guess(self, splits: tuple[str, ...], output: Path) -> Any:
+        """The majority class of the training rows, their shares as probabilities; for numbers the mean."""
+        labels = [row["label"] for row in self.data.train]
+        predictions = {}
+        for split in splits:
+            rows = getattr(self.data, split)
+            predictions[split] = [
+                {"item": number, **self._guess(labels, row["label"])} for number, row in enumerate(rows)
+            ]
+        return SimpleNamespace(
+            metrics={split: self.task.metrics(found) for split, found in predictions.items()},
+            predictions=predictions,
+            trainable_parameters=0,
+            bytes_on_disk=0,
+            step_seconds=None,
+            tokens_per_second=None,
+            peak_memory_bytes=None,
+            folder=output,
+        )
+
+    def _guess(self, labels: list[Any], label: Any) -> dict[str, Any]:
+        if self.task.name == "regress":
+            mean = statistics.fmean(labels)
+            return {"score": -((mean - label) ** 2), "prediction": mean, "label": label}
+        names = list(self.task.labels)
+        counts = Counter(labels)
+        best = max(range(len(names)), key=lambda index: counts[index])
+        return {
+            "score": float(best == label),
+            "prediction": names[best],
+            "label": names[label],
+            "probabilities": {name: counts[index] / len(labels) for index, name in enumerate(names)},
+        }
+
+
+def default_runner(
+    model: Any, data: Any, *, task: str | None, budget: Budget, options: Mapping[str, Any]
+) -> TrainingRunner:
+    """The trainer for `model` on `data`; reads the data, opens the base later."""
+    return TrainingRunner(model, data, task, budget, options)
