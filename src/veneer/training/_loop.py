@@ -1,0 +1,409 @@
+"""The loop: a step is rows, losses, gradients, an update; all that varies stands in hooks, tasks and recipes.
+
+A `Run` is one training at one moment. Everything that decides its future is in `state()`, and everything random in
+step k comes from (seed, k): so a run that was killed and resumed is the run that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.errors import TrainingFailed
+from veneer.tasks import Batch, Encoded, Task
+from veneer.training._batches import epoch_batches, parts
+from veneer.training._checkpoint import Checkpoints, to_device
+from veneer.training._evaluate import predictions_of
+from veneer.training._failures import first_not_finite, not_finite, out_of_memory
+from veneer.training._progress import Progress
+from veneer.training._schedule import rate_factor, set_rates, warmup_steps
+from veneer.training._seeds import own_randomness, seed_all
+from veneer.training._settings import Settings
+from veneer.training._subject import Subject
+from veneer.training.hooks import AllHooks, Phase, carry_state, forget_state
+
+KEPT_IN_HISTORY = 400  # losses that the history keeps, evenly spread
+
+
+class Run:
+    """One training. Hooks are given it: `model`, `subject`, `optimizer`, `step_now`, `batches`, `forget`."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        task: Task,
+        encoded: Mapping[str, Encoded],
+        feeder: Any,
+        settings: Settings,
+        *,
+        learning_rate: float,
+        accelerator: Any,
+        recipe: Any = None,
+        hooks: Sequence[Any] = (),
+        method: Any = None,
+        checkpoints: Checkpoints | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.subject, self.task, self.encoded, self.feeder = subject, task, encoded, feeder
+        self.settings, self.learning_rate, self.accelerator = settings, learning_rate, accelerator
+        self.recipe, self.checkpoints = recipe, checkpoints
+        self.hooks = AllHooks([*hooks, recipe], methods=[method])
+        self.progress = progress or Progress()
+        self.rows = encoded["train"].features
+        self.lengths = [f["length"] for f in self.rows]
+        self.steps_an_epoch = math.ceil(len(self.rows) / settings.batch_size)
+        self.total_steps = (
+            settings.max_steps
+            if settings.max_steps is not None
+            else math.ceil(settings.epochs * self.steps_an_epoch)
+        )
+        self.warmup = warmup_steps(settings.warmup, self.total_steps)
+        self.step_now, self.seconds, self.tokens = 0, 0.0, 0
+        self.step_seconds: list[float] = []
+        self.history: list[dict[str, Any]] = []
+        self.best: dict[str, Any] = {}
+        self.stopped = False
+        self.phase = -1
+        self.written: str | None = None
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self._checked = False
+        self.optimizer = self._make_optimizer()
+
+    @property
+    def model(self) -> nn.Module:
+        return self.subject.model
+
+    @property
+    def device(self) -> Any:
+        return self.accelerator.device
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """All that decides what comes next, as a checkpoint holds it."""
+        position = {
+            "step": self.step_now, "phase": self.phase, "seconds": self.seconds, "tokens": self.tokens,
+            "step_seconds": self.step_seconds[-200:], "history": self.history, "best": self.best,
+            "stopped": self.stopped, "settings": self.settings.decides(),
+            "groups": len(self.optimizer.param_groups),
+        }  # fmt: skip
+        own = {n: v.state_dict() for n, v in (("recipe", self.recipe),) if hasattr(v, "state_dict")}
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None:
+            own["scaler"] = scaler.state_dict()
+        return {
+            "adapter": self.subject.state(), "optimizer": _optimizer_state(self.optimizer), "own": own,
+            "position": position,
+        }  # fmt: skip
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on where `state()` was taken."""
+        position = saved["position"]
+        self.subject.restore(to_device(saved["adapter"], self.device))
+        self.optimizer = self._make_optimizer()
+        _load_optimizer(self.optimizer, to_device(saved["optimizer"], self.device))
+        for name, value in saved["own"].items():
+            owner = self.recipe if name == "recipe" else self.accelerator.scaler
+            owner.load_state_dict(value)
+        self.step_now, self.phase = position["step"], position["phase"]
+        self.seconds, self.tokens, self.step_seconds = (
+            position["seconds"], position["tokens"], list(position["step_seconds"]),
+        )  # fmt: skip
+        self.history, self.best, self.stopped = position["history"], position["best"], position["stopped"]
+
+    def _make_optimizer(self) -> Any:
+        groups = self.subject.groups(self.learning_rate, self.settings.weight_decay, self.recipe)
+        groups = [g for g in groups if g["params"]]
+        count = sum(p.numel() for g in groups for p in g["params"] if p.requires_grad)
+        if count == 0:
+            raise TrainingFailed(
+                "there is nothing to train: the active adapter has no parameter that requires a gradient.",
+                next_step="veneer.trainable(model) lists what is trained; a method with sites, or a fresh head, is "
+                "needed",
+            )
+        make = getattr(self.recipe, "optimizer", None)
+        if make is not None:
+            return make(groups, lr=self.learning_rate, weight_decay=self.settings.weight_decay)
+        for group in groups:
+            group.pop("views", None)
+        on_one_kind = {p.device.type for g in groups for p in g["params"]} <= {"cpu", "cuda"}
+        return torch.optim.AdamW(groups, lr=self.learning_rate, fused=on_one_kind)
+
+    def forget(self, parameter: Tensor, index: Tensor | None = None) -> None:
+        """Drop the optimizer's state of a parameter, or of some of its entries."""
+        forget_state(self.optimizer, parameter, index)
+
+    def rebuild_optimizer(self, keep: bool = True) -> None:
+        """A new optimizer over the parameters of now; `keep` moves the state of those that stay."""
+        old, self.optimizer = self.optimizer, self._make_optimizer()
+        if keep:
+            carry_state(old, self.optimizer)
+
+    # -- rows ---------------------------------------------------------------------------------------------------
+
+    def rows_of(self, step: int) -> list[dict[str, Any]]:
+        """The features that step `step` trains on."""
+        epoch, at = divmod(step, self.steps_an_epoch)
+        if self._epoch[0] != epoch:
+            batches = epoch_batches(self.lengths, self.settings.batch_size, self.settings.seed, epoch)
+            self._epoch = (epoch, batches)
+        return [self.rows[i] for i in self._epoch[1][at]]
+
+    def batches(self, split: str = "train", batch_size: int = 16, limit: int | None = None) -> list[Batch]:
+        """The first rows of a split in batches, for hooks that read data (a Fisher pass, a start from data)."""
+        rows = self.encoded[split].features[:limit]
+        return [self.collate(rows[at : at + batch_size]) for at in range(0, len(rows), batch_size)]
+
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        return self.task.collate(rows, self.feeder, self.model).to(self.device)
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """All steps that are left."""
+        self.progress.begin(self.total_steps, self.step_now)
+        self.model.train()
+        try:
+            with own_randomness():
+                self.subject.prepare(self.total_steps)
+                phases = self._phases()
+                if self.step_now == 0:
+                    seed_all(self.settings.seed, "begin")
+                    self._changed(self.hooks.between_steps(self, 0))
+                while self.step_now < self.total_steps and not self.stopped:
+                    self._turn_phase(phases)
+                    self._one_step()
+                    self._after_step()
+                if phases and self.phase >= 0 and not self.stopped:
+                    self._leave(phases)
+        finally:
+            self.progress.end()
+            self.model.eval()
+
+    def _one_step(self) -> None:
+        began, rows = time.perf_counter(), self.rows_of(self.step_now)
+        micro = [self.collate(part) for part in parts(rows, self.settings.accumulate)]
+        set_rates(
+            self.optimizer, rate_factor(self.settings.schedule, self.step_now, self.total_steps, self.warmup)
+        )
+        try:
+            loss = self._update(micro)
+        except torch.OutOfMemoryError as error:
+            longest = max(f["length"] for f in rows)
+            s = self.settings
+            raise out_of_memory(
+                error, self.step_now, s.batch_size, s.accumulate, longest, s.gradient_checkpointing
+            ) from error
+        self.step_now += 1
+        self._changed(self.subject.between_steps(self.step_now, self.total_steps, self.optimizer))
+        self._changed(self.hooks.between_steps(self, self.step_now))
+        self.optimizer.zero_grad(set_to_none=True)
+        took = time.perf_counter() - began
+        self.seconds += took
+        self.step_seconds.append(took)
+        self.tokens += sum(b.tokens for b in micro)
+        self._note(loss)
+
+    def _update(self, micro: list[Batch]) -> float:
+        """Loss, gradients and one update. Returns the loss of the step, penalties included."""
+        total = sum(b.weight for b in micro)
+
+        def closure(backward: bool = True) -> Tensor:
+            # The same draws at each call: what evaluates a step twice compares like with like.
+            seed_all(self.settings.seed, "step", self.step_now)
+            whole = torch.zeros((), device=self.device)
+            for at, batch in enumerate(micro):
+                with self.accelerator.autocast():
+                    loss = self.task.loss(self.model, batch) * (batch.weight / total)
+                for term in self._terms(batch) if at == 0 else ():
+                    loss = loss + term
+                if backward:
+                    self.accelerator.backward(loss)
+                whole += loss.detach()
+            return whole
+
+        loss = self.hooks.step(self, closure, self.step_now)
+        if loss is None:
+            loss = self._ordinary(closure, micro)
+        value = float(loss)
+        if not math.isfinite(value):
+            self._fail("the loss", micro)
+        return value
+
+    def _ordinary(self, closure: Any, micro: list[Batch]) -> Tensor:
+        if getattr(self.recipe, "backward", True) is False:
+            with torch.no_grad():
+                return self.optimizer.step(lambda: closure(backward=False))
+        loss = closure()
+        if not math.isfinite(float(loss)):
+            self._fail("the loss", micro)  # before the update: what is trained stays finite
+        if not self._checked:
+            self.subject.check_gradients()
+            self._checked = True
+        if self.hooks.has["exchange"]:
+            self._exchange()
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(self.optimizer)
+        self.hooks.on_gradients(self, self.step_now)
+        trained = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip or math.inf)
+        if scaler is not None:
+            scaler.step(self.optimizer)
+            scaler.update()
+            return loss
+        if not math.isfinite(float(norm)):
+            self._fail("the gradient", micro)
+        self.optimizer.step()
+        return loss
+
+    def _terms(self, batch: Batch) -> list[Tensor]:
+        penalty = self.subject.penalty()
+        found = [] if penalty is None else [penalty]
+        return [*found, *self.hooks.loss_terms(self, batch).values()]
+
+    def _exchange(self) -> None:
+        trained = self.subject.parameters()
+        sent = {str(i): p.grad for i, p in enumerate(trained) if p.grad is not None}
+        for name, gradient in self.hooks.exchange(self, sent).items():
+            trained[int(name)].grad = gradient
+
+    def _fail(self, what: str, micro: list[Batch]) -> None:
+        """Raise the error of a step that diverged, with the module that overflowed first."""
+
+        def again() -> None:
+            seed_all(self.settings.seed, "step", self.step_now)
+            for batch in micro:
+                self.task.loss(self.model, batch)
+
+        rate = max(g["lr"] for g in self.optimizer.param_groups)
+        items = [i for b in micro for i in b.items]
+        raise not_finite(what, self.step_now, items, first_not_finite(self.model, again), rate, self.written)
+
+    def _changed(self, change: str | None) -> None:
+        if change == "groups_changed":
+            self.rebuild_optimizer()
+
+    # -- phases -------------------------------------------------------------------------------------------------
+
+    def _phases(self) -> list[tuple[int, Phase]]:
+        """(first step, phase), the shares brought to one."""
+        phases = self.hooks.phases(self)
+        whole, before, found = sum(p.share for p in phases), 0.0, []
+        for phase in phases:
+            found.append((round(self.total_steps * before / whole), phase))
+            before += phase.share
+        return found
+
+    def _turn_phase(self, phases: list[tuple[int, Phase]]) -> None:
+        while self.phase + 1 < len(phases) and self.step_now >= phases[self.phase + 1][0]:
+            if self.phase >= 0:
+                self._leave(phases)
+            self.phase += 1
+            phase = phases[self.phase][1]
+            if phase.enter is not None:
+                seed_all(self.settings.seed, "phase", self.phase)
+                phase.enter(self)
+            if phase.optimizer == "rebuild":
+                self.rebuild_optimizer(keep=False)
+
+    def _leave(self, phases: list[tuple[int, Phase]]) -> None:
+        leave = phases[self.phase][1].exit
+        if leave is not None:
+            leave(self)
+
+    # -- behind a step ------------------------------------------------------------------------------------------
+
+    def _note(self, loss: float) -> None:
+        rate = self.optimizer.param_groups[0]["lr"]
+        every = max(1, self.total_steps // KEPT_IN_HISTORY)
+        if self.step_now % every == 0 or self.step_now == self.total_steps:
+            self.history.append({"step": self.step_now, "loss": loss, "learning_rate": rate})
+        self.progress.step(self.step_now, loss, rate, self.tokens / max(self.seconds, 1e-9))
+
+    def _after_step(self) -> None:
+        s, at_end = self.settings, self.step_now == self.total_steps
+        ends_epoch = self.step_now % self.steps_an_epoch == 0
+        by_epoch = s.evaluate_every is None and s.early_stopping is not None and (ends_epoch or at_end)
+        by_step = s.evaluate_every is not None and (self.step_now % s.evaluate_every == 0 or at_end)
+        if by_epoch or by_step:
+            self._look()
+        saves = self.step_now % s.save_every == 0 if s.save_every else ends_epoch
+        if self.checkpoints is not None and (saves or at_end or self.stopped):
+            self.written = str(self.checkpoints.write(self.step_now, self.state()))
+
+    def _look(self) -> None:
+        """Evaluate on the validation rows, and stop where nothing got better for too long."""
+        if not self.encoded.get("validation"):
+            return
+        metrics = self.task.metrics(self.predictions("validation"))
+        self.model.train()
+        name = self.task.primary_metric
+        value = metrics[name]
+        self.history.append({"step": self.step_now, "split": "validation", **metrics})
+        self.progress.evaluated(self.step_now, "validation", {name: value})
+        if self.settings.early_stopping is None:
+            return
+        sign = 1 if self.task.greater_is_better else -1
+        if not self.best or sign * value > sign * self.best["value"]:
+            self.best = {"step": self.step_now, "value": value, "metric": name, "waited": 0}
+            if self.checkpoints is not None:
+                self.checkpoints.write_best(self.subject.state())
+            else:
+                self._best_state = self.subject.state()
+        else:
+            self.best["waited"] += 1
+            self.stopped = self.best["waited"] >= self.settings.early_stopping
+
+    def take_best(self) -> None:
+        """Put the best state that early stopping kept back into the adapter."""
+        if not self.best:
+            return
+        state = self.checkpoints.best() if self.checkpoints is not None else self._best_state
+        if state is not None:
+            self.subject.restore(to_device(state, self.device))
+
+    def predictions(self, split: str) -> list[dict[str, Any]]:
+        """Of every row of a split, in order."""
+        with own_randomness():
+            return predictions_of(
+                self.model, self.task, self.encoded[split], self.feeder,
+                batch_size=self.settings.evaluate_batch_size, device=self.device,
+                autocast=self.accelerator.autocast, seed=self.settings.seed,
+            )  # fmt: skip
+
+    @property
+    def median_step_seconds(self) -> float:
+        return statistics.median(self.step_seconds) if self.step_seconds else 0.0
+
+
+def _optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """state_dict without what groups carry for the step alone (views of leaves): it is made anew with them."""
+    saved = optimizer.state_dict()
+    plain = [{k: v for k, v in g.items() if _is_plain(v)} for g in saved["param_groups"]]
+    return {**saved, "param_groups": plain}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _load_optimizer(optimizer: Any, saved: Any) -> None:
+    now = optimizer.param_groups
+    if len(saved["param_groups"]) != len(now):
+        raise TrainingFailed(
+            f"the checkpoint's optimizer has {len(saved['param_groups'])} groups of parameters, this one has {len(now)}.",
+            next_step="give the run another output, to begin it anew",
+        )
+    groups = [
+        {**{k: v for k, v in n.items() if k != "params"}, **s} for n, s in zip(now, saved["param_groups"])
+    ]
+    optimizer.load_state_dict({**saved, "param_groups": groups})

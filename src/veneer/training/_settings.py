@@ -1,0 +1,109 @@
+"""The settings of a run: what decides its result, told apart from what does not.
+
+The hash of the former is the run's identity: the same output with the same settings is resumed, with others refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.errors import BadOption, TrainingFailed, UnknownOption, nearest
+from veneer.training._schedule import check_schedule
+
+SILENT = ("evaluate_batch_size", "save_every")  # change nothing of the result
+
+
+@dataclass(frozen=True)
+class Settings:
+    """batch_size: rows of a step; accumulate: into how many parts they are cut (the same result, less memory)."""
+
+    learning_rate: float | None = None
+    epochs: float = 3
+    max_steps: int | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    seed: int = 0
+    weight_decay: float = 0.01
+    warmup: float = 0.06
+    schedule: str = "linear"
+    clip: float | None = 1.0
+    gradient_checkpointing: bool = False
+    mixed_precision: str | None = None
+    early_stopping: int | None = None
+    evaluate_every: int | None = None
+    save_every: int | None = None
+    evaluate_batch_size: int = 64
+    evaluate_on: tuple[str, ...] = ("validation",)
+    identity: Mapping[str, Any] = field(default_factory=dict)  # method, data, base, task
+
+    def __post_init__(self) -> None:
+        check_schedule(self.schedule)
+        for name, least in (
+            ("epochs", 0),
+            ("batch_size", 1),
+            ("accumulate", 1),
+            ("warmup", 0),
+            ("weight_decay", 0),
+        ):
+            _at_least(name, getattr(self, name), least)
+        for name in ("max_steps", "early_stopping", "evaluate_every", "save_every"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 0 if name == "max_steps" else 1)
+        if self.mixed_precision not in (None, "no", "fp16", "bf16"):
+            raise BadOption(
+                f"mixed_precision={self.mixed_precision!r} is not one that can be used.",
+                nearest=("bf16", "fp16"),
+            )
+        if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
+            raise BadOption(f"learning_rate={self.learning_rate!r} should be above 0.")
+
+    def decides(self) -> dict[str, Any]:
+        """What the result depends on, as JSON holds it."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in SILENT}
+        return json.loads(json.dumps(found, default=str))
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.decides(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _at_least(name: str, value: Any, least: float) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= least:
+        raise BadOption(f"{name}={value!r} should be a number that is at least {least}.")
+
+
+def check_options(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> None:
+    """UnknownOption with the nearest names for what no setting is called."""
+    known = [*(f.name for f in dataclasses.fields(Settings) if f.name != "identity"), *also]
+    for name in options:
+        if name not in known:
+            raise UnknownOption(
+                f"train has no option {name!r}.",
+                nearest=nearest(name, known),
+                next_step="options of the method go into method_options={...}, or into the arm: lora:rank=16",
+            )
+
+
+def hold_same(saved: Mapping[str, Any], settings: Settings, folder: str) -> None:
+    """An error that names what differs, when a folder holds a run of other settings."""
+    before, now = dict(_flat(saved)), dict(_flat(settings.decides()))
+    unlike = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
+    if unlike:
+        shown = "; ".join(f"{n}: {before.get(n)!r} there, {now.get(n)!r} now" for n in unlike[:6])
+        raise TrainingFailed(
+            f"{folder} holds a run of other settings ({shown}).",
+            next_step="another output, or delete the folder, or give the settings that it was begun with",
+        )
+
+
+def _flat(value: Mapping[str, Any], path: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for key, inner in value.items():
+        name = f"{path}.{key}" if path else key
+        found += _flat(inner, name) if isinstance(inner, Mapping) else [(name, inner)]
+    return found
