@@ -1,5 +1,8 @@
 """Opening bases of every kind of spec, and the errors of those that cannot be opened."""
 
+import hashlib
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -135,8 +138,6 @@ def test_a_folder_without_a_tokenizer_gives_none_and_not_an_empty_one(gpt_folder
 
 
 def test_a_decoder_without_a_padding_token_is_given_one_and_says_so(gpt_folder, bert_folder, tmp_path):
-    import shutil
-
     shutil.copytree(gpt_folder, tmp_path / "gpt")
     tokenizer = open_base(bert_folder).tokenizer
     tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
@@ -200,7 +201,10 @@ def test_a_function_of_the_users_own_file_gives_a_model_and_a_tokenizer(tmp_path
         ("nowhere.gguf", BadFile, "no file nowhere.gguf"),
     ],
 )
-def test_a_spec_that_opens_nothing_says_what_was_expected(spec, error, says):
+def test_a_spec_that_opens_nothing_says_what_was_expected(spec, error, says, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(error, match=says):
         open_base(spec)
 
@@ -247,8 +251,6 @@ def test_a_base_prints_its_class_its_size_and_what_is_fresh():
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A package of which the "client" brings an archive that this test made."""
-    import hashlib
-
     monkeypatch.setenv("VENEER_CACHE", str(tmp_path / "cache"))
     archive = tmp_path / "thing-1.0.whl"
     with zipfile.ZipFile(archive, "w") as file:
@@ -356,8 +358,6 @@ def test_two_processes_make_a_folder_of_the_cache_once(tmp_path):
         print((cached("thing", make) / "file").read_text())
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    import os
-
     environment = {**os.environ, "VENEER_CACHE": str(tmp_path), "PYTHONPATH": "src"}
     running = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)

@@ -164,7 +164,7 @@ def _plausible(task: str, mapping: Mapping[str, Any], given: Mapping[str, Any]) 
 
 def _by_values(task: str, mapping: Mapping[str, Any], rows: list[dict[str, Any]]) -> str:
     """classify, multilabel or regress, by what the label column holds."""
-    if task != "classify":
+    if task != "classify" or "label" not in mapping:
         return task
     column = mapping["label"]
     if isinstance(column, list):

@@ -6,6 +6,7 @@ same list feeds the report of `check`, the error of `read`, and the file of rows
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -161,7 +162,8 @@ def set_aside(problems: list[Problem], path: str | Path) -> int:
                 file.write(json.dumps(record, default=repr) + "\n")
         os.replace(unfinished, target)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise VeneerError(f"the rows set aside cannot be written to {target}: {error.strerror}.") from error
     return len({(p.split, p.line) for p in problems})
 

@@ -98,29 +98,26 @@ def _classify(named: Row, labelled: bool) -> list[Row]:
 
 def _multilabel(named: Row, labelled: bool) -> list[Row]:
     found = _texts(named)
-    return [
-        {**found, "label": [label_name(v) for v in _label_list(named.get("label"))]} if labelled else found
-    ]
+    if not labelled:
+        return [found]
+    return [{**found, "label": list(dict.fromkeys(map(label_name, _label_list(named.get("label")))))}]
 
 
 def _label_list(value: Any) -> list[Any]:
     """A list, or text: JSON, or names with | ; or , between them. No label at all is an empty list."""
     if isinstance(value, list):
-        return list(dict.fromkeys(value))
+        return value
     if value is None:
         raise BadRow("missing label", "the label is empty")
     text = str(value).strip()
     if text.startswith("["):
         try:
-            return list(dict.fromkeys(json.loads(text)))
-        except (ValueError, TypeError, RecursionError) as error:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise BadRow("bad label", f"{text:.40} is not a list") from error
+        return found if isinstance(found, list) else [found]
     mark = next((m for m in "|;," if m in text), None)
-    return (
-        list(dict.fromkeys(part.strip() for part in text.split(mark) if part.strip()))
-        if mark
-        else [text] * bool(text)
-    )
+    return [part for part in text.split(mark) if part.strip()] if mark else [text] * bool(text)
 
 
 def _regress(named: Row, labelled: bool) -> list[Row]:
