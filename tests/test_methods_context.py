@@ -16,6 +16,7 @@ from references import q_peft as q_peft_reference
 from references import visual_prompt_tuning as visual_reference
 from veneer.anatomy import Site
 from veneer.edits import At, Tensors, add_row_axis, build
+from veneer.errors import BadOption
 
 torch.set_num_threads(1)
 
@@ -390,7 +391,7 @@ def hints_of(case, **options):
     }
     inputs |= {f"{n}_mask": given[f"{n}_mask"] for n in states}
     inputs["embed"] = lambda ids: states["query" if ids[0, 0] >= 100 else "document"]
-    tensors = Tensors({n: v.clone().requires_grad_() for n, v in t.items()}, blank=normal(4))
+    tensors = Tensors({n: v.clone().requires_grad_() for n, v in t.items()})
     return method, tensors, inputs
 
 
@@ -405,10 +406,8 @@ def test_the_hints_of_q_peft_equal_their_reference(case):
     soft = q_peft_reference.reference(case)["soft"]  # hints of all rows, one below the other
     real = inputs["query_mask"] if case["options"]["form"] == "A" else torch.ones_like(found[..., 0]).bool()
     assert_close(found[real], soft)
-    assert_close(found[~real], t.blank.expand_as(found[~real]))
-    slopes = torch.autograd.grad(
-        found[real].sum(), [v for n, v in t.items() if n != "blank"], allow_unused=True
-    )
+    assert (found[~real] == 0).all()
+    slopes = torch.autograd.grad(found[real].sum(), [v for _, v in t.items()], allow_unused=True)
     assert all(slope is not None for slope in slopes)
 
 
@@ -422,9 +421,11 @@ def test_q_peft_leaves_out_the_tokens_of_the_query_and_fills_what_is_missing():
     hints = method.condition(t, inputs, At())["hints"]
     made = table[[5, 7]] + torch.relu(table[[5, 7]] @ t.down.mT + t.down_bias) @ t.up.mT + t.up_bias
     assert_close(hints[0, :2], made)
-    assert_close(hints[0, 2], t.blank)
+    assert (hints[0, 2] == 0).all()
     tokens = method.tokens(t, At(conditions={"hints": hints}))
     assert tokens.shape == (1, 6, 4)
+    with pytest.raises(BadOption, match="query_ids"):
+        method.condition(t, {"input_ids": tensor([[1]])}, At())
     assert torch.equal(tokens[0, :3], t.prompt)
 
 

@@ -51,6 +51,7 @@ class AdapterFusion(OutputMethod):
     temperature: float = hyper(1.0, "scores are divided by it before the softmax", more_than=0)
     penalty_weight: float = hyper(0.01, "size of |I - V|^2 in the loss", at_least=0)
     sites: Sites = "{attention,mlp}"
+    needs_members = True
 
     def tensors(self, site: Site) -> Specs:
         d = site.width

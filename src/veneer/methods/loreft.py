@@ -8,7 +8,8 @@ h is a block's output, the residual stream, at chosen positions of the prompt on
 h + b is where the state should be inside it, and what is orthogonal to R stays as it was. Tokens that are
 generated are never edited: they read the edited prompt from the cache. On a prompt of n tokens each end
 takes at most n // 2, none is edited twice, and padding does not count. `tied=False` gives the last
-positions tensors of their own.
+positions tensors of their own. In an encoder-decoder the prompt is what the encoder reads: its decoder
+stays bare.
 
 W and b start at random, so the model does not begin as its base. The edit depends on the token: it cannot
 be merged. R is projected onto orthonormal rows after each step, and saved as such; pyreft keeps an
@@ -68,6 +69,8 @@ class LoReFT(OutputMethod):
         parse_positions(self.positions)
 
     def tensors(self, site: Site) -> Specs:
+        if site.stack == "decoder" and self.positions != "all":
+            return {}  # the prompt is what the encoder reads
         return {name + end: spec for end in self.ends for name, spec in self._one(site.width).items()}
 
     def _one(self, width: int) -> Specs:
@@ -81,7 +84,7 @@ class LoReFT(OutputMethod):
 
     def output(self, t: Tensors, y: Tensor, at: At) -> Tensor:
         """(..., tokens, width) -> (..., tokens, width)"""
-        if at.nowhere(self.positions):
+        if "b" not in t or at.nowhere(self.positions):
             return y
         new = self.moved(t, y)
         if "_last" in self.ends:

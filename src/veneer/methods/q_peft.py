@@ -15,7 +15,7 @@ The query is scored, so hints that contain its tokens make the score a measure o
 `exclude_query` leaves them out (the paper's filter "q"), and scores of different queries are not
 comparable. The published code trains a copy of the whole vocabulary and square matrices besides, 230 M
 numbers beside a 7 B base; the matrices here have `rank` rows and the vocabulary stays frozen. Places
-without a hint, in rows with fewer of them, hold the row `blank`.
+without a hint, in rows with fewer of them, hold zeros.
 """
 
 import torch
@@ -37,6 +37,7 @@ from veneer.edits import (
     uniform,
     zeros,
 )
+from veneer.errors import BadOption
 
 
 @method(
@@ -56,10 +57,11 @@ class QPEFT(TokensMethod):
     heads: int = hyper(2, "heads of the attention", at_least=1)
     exclude_query: bool = hyper(True, "retrieve no token that the query has")
     sites: Sites = "embedding"
+    inputs = ("query_ids", "document_ids", "query_mask", "document_mask")
 
     def tensors(self, site: Site) -> Specs:
         d, r = site.width, self.rank
-        specs: Specs = {"blank": uniform(0.5, d, decay=False)}
+        specs: Specs = {}
         if self.length:
             specs["prompt"] = uniform(0.5, self.length, d, decay=False)
         if self.variant == "retrieve":
@@ -74,6 +76,11 @@ class QPEFT(TokensMethod):
 
     def condition(self, t: Tensors, inputs: dict, at: At) -> dict[str, Tensor]:
         """{"hints": (rows, hints, width)} from the ids of the query and of the document"""
+        if "query_ids" not in inputs or "document_ids" not in inputs or "embed" not in inputs:
+            raise BadOption(
+                f"q_peft makes its prompt from query_ids and document_ids; the call has {', '.join(inputs)}.",
+                next_step="model(**batch, query_ids=..., document_ids=...), on a base that reads token ids",
+            )
         query, document = inputs["query_ids"], inputs["document_ids"]
         asked, real = (_mask(inputs.get(n + "_mask"), inputs[n + "_ids"]) for n in ("query", "document"))
         E_q, E_d = inputs["embed"](query), inputs["embed"](document)
@@ -85,7 +92,7 @@ class QPEFT(TokensMethod):
             place, found = self.retrieved(E_q, E_d, asked, real)
             e = torch.take_along_dim(E_d, place[..., None], -2)
             hints = e + bottleneck(e, t.down, t.down_bias, t.up, t.up_bias, "relu")
-        return {"hints": torch.where(found[..., None], hints, t.blank)}
+        return {"hints": hints * found[..., None]}
 
     def attended(self, t: Tensors, E_q: Tensor, E_d: Tensor, real: Tensor) -> Tensor:
         """(rows, tokens of the query, width)"""

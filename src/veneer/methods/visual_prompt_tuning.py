@@ -35,7 +35,7 @@ class VisualPromptTuning(Method):
     place = "after_first"
 
     def tensors(self, site: Site) -> Specs:
-        if site.port == "input" and not self.deep:
+        if site.port == "input" and (not self.deep or site.stack == "decoder"):
             return {}
         bound = (6 / (3 * self.patch**2 + site.width)) ** 0.5
         return {"prompt": uniform(bound, self.length, site.width, decay=False)}
