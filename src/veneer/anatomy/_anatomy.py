@@ -16,7 +16,7 @@ from torch import nn
 from veneer.anatomy._by_name import read_names
 from veneer.anatomy._by_trace import read_trace
 from veneer.anatomy._findings import Findings
-from veneer.anatomy._probe import run_probe
+from veneer.anatomy._probe import causal_by_trial, run_probe
 from veneer.anatomy._select import Selector, select
 from veneer.anatomy._sites import (
     Places,
@@ -27,7 +27,7 @@ from veneer.anatomy._sites import (
     parameter_sites,
     weight_site,
 )
-from veneer.anatomy._structure import join
+from veneer.anatomy._structure import inside, join
 from veneer.anatomy._types import BaseFacts, Site
 from veneer.errors import BadOption
 
@@ -172,8 +172,29 @@ def read(model: nn.Module, *, probe: Mapping[str, Any] | torch.Tensor | None = N
         raise BadOption(
             f"{type(model).__name__} is no torch.nn.Module.", next_step="veneer.anatomy(model) with a module"
         )
+    return Anatomy(model, _find(model, probe))
+
+
+def _find(model: nn.Module, probe: Mapping[str, Any] | torch.Tensor | None) -> Findings:
     known = known_weights(model)
-    tape, notes = run_probe(model, probe)
-    found = read_names(model, known) if tape is None else read_trace(model, tape, known)
-    found.notes = notes + found.notes
-    return Anatomy(model, found)
+    tape, arguments, notes = run_probe(model, probe)
+    if tape is None:
+        found = read_names(model, known)
+        found.notes = notes + found.notes
+        return found
+    found = read_trace(model, tape, known)
+    if not found.cores and causal_by_trial(model, arguments):
+        found.causal = True
+        for stack in found.stacks:
+            stack.causal = True
+    reached = {call.module for call in tape.calls}
+    towers: list[str] = []
+    for name, module in model.named_modules():
+        # A vision tower is not reached by text alone: it is a model of its own, with its own inputs.
+        alone = hasattr(module, "main_input_name") and not any(inside(name, t) for t in towers)
+        if not name or not alone or any(inside(r, name) for r in reached if r):
+            continue
+        if any(isinstance(m, nn.ModuleList) for m in module.modules()):
+            towers.append(name)
+            found.absorb(_find(module, None), name)
+    return found

@@ -58,13 +58,14 @@ def _from_call(graph: Graph, node: Node) -> list[Attention]:
     if len(floats) < 3:
         return []
     q, k, v = floats[:3]
-    masks = [graph.values[i] for i in node.inputs if i not in (q, k, v)]
+    masks = [i for i in node.inputs if i not in (q, k, v) and graph.values[i].tensor.ndim >= 2]
     causal = bool(node.kwargs.get("is_causal") or node.kwargs.get("causal"))
     causal = causal or (len(node.args) > 5 and node.args[5] is True)
     biased = False
     for mask in masks:
-        causal = causal or _is_causal_mask(mask.tensor)
-        biased = biased or _is_bias(mask.tensor)
+        tensor = graph.values[mask].tensor
+        causal = causal or _is_causal_mask(tensor)
+        biased = biased or _is_bias(tensor) or (tensor.is_floating_point() and graph.parameter_made(mask))
     return [Attention(node.index, node, node.module, q, k, v, causal, biased)]
 
 
@@ -92,9 +93,9 @@ def _from_softmax(graph: Graph, node: Node) -> list[Attention]:
     after = _product_after(graph, node)
     if after is None:
         return []
-    end, value = after
+    end, value, used = after
     q, k = _operands(scores)
-    probabilities = graph.values[node.outputs[0]].tensor
+    probabilities = graph.values[used].tensor  # without the columns of attention sinks
     causal = False
     if probabilities.ndim >= 2 and probabilities.shape[-1] == probabilities.shape[-2] > 1:
         n = probabilities.shape[-1]
@@ -108,7 +109,7 @@ def _from_softmax(graph: Graph, node: Node) -> list[Attention]:
             and graph.before[step.index] >> scores.index & 1
         ):
             others = [i for i in step.inputs if not graph.before_value(i) >> scores.index & 1]
-            biased = biased or any(_is_bias(graph.values[i].tensor) for i in others)
+            biased = biased or any(_is_bias(graph.values[i].tensor) or graph.parameter_made(i) for i in others)
     return [
         Attention(
             scores.index,
@@ -147,8 +148,8 @@ def _product_before(graph: Graph, softmax: Node) -> Node | None:
     return min(found, key=lambda n: n.index) if found else None
 
 
-def _product_after(graph: Graph, softmax: Node) -> tuple[Node, int] | None:
-    """(the product of the probabilities with the values, the values)"""
+def _product_after(graph: Graph, softmax: Node) -> tuple[Node, int, int] | None:
+    """(the product of the probabilities with the values, the values, the probabilities)"""
     todo, seen = list(softmax.outputs), set()
     while todo:
         value = todo.pop(0)
@@ -160,21 +161,20 @@ def _product_after(graph: Graph, softmax: Node) -> tuple[Node, int] | None:
                 if node.weights:
                     continue
                 left, right = _operands(node)
-                return node, right if left == value else left
+                return node, right if left == value else left, value
             todo += node.outputs
     return None
 
 
 def projections(
-    graph: Graph, attention: Attention, value: int, region: range
+    graph: Graph, value: int, region: range
 ) -> list[tuple[Node, tuple[tuple[int, int], ...] | None, int]]:
     """(matrix call, its rows, how many) that make queries, keys or values; the largest share first."""
     found = []
     for node in graph.each(graph.near_value(value)):
         if node.index not in region or not node.weights or node.name == "embedding":
             continue
-        axis = 1 if node.name.startswith("conv") else -1
-        size = graph.shape(node.outputs[0])[axis]
+        size = graph.shape(node.outputs[0])[graph.feature_axis(node)]
         ranges = ranges_of(graph.rows(value, node.index), size)
         count = size if not ranges else sum(b - a for a, b in ranges)
         found.append((node, ranges, count))

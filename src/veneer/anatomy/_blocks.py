@@ -20,7 +20,7 @@ def merges(graph: Graph) -> list[Node]:
     for node in graph.nodes:
         if node.name in ADDS and len(node.inputs) >= 2:
             a, b = node.inputs[:2]
-            if graph.is_data(a) and graph.is_data(b) and graph.near_value(a) != graph.near_value(b):
+            if graph.is_state(a) and graph.is_state(b) and graph.near_value(a) != graph.near_value(b):
                 found.append(node)
     return found
 

@@ -16,19 +16,9 @@ from veneer.anatomy._findings import Core, Findings, Key, Part, Ranges
 from veneer.anatomy._graph import ACTIVATIONS, MULTIPLIES, NORM_CALLS, Graph, ranges_of
 from veneer.anatomy._residual import find_sublayers
 from veneer.anatomy._structure import Weight, inside, is_norm, join, parent
-from veneer.anatomy._trace import CONVOLUTION_CALLS, Call, Node, Tape
+from veneer.anatomy._trace import CONVOLUTION_CALLS, RECURRENT_CALLS, Call, Node, Tape
 
-_PICKS = {"topk", "argmax", "argsort", "sort", "max"}
-_RECURRENT = {
-    "lstm",
-    "gru",
-    "rnn_tanh",
-    "rnn_relu",
-    "lstm_cell",
-    "gru_cell",
-    "rnn_tanh_cell",
-    "rnn_relu_cell",
-}
+_PICKS = {"topk", "argmax", "argsort", "sort"}
 
 
 def read_trace(model: nn.Module, tape: Tape, weights: dict[Key, Weight]) -> Findings:
@@ -53,8 +43,8 @@ class _Reader:
         found = self.found
         found.stacks = find_stacks(graph, {a.end.index for a in attentions})
         for block, call in self._regions():
-            self._routers(block, call)
             self._read_attentions(block, call, [a for a in attentions if a.end.index in graph.region(call)])
+            self._routers(block, call)
         for block, call in self._regions():
             self._mlps(block, call)
         self._rest()
@@ -110,7 +100,7 @@ class _Reader:
         self._crossing: dict[int, bool] = {}
         self._cores: dict[int, str] = {}
         for node in self.graph.nodes:
-            if not node.weights or node.name in CONVOLUTION_CALLS | _RECURRENT | {
+            if not node.weights or node.name in CONVOLUTION_CALLS | RECURRENT_CALLS | {
                 "embedding",
                 "opaque",
                 "multi_head_attention_forward",
@@ -162,7 +152,7 @@ class _Reader:
 
     def _free(self, region: range) -> list[Node]:
         """Matrix calls of a region that have no role: products with a matrix, no lookups."""
-        skip = {"embedding", "embedding_bag", "multi_head_attention_forward"} | _RECURRENT
+        skip = {"embedding", "embedding_bag", "multi_head_attention_forward"} | RECURRENT_CALLS
         return [
             n
             for n in self.graph.nodes[region.start : region.stop]
@@ -211,8 +201,12 @@ class _Reader:
             return
         counts: dict[str, int] = {}
         region = graph.region(call)
-        for role in ("query", "key", "value"):
-            made = projections(graph, attention, getattr(attention, role), region)
+        sources = {r: projections(graph, getattr(attention, r), region) for r in ("query", "key", "value")}
+        shared: dict[int, set[str]] = {}
+        for role, made in sources.items():
+            for node, _, _ in made[:1]:
+                shared.setdefault(node.index, set()).add(role)
+        for role, made in sources.items():
             made = [
                 m for m in made if m[0].index not in self.taken or self.taken[m[0].index].startswith(prefix)
             ]
@@ -222,9 +216,9 @@ class _Reader:
             counts[role] = sum(m[2] for m in made) if len(made) > 1 else count
             if ranges is None:
                 ranges = ()
-                self._problems.append(
-                    f"{join(*graph.weight_key(node))}: rows of {prefix}.{role} could not be told apart"
-                )
+                if len(shared[node.index]) > 1:
+                    name = join(*graph.weight_key(node))
+                    self._problems.append(f"{name}: its rows for {prefix}.{role} could not be told apart")
             self._add(node, f"{prefix}.{role}", block, ranges, core)
         heads, kv_heads, size = heads_of(graph, attention, counts)
         self._output(attention, prefix, block, region, core)
@@ -259,7 +253,7 @@ class _Reader:
         else:
             picked = []
             for value in (attention.query, attention.key):
-                made = projections(graph, attention, value, graph.region(call))
+                made = projections(graph, value, graph.region(call))
                 data = graph.data_input(made[0][0]) if made else value
                 picked.append(data if data is not None else value)
             sources = (picked[0], picked[1])
@@ -275,8 +269,8 @@ class _Reader:
             "float",
         }
         query, key = (graph.same(v, passed) for v in sources)
-        if query == key:
-            return False
+        if query == key or (graph.near_value(query) == graph.near_value(key) != 0):
+            return False  # one state, perhaps pooled on one side
         if not block:
             return graph.near_value(query) != graph.near_value(key)
         own = next(
@@ -319,6 +313,7 @@ class _Reader:
                 continue
             value = graph.data_input(node)
             near = list(graph.each(graph.near_value(value))) if value is not None else []
+            near = [self._through(near[0])] if len(near) == 1 else near
             good = [
                 n
                 for n in near
@@ -363,6 +358,15 @@ class _Reader:
         else:
             self._add(near[0], f"{prefix}.up", block)
         self._add(down, f"{prefix}.down", block)
+
+    def _through(self, node: Node) -> Node:
+        """The matrix call before a depthwise convolution (SegFormer has one between the halves of its MLP)."""
+        weight = self.weights.get(self.graph.weight_key(node)) if node.name in CONVOLUTION_CALLS and node.weights else None
+        if weight is None or weight.groups == 1 or weight.groups != weight.n_out:
+            return node
+        value = self.graph.data_input(node)
+        before = list(self.graph.each(self.graph.near_value(value))) if value is not None else []
+        return before[0] if len(before) == 1 else node
 
     def _activates(self, node: Node) -> bool:
         if node.name in ACTIVATIONS or node.name == "opaque" and not node.weights:

@@ -10,7 +10,7 @@ from veneer.anatomy._attention import Attention
 from veneer.anatomy._findings import Findings, Stack
 from veneer.anatomy._graph import ADDS, MOVES, MULTIPLIES, RESHAPES, SAME, Graph
 from veneer.anatomy._structure import inside, parent
-from veneer.anatomy._trace import Call, Ref, tensors_in
+from veneer.anatomy._trace import RECURRENT_CALLS, Call, Ref, tensors_in
 
 _IMAGE = ("pixel_values", "image", "images", "pixel_values_videos")
 _SOUND = ("input_features", "input_values", "audio")
@@ -31,8 +31,8 @@ def find_ends(graph: Graph, found: Findings, attentions: list[Attention]) -> Non
     ends.stack_names()
     if not found.stacks:
         ends.embedding_alone()
-    main = next((s for s in found.stacks if s.name == "decoder"), found.stacks[-1] if found.stacks else None)
-    found.causal = bool(main and main.causal)
+    last = [s for s in found.stacks if not any(ends.feeds(s, other) for other in found.stacks if other is not s)]
+    found.causal = bool(last) and all(s.causal for s in last)
     found.encoder_decoder = {s.name for s in found.stacks} >= {"encoder", "decoder"}
     ends.head()
     ends.pooler()
@@ -57,9 +57,8 @@ class _Ends:
 
     def _entry(self, stack: Stack) -> int | None:
         call = self._first(stack)
-        states = [v for v in call.inputs if self.graph.values[v].tensor.is_floating_point()]
-        data = [v for v in states if self.graph.is_data(v)]
-        return (data or states or [None])[0]
+        states = [v for v in call.inputs if self.graph.is_state(v)]
+        return states[0] if states else None
 
     # ------------------------------------------------------------ before the blocks
 
@@ -122,7 +121,7 @@ class _Ends:
             index = next((i for i in node.inputs if i not in node.weights), None)
             if index is None:
                 continue
-            name = self.graph.values[self.graph.same(index, SAME | RESHAPES | {"clone", "long"})].input_name
+            name = self.graph.values[self.graph.same(index, SAME | MOVES | {"pad", "long"})].input_name
             rows = self.graph.shape(node.weights[0])[0]
             if name and "type" not in name and "position" not in name and rows > found[0]:
                 found = rows, self.graph.weight_key(node)[0]
@@ -133,6 +132,11 @@ class _Ends:
         name = self._tokens((1 << len(self.graph.nodes)) - 1)
         if name:
             self.found.loose_embedding = name
+        for call in self.graph.tape.closed:
+            region = self.graph.nodes[call.start : call.stop]
+            if call.outputs and region and all(n.module == call.module for n in region):
+                if any(n.name in RECURRENT_CALLS for n in region) and self.graph.is_data(call.outputs[0]):
+                    self.found.loose_final = call.module
 
     # ------------------------------------------------------------ after the blocks
 
@@ -144,6 +148,8 @@ class _Ends:
         state = call.outputs[0]
         norms = set(self.found.norms)
         for other in self.graph.tape.calls:
+            if not any(inside(b, parent(other.module)) for b in stack.blocks):
+                continue  # deep inside of what comes after
             if (
                 other.start < call.stop
                 or other.module not in norms
@@ -183,19 +189,18 @@ class _Ends:
 
     def stack_names(self) -> None:
         stacks = self.found.stacks
+        for stack in stacks:
+            stack.kind = self._kind(stack)
         if len(stacks) < 2:
             return
         crossing = {c.block for c in self.found.cores if c.cross}
         decoders = [s for s in stacks if crossing & set(s.blocks)]
         for stack in stacks:
-            feeds = any(stack is not d and self._feeds(stack, d) for d in decoders)
-            stack.name = "decoder" if stack in decoders else "encoder" if feeds else self._kind(stack)
-        names = [s.name for s in stacks]
-        for stack in stacks:
-            if names.count(stack.name) > 1 or not stack.name:
-                stack.name = parent(stack.blocks[0])
+            feeds = any(stack is not d and self.feeds(stack, d) for d in decoders)
+            stack.name = "decoder" if stack in decoders else "encoder" if feeds else stack.kind
+        self.found.tell_stacks_apart()
 
-    def _feeds(self, first: Stack, second: Stack) -> bool:
+    def feeds(self, first: Stack, second: Stack) -> bool:
         made = self.graph.producer(self._last(first).outputs[0]) if self._last(first).outputs else None
         inputs = self._last(second).inputs
         return made is not None and any(self.graph.before_value(v) >> made.index & 1 for v in inputs)
@@ -249,13 +254,14 @@ class _Ends:
             or self._holds_block(call.module)
             or any(inside(call.module, b) for b in self.blocks)
         )
-        recurrent = any(n.name in ("lstm", "gru", "rnn_tanh", "rnn_relu", "embedding") for n in matrices)
+        recurrent = any(n.name == "embedding" or n.name in RECURRENT_CALLS for n in matrices)
         return bool(matrices) and not bad and not recurrent and earliest not in region
 
     def pooler(self) -> None:
         """A module, not the head, that takes one position out of the final state."""
         finals = self._final_values()
-        for node in self.graph.nodes:
+        done = max((c.stop for b in self.blocks for c in self.graph.calls.get(b, [])), default=0)
+        for node in self.graph.nodes[done:]:
             if node.name not in ("__getitem__", "select", "index_select") or not node.inputs:
                 continue
             source, shape = node.inputs[0], self.graph.shape(node.inputs[0])
@@ -289,16 +295,18 @@ class _Ends:
             found.positions = "absolute"
 
     def _rotates(self, attention: Attention) -> bool:
-        """Queries are multiplied by a sine that no hidden state made."""
+        """Queries are multiplied by something with a row for each position that no token made."""
         graph = self.graph
         near = graph.near_value(attention.query)
         start = (near & -near).bit_length()
+        tokens = graph.shape(attention.query)[-2:-1]
         for node in graph.each(graph.before_value(attention.query) >> start << start):
-            if node.name in MULTIPLIES:
-                for i in node.inputs:
-                    if not graph.near_value(i) and any(
-                        n.name in ("cos", "sin", "polar") for n in graph.each(graph.before_value(i))
-                    ):
+            if node.name not in MULTIPLIES or not graph.before[node.index] & near:
+                continue
+            for i in node.inputs:
+                shape = graph.shape(i)
+                if len(shape) >= 2 and shape[-1] > 1 and tokens[0] in shape[:-1] and not graph.before_value(i) & near:
+                    if not self._from_input(i) and not graph.values[i].parameters:
                         return True
         return False
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Key = tuple[str, str]  # (module, parameter)
 Ranges = tuple[tuple[int, int], ...]
@@ -61,6 +61,7 @@ class Stack:
     backbones: tuple[str, ...] = ()
     causal: bool = False
     width: int = 0
+    kind: str = ""  # text, image, audio: what the tower reads
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Findings:
         default_factory=dict
     )  # weights used outside of their own module's forward
     loose_embedding: str = ""  # the token embedding of a model without blocks
+    loose_final: str = ""  # its last recurrent module
     head: str = ""
     pooler: str = ""
     encoder_decoder: bool = False
@@ -84,3 +86,40 @@ class Findings:
     norm_place: str = ""
     widths: dict[str, int] = field(default_factory=dict)  # last axis of a module's first output
     notes: list[str] = field(default_factory=list)
+
+    def tell_stacks_apart(self) -> None:
+        """Each of several stacks has a name of its own: what it reads, else where its blocks are."""
+        if len(self.stacks) < 2:
+            return
+        for stack in self.stacks:
+            stack.name = stack.name or stack.kind
+        names = [stack.name for stack in self.stacks]
+        for stack in self.stacks:
+            if names.count(stack.name) > 1 or not stack.name:
+                stack.name = stack.blocks[0].rpartition(".")[0]
+
+    def absorb(self, other: Findings, prefix: str) -> None:
+        """Takes in what was found in the module `prefix`, which the forward of the whole did not reach."""
+
+        def there(name: str) -> str:
+            return f"{prefix}.{name}" if name else prefix
+
+        def maybe(name: str) -> str:
+            return there(name) if name else ""
+
+        for stack in other.stacks:
+            changes = {f: maybe(getattr(stack, f)) for f in ("embedding", "token_embedding", "final")}
+            backbones = tuple(there(b) for b in stack.backbones)
+            self.stacks.append(replace(stack, blocks=[there(b) for b in stack.blocks], backbones=backbones, **changes))
+        for part in other.parts:
+            key = (there(part.key[0]), part.key[1])
+            self.parts.append(replace(part, key=key, block=maybe(part.block), core=maybe(part.core)))
+        self.cores += [replace(c, module=there(c.module), block=maybe(c.block)) for c in other.cores]
+        for sub in other.sublayers:
+            changes = {f: maybe(getattr(sub, f)) for f in ("block", "module", "source", "norm", "core")}
+            self.sublayers.append(replace(sub, **changes))
+        self.norms += [there(n) for n in other.norms]
+        self.transposed |= {(there(m), p): v for (m, p), v in other.transposed.items()}
+        self.widths |= {there(m): v for m, v in other.widths.items()}
+        self.notes += [f"{prefix}: {note}" for note in other.notes]
+        self.tell_stacks_apart()

@@ -102,6 +102,27 @@ class Graph:
         facts = self.values[value]
         return facts.live and facts.tensor.is_floating_point() and bool(self.near_value(value))
 
+    def is_state(self, value: int) -> bool:
+        """A float of two axes or more that depends on the inputs: a hidden state, or an input that stands for one."""
+        facts = self.values[value]
+        return facts.live and facts.tensor.is_floating_point() and facts.tensor.ndim >= 2
+
+    def made_from(self, value: int, source: int) -> bool:
+        """Whether `value` was computed from `source`."""
+        if value == source:
+            return False
+        bits = self.before_value(value)
+        made = self.producer(source)
+        if made is not None:
+            return bool(bits >> made.index & 1)
+        return any(bits >> node.index & 1 for node in self.consumers.get(source, []))
+
+    def parameter_made(self, value: int) -> bool:
+        """Whether a parameter, and no hidden state, went into a value (a table of position biases)."""
+        if self.values[value].parameters:
+            return True
+        return any(self.values[i].parameters for n in self.each(self.before_value(value)) for i in n.inputs)
+
     def shape(self, value: int) -> tuple[int, ...]:
         return tuple(self.values[value].tensor.shape)
 
@@ -165,6 +186,14 @@ class Graph:
         in_axis_last = node.name in ("linear",) or (node.name != "linear" and weight_is_left)
         return in_axis_last == swapped
 
+    def feature_axis(self, node: Node) -> int:
+        """Axis of a matrix call's output that counts the rows of its weight: W x has them before the last."""
+        if node.name.startswith("conv"):
+            return 1
+        matrices = [i for i in node.inputs if self.values[i].tensor.ndim >= 2]
+        left = node.name in ("bmm", "matmul", "__matmul__", "mm") and bool(matrices) and matrices[0] in node.weights
+        return -2 if left else -1
+
     # ------------------------------------------------------------ rows of a projection
 
     def rows(self, value: int, origin: int) -> Tensor | None:
@@ -184,7 +213,7 @@ class Graph:
             return None
         shape = self.shape(value)
         if node.index == origin:
-            axis = 1 if node.name.startswith("conv") else -1
+            axis = self.feature_axis(node)
             features = torch.arange(shape[axis])
             view = [1] * len(shape)
             view[axis] = -1

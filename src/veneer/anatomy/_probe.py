@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.anatomy._trace import Tape, record
+from veneer.anatomy._trace import Tape, record, tensors_in
 from veneer.errors import BadOption
 
 TOKENS = 5
@@ -58,11 +58,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def run_probe(
     model: nn.Module, probe: Mapping[str, Any] | Tensor | tuple | None
-) -> tuple[Tape | None, list[str]]:
-    """(tape of a probe forward or None, notes that say why there is none)"""
+) -> tuple[Tape | None, Any, list[str]]:
+    """(tape of a probe forward or None, its arguments, notes that say why there is none)"""
     if any(p.device.type == "meta" for p in model.parameters()):
-        return None, [
-            "parameters are on the meta device: no probe could run, roles come from names and structure"
+        return None, None, ["parameters are on the meta device: no probe could run, roles come from names and structure"
         ]
     given = probe is not None
     guesses = [_as_arguments(probe)] if given else list(_guesses(model))
@@ -71,7 +70,7 @@ def run_probe(
         with untouched(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                return record(model, arguments), []
+                return record(model, arguments), arguments, []
             except Exception as problem:  # whatever a stranger's forward raises
                 problems.append(f"{type(problem).__name__}: {problem}".splitlines()[0][:160])
     if given:
@@ -80,7 +79,35 @@ def run_probe(
             next_step="probe=dict(name=tensor, ...) with arguments that model(**probe) accepts",
         )
     why = problems[0] if problems else "no input could be made for its forward"
-    return None, [f"no probe forward ran ({why}): roles come from names and structure; pass probe=dict(...)"]
+    return None, None, [f"no probe forward ran ({why}): roles come from names and structure; pass probe=dict(...)"]
+
+
+def causal_by_trial(model: nn.Module, arguments: dict[str, Any] | tuple) -> bool:
+    """Whether a change of the last token leaves the output at all earlier tokens as it was.
+
+    For models without attention, whose masks cannot be read off: state-space and recurrent ones.
+    """
+    tensors = list(tensors_in(arguments))
+    if len(tensors) != 1 or tensors[0].is_floating_point() or tensors[0].ndim != 2 or tensors[0].shape[1] < 2:
+        return False
+    ids = tensors[0]
+
+    def output() -> Tensor | None:
+        with untouched(model), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = model(**arguments) if isinstance(arguments, dict) else model(*arguments)
+        states = [t for t in tensors_in(out) if t.is_floating_point() and t.ndim == 3]
+        return next((t.clone() for t in states if t.shape[1] == ids.shape[1]), None)
+
+    before, last = output(), ids[:, -1].clone()
+    try:
+        ids[:, -1] = ids[:, 0]
+        after = output()
+    finally:
+        ids[:, -1] = last
+    if before is None or after is None or torch.equal(before[:, -1], after[:, -1]):
+        return False
+    return torch.allclose(before[:, :-1], after[:, :-1], atol=1e-6)
 
 
 def _as_arguments(probe: Any) -> dict[str, Any] | tuple:
@@ -154,13 +181,13 @@ def _from_config(
         decoder = {"decoder_input_ids": _ids(config, device)[:, :-1]}
     main = getattr(model, "main_input_name", "input_ids")
     inputs: list[dict[str, Any]] = []
-    if main == "input_ids" or ("input_ids" in names and "pixel_values" in names):
-        text = {"input_ids": _ids(config, device)}
-        if "pixel_values" in names and main == "input_ids":
-            inputs += [text | image for image in _images(config, device, dtype)]
+    images = _images(config, device, dtype) if "pixel_values" in names else []
+    text = {"input_ids": _ids(config, device)} if "input_ids" in names else {}
+    if images and text:
+        inputs += [text | image for image in images]
+    if text:
         inputs.append(text)
-    if main == "pixel_values" or "pixel_values" in names:
-        inputs += _images(config, device, dtype)
+    inputs += images
     if main == "input_features":
         mels = int(_setting(config, "num_mel_bins", "feature_size", "input_feat_per_channel", default=80))
         frames = 2 * int(_setting(config, "max_source_positions", default=20))
@@ -192,7 +219,11 @@ def _images(config: Any, device: torch.device, dtype: torch.dtype) -> list[dict[
         else []
     )
     sides = [size] if size else [[_IMAGE_SIDE] * 2, [4 * _IMAGE_SIDE] * 2, [224, 224]]
-    return [{"pixel_values": torch.randn(1, channels, *side, device=device, dtype=dtype)} for side in sides]
+    frames = _setting(config, "num_frames", default=0)
+    shapes = [(1, channels, *side) for side in sides]
+    if isinstance(frames, int) and frames:  # video: (batch, frame, channel, height, width)
+        shapes = [(1, frames, channels, *side) for side in sides] + shapes
+    return [{"pixel_values": torch.randn(*shape, device=device, dtype=dtype)} for shape in shapes]
 
 
 # ---------------------------------------------------------------- models without

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from veneer.anatomy._findings import Findings, SubLayer
-from veneer.anatomy._graph import ADDS, MULTIPLIES, RESHAPES, SAME, Graph
+from veneer.anatomy._graph import ADDS, MOVES, MULTIPLIES, SAME, Graph
 from veneer.anatomy._structure import inside
 from veneer.anatomy._trace import Call, Node
 
-_PASSED = SAME | RESHAPES
+_PASSED = SAME | (MOVES - {"cat", "concat", "stack"}) | {"pad"}  # one state, moved about (windows of Swin)
 
 
 def find_sublayers(
@@ -22,7 +22,7 @@ def find_sublayers(
     call = graph.calls[block][0]
     reader = _Branches(graph, found, block, call, taken, attentions, cores)
     for node in graph.nodes[call.start : call.stop]:
-        if node.name in ADDS and len(node.inputs) >= 2:
+        if reader.is_sum(node):
             reader.read(node)
     reader.finish()
 
@@ -44,27 +44,49 @@ class _Branches:
         self.order = 0
         self.entries: list[tuple[str, int, int]] = []  # (role, input, first node of the branch)
 
-    def read(self, node: Node) -> None:
-        """One addition: if one side was made from the other, that other is the stream and it is the branch."""
-        a, b = (self.graph.same(v) for v in node.inputs[:2])
-        if not (self.graph.is_data(a) and self.graph.is_data(b)):
-            return
-        if self._made_from(b, a):
-            stream, branch = a, node.inputs[1]
-        elif self._made_from(a, b):
-            stream, branch = b, node.inputs[0]
-        else:
-            return
-        if not self._has_matrix(branch, stream):
-            return
-        for part in self._split(branch, stream):
-            self._branch(part, stream, node)
+    def is_sum(self, node: Node) -> bool:
+        """An addition of two states that is not itself only a term of another one."""
+        return self._adds(node) and not self._is_term(node.outputs[0])
 
-    def _made_from(self, value: int, source: int) -> bool:
-        made = self.graph.producer(source)
-        if made is None:
+    def _adds(self, node: Node | None) -> bool:
+        if node is None or node.name not in ADDS or len(node.inputs) < 2 or not self.call.start <= node.index < self.call.stop:
             return False
-        return value != source and bool(self.graph.before_value(value) >> made.index & 1)
+        return all(self.graph.is_state(i) for i in node.inputs[:2])
+
+    def _is_term(self, value: int) -> bool:
+        """Used by one more addition and by nothing else; a sum that a module gives is a whole."""
+        if any(c.module != self.block and inside(c.module, self.block) for c in self.graph.made_by(value)):
+            return False
+        users = self._users(value)
+        return len(users) == 1 and self._adds(users[0])
+
+    def _users(self, value: int) -> list[Node]:
+        """The calls that use a value, dropout and casts passed over."""
+        out: list[Node] = []
+        for node in self.graph.consumers.get(value, []):
+            if node.name in SAME and node.outputs:
+                out += self._users(node.outputs[0])
+            else:
+                out.append(node)
+        return out
+
+    def _terms(self, value: int, first: bool = False) -> list[int]:
+        node = self.graph.producer(self.graph.same(value))
+        if node is not None and self._adds(node) and (first or self._is_term(node.outputs[0])):
+            return [*self._terms(node.inputs[0]), *self._terms(node.inputs[1])]
+        return [value]
+
+    def read(self, node: Node) -> None:
+        """One sum: the term that others were made from is the stream, those others are branches."""
+        terms = self._terms(node.outputs[0], first=True)
+        for stream in terms:
+            source = self.graph.same(stream)
+            branches = [t for t in terms if t != stream and self.graph.made_from(t, source)]
+            branches = [b for b in branches if self._has_matrix(b, source)]
+            if branches:
+                for branch in branches:
+                    self._branch(branch, source, node)
+                return
 
     def _own(self, branch: int, stream: int) -> int:
         """Nodes that only the branch needs."""
@@ -74,24 +96,6 @@ class _Branches:
         return any(
             n.weights or n.index in self.attentions for n in self.graph.each(self._own(branch, stream))
         )
-
-    def _split(self, branch: int, stream: int) -> list[int]:
-        """Parallel attention and MLP are added before they meet the stream; a sum that a module gives is one branch."""
-        value = self.graph.same(branch)
-        node = self.graph.producer(value)
-        given = [
-            c for c in self.graph.made_by(value) if c.module != self.block and inside(c.module, self.block)
-        ]
-        if node is None or given or node.name not in ADDS or len(node.inputs) < 2:
-            return [branch]
-        a, b = node.inputs[:2]
-        if not (self.graph.is_data(a) and self.graph.is_data(b)) or self.graph.near_value(
-            a
-        ) == self.graph.near_value(b):
-            return [branch]
-        if not (self._has_matrix(a, stream) and self._has_matrix(b, stream)):
-            return [branch]
-        return [*self._split(a, stream), *self._split(b, stream)]
 
     # ------------------------------------------------------------ one branch
 
@@ -108,13 +112,14 @@ class _Branches:
         else:
             return
         module = self._module(branch, stream, nodes)
-        entry = self._entry(nodes)
+        norm = self._norm_before(stream, nodes)
+        entry = self.graph.same(norm[1]) if norm else self._entry(nodes)
         if not module or (role, module) in self.done:
             return
         self.done.add((role, module))  # type: ignore[arg-type]
         source = self._source(entry, core, nodes) if entry is not None else module
-        norm, place = self._norm(entry, stream, branch, add)
-        self.found.sublayers.append(SubLayer(role, self.block, module, source, norm, core, self.order))
+        name, place = (norm[0], "pre") if norm else self._norm_after(branch, add)
+        self.found.sublayers.append(SubLayer(role, self.block, module, source, name, core, self.order))
         self.order += 1
         self.entries.append((role, entry if entry is not None else -1, nodes[0].index))
         if place and not self.found.norm_place:
@@ -169,8 +174,8 @@ class _Branches:
                 value = self.graph.data_input(node) if node.weights else node.inputs[0]
                 if node.name == "multi_head_attention_forward":
                     value = node.inputs[0]
-                if value is not None and self.graph.is_data(value):
-                    return self.graph.same(value, _PASSED | {"transpose", "contiguous", "permute"})
+                if value is not None and self.graph.is_state(value):
+                    return self.graph.same(value, _PASSED)
         return None
 
     def _source(self, entry: int, core: str, nodes: list[Node]) -> str:
@@ -192,22 +197,23 @@ class _Branches:
             return core
         return min(fits, key=lambda c: (c.start, c.depth)).module if fits else ""
 
-    def _norm(self, entry: int | None, stream: int, branch: int, add: Node) -> tuple[str, str]:
-        """(the norm, where it is): before the branch, else after the addition, else at the end of the branch."""
-        norms = set(self.found.norms)
-        if entry is not None and entry != self.graph.same(stream):
-            for call in self.graph.made_by(entry):
-                if call.module in norms:
-                    return call.module, "pre"
-        after = {self.graph.same(v) for v in add.outputs}
+    def _norm_before(self, stream: int, nodes: list[Node]) -> tuple[str, int] | None:
+        """(norm, its output): the norm that reads the stream and that only this branch goes through."""
+        own, norms = {n.index for n in nodes}, set(self.found.norms)
         for call in self.graph.tape.calls:
-            if (
-                call.module in norms
-                and call.inputs
-                and call.start >= add.index
-                and self.graph.same(call.inputs[0]) in after
-            ):
-                if inside(call.module, self.block):
+            if call.module in norms and self.call.start <= call.start < self.call.stop and call.inputs and call.outputs:
+                made = self.graph.values[call.outputs[0]].producer
+                if made in own and self.graph.same(call.inputs[0]) == stream:
+                    return call.module, call.outputs[0]
+        return None
+
+    def _norm_after(self, branch: int, add: Node) -> tuple[str, str]:
+        """The norm that alone reads the sum, or the one that ends the branch."""
+        norms = set(self.found.norms)
+        after, users = {self.graph.same(v) for v in add.outputs}, self._users(add.outputs[0])
+        for call in self.graph.tape.calls:
+            if call.module in norms and call.inputs and call.start >= add.index and self.graph.same(call.inputs[0]) in after:
+                if inside(call.module, self.block) and all(call.start <= n.index < call.stop for n in users):
                     return call.module, "post"
         for call in self.graph.made_by(self.graph.same(branch)):
             if call.module in norms:

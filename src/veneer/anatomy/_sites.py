@@ -92,6 +92,8 @@ def _weight_sites(known: dict[tuple[str, str], Weight], found: Findings, places:
     cores = {(core.module, core.cross): core for core in found.cores}
     tokens = {s.token_embedding for s in found.stacks if s.token_embedding}
     loose = found.loose_embedding
+    # A plain net of linear layers has no base below its head: all of it is "linear".
+    only_linear = all(w.kind in ("linear", "norm") for w in known.values()) and not found.stacks
     numbers = _Numbers()
     for key, weight in known.items():
         for part in parts.get(key, []):
@@ -124,7 +126,7 @@ def _weight_sites(known: dict[tuple[str, str], Weight], found: Findings, places:
                 "token_embedding",
                 "token_embedding" if shared else join(stack.name, "token_embedding"),
             )
-        elif found.head and inside(weight.module, found.head):
+        elif found.head and inside(weight.module, found.head) and not only_linear:
             role, name = "head", "head" if weight.module == found.head else ""
         elif found.pooler and inside(weight.module, found.pooler):
             role = "pooler"
@@ -335,13 +337,15 @@ def build_facts(model: nn.Module, known: dict, found: Findings) -> BaseFacts:
     token = next((s.token_embedding for s in found.stacks if s.token_embedding), found.loose_embedding)
     loose = (("", found.loose_embedding),) if found.loose_embedding else ()
     vocabulary = next((w.n_in for w in known.values() if w.module == token and w.kind == "embedding"), 0)
-    width = (main.width or _block_width(main.blocks[-1], known, found)) if main else 0
+    last = (("", found.loose_final),) if found.loose_final else ()
+    loose_width = found.widths.get(found.loose_final, 0)
+    width = _block_width(main.blocks[-1], known, found) or main.width if main else loose_width
     return BaseFacts(
         blocks=tuple((s.name, tuple(s.blocks)) for s in found.stacks),
         backbones=tuple(backbones),
         embeddings=tuple((s.name, s.embedding) for s in found.stacks if s.embedding) or loose,
         token_embeddings=tuple((s.name, s.token_embedding) for s in found.stacks if s.token_embedding) or loose,
-        finals=tuple((s.name, s.final) for s in found.stacks if s.final),
+        finals=tuple((s.name, s.final) for s in found.stacks if s.final) or last,
         head=found.head, pooler=found.pooler, tied=tuple(pairs), encoder_decoder=found.encoder_decoder,
         causal=found.causal, positions=found.positions, class_token=found.class_token, norm_place=found.norm_place,
         width=width, vocabulary=vocabulary,

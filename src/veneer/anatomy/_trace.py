@@ -22,6 +22,9 @@ MATRIX_CALLS = {
     "_grouped_mm", "grouped_mm", "bilinear", "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu",
     "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "grouped_mm_fallback",
 }  # fmt: skip
+RECURRENT_CALLS = {
+    "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
+}  # fmt: skip
 CONVOLUTION_CALLS = {n for n in MATRIX_CALLS if n.startswith("conv")}
 ATTENTION_CALLS = (
     "scaled_dot_product_attention",
