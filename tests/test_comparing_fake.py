@@ -1,8 +1,8 @@
 """A trainer in numpy for the tests of comparing: logistic regression on some of the features of made-up data.
 
-The data have 10 features, the first four of which carry signal; `lora:rank=k` sees k + 2 of them, `full` all,
-`linear_probe` two; `broken` diverges, `impossible` cannot be applied. It takes milliseconds and behaves like a
-trainer in what matters here: seeds change the result, larger rates are better up to a point.
+The data have 10 features, the first four of which carry signal; `lora:rank=k` sees k + 2 of them, `full`
+all, `linear_probe` two; `broken` diverges, `impossible` cannot be applied. It takes milliseconds and behaves
+like a trainer in what matters here: seeds change the result, larger rates are better up to a point.
 """
 
 from __future__ import annotations

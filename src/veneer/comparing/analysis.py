@@ -106,7 +106,10 @@ def analyse(
     planned = bool(contrasts)
     wanted = list(contrasts) or [(names[0], name) for name in names[1:]]
     wanted = [pair for pair in wanted if pair[0] in scores.of and pair[1] in scores.of]
-    found = [_oriented(pairs, first, second) for first, second in wanted]
+    found = [
+        difference(scores.of[first], scores.of[second], scores.same_seeds(first, second))
+        for first, second in wanted
+    ]
     corrected = adjust([one.p_value for one in found], correction)
     results = tuple(
         ArmResult(
@@ -144,7 +147,9 @@ Pairs = dict[tuple[str, str], Difference]
 
 def _all_pairs(scores: Scores, names: Sequence[str]) -> Pairs:
     return {
-        (first, second): difference(scores.of[first], scores.of[second], scores.same_seeds(first, second))
+        (first, second): difference(
+            scores.of[first], scores.of[second], scores.same_seeds(first, second), flips=False
+        )
         for place, first in enumerate(names)
         for second in names[place + 1 :]
     }

@@ -7,7 +7,6 @@ filled in) is its identity: in the ledger, in the results and in the report.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -205,12 +204,17 @@ def _join(name: str, options: tuple[tuple[str, Any], ...]) -> str:
 
 
 def _text(value: Any) -> str:
-    """What reads back as the same value: `_value(_text(v)) == v`."""
+    """What reads back as the same value: quoted where it would not read back plain."""
     if isinstance(value, bool) or value is None:
         return str(value).lower()
-    if isinstance(value, str):
-        plain = (
-            _value(value) == value and re.search(r"[,+]", re.sub(r"[\[({][^\])}]*[\])}]", "", value)) is None
-        )
-        return value if plain and value else json.dumps(value) if '"' not in value else f"'{value}'"
-    return repr(value)
+    if not isinstance(value, str):
+        return repr(value)
+    if _reads_back(value):
+        return value
+    return f'"{value}"' if '"' not in value else f"'{value}'"
+
+
+def _reads_back(value: str) -> bool:
+    if not value or value != value.strip() or _value(value) != value or set(value) & set("'\""):
+        return False
+    return all(list(_split(f"{value}{at}next", at)) == [value, "next"] for at in ",+")

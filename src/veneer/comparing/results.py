@@ -131,7 +131,7 @@ def scores_of(records: Sequence[Record]) -> Scores:
     first = next((opened for record in measured for opened in record.opened if opened), None)
     if first is None:
         raise BadData("no run has scores on the test split.", next_step="see 'reason' in ledger.jsonl")
-    items = tuple(item["item"] for item in first["items"])
+    items = tuple(sorted(item["item"] for item in first["items"]))  # in an order that no file decides
     if len(items) < 2 or len(set(items)) != len(items):
         raise BadData(
             f"the test split has {len(items)} items with {len(set(items))} different ids: "

@@ -64,8 +64,11 @@ class TrainingRunner:
     ) -> Any:
         if arm.method == "untrained" and self.task.name in ("classify", "regress"):
             return self.constant_guess(splits, output)
+        import gc
+
         from veneer.training import train
 
+        gc.collect()  # models hold cycles: the last one is still there
         return train(
             model=self.model,
             data=self.data,

@@ -7,7 +7,6 @@ whose digest the ledger keeps, and which only `Runs.open_test` reads, when every
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import math
 import shutil
@@ -120,7 +119,6 @@ class Runs:
         else:
             self._keep_best(arm)
         self._report(line)
-        gc.collect()
         return line
 
     def _outcome(self, result: RunResult, stage: str, arm: Arm, seed: int) -> dict[str, Any]:

@@ -162,9 +162,12 @@ def crossed_interval(scores: Array, confidence: float = CONFIDENCE) -> Interval:
 
 
 def difference(
-    first: Array, second: Array, same_seeds: bool = True, confidence: float = CONFIDENCE
+    first: Array, second: Array, same_seeds: bool = True, confidence: float = CONFIDENCE, flips: bool = True
 ) -> Difference:
-    """`mean(first) - mean(second)` over crossed seeds and the same items, each (seed, item)."""
+    """`mean(first) - mean(second)` over crossed seeds and the same items, each (seed, item).
+
+    flips: with the sign-flip test, where the seeds are shared.
+    """
     found = spread_of_difference(first, second, same_seeds)
     estimate, error = float(found.estimate), float(found.standard_error)
     half = float(found.half_width((1 - confidence) / 2))
@@ -172,7 +175,7 @@ def difference(
         half = 1 - (1 - confidence) ** (1 / first.shape[1])
     p_greater = float(found.p_greater())
     one_seed = min(first.shape[0], second.shape[0]) == 1
-    flips = None if one_seed or not same_seeds else sign_flip(first.mean(1) - second.mean(1))
+    flip = sign_flip(first.mean(1) - second.mean(1)) if flips and same_seeds and not one_seed else None
     return Difference(
         estimate,
         estimate - half,
@@ -181,7 +184,7 @@ def difference(
         items_only=one_seed,
         p_value=min(1.0, 2 * min(p_greater, 1 - p_greater)),
         p_greater=p_greater,
-        sign_flip_p=flips,
+        sign_flip_p=flip,
         spread=found,
     )
 
