@@ -89,7 +89,8 @@ class OFT(WeightMethod):
             near = sorted(divisors, key=lambda n: abs(n - (self.block_size or 32)))
             given = f"blocks={self.blocks}" if self.blocks else f"block_size={self.block_size}"
             raise BadOption(
-                f"oft: {given} does not cut the {width} inputs of '{site.name}' into equal blocks of 2 or more.",
+                f"oft: {given} does not cut the {width} inputs of '{site.name}' "
+                "into equal blocks, two wide or more.",
                 nearest=[f"block_size={n}" for n in near[:3]],
             )
         return size
