@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,91 +46,102 @@ class Spec:
     @property
     def seeded(self) -> bool:
         """True when seed and shape make the tensor again, so that the file need not hold it."""
-        return not self.trained and not self.noise and not getattr(self.start, "from_base", False)
+        return not self.trained and not self.noise and self.start is not _from_base
 
 
 Specs = dict[str, Spec]
 
 
 def zeros(*shape: int, **facts: Any) -> Spec:
-    return Spec(tuple(shape), _constant(0.0), **facts)
+    return Spec(tuple(shape), partial(_constant, 0.0), **facts)
 
 
 def ones(*shape: int, **facts: Any) -> Spec:
-    return Spec(tuple(shape), _constant(1.0), **facts)
+    return Spec(tuple(shape), partial(_constant, 1.0), **facts)
 
 
 def constant(value: float, *shape: int, **facts: Any) -> Spec:
-    return Spec(tuple(shape), _constant(value), **facts)
+    return Spec(tuple(shape), partial(_constant, value), **facts)
 
 
 def normal(std: float, *shape: int, **facts: Any) -> Spec:
     """N(0, std^2)."""
-    return Spec(tuple(shape), lambda s, g: torch.randn(s, generator=g) * std, **facts)
+    return Spec(tuple(shape), partial(_normal, std), **facts)
 
 
 def truncated_normal(std: float, *shape: int, cut: float = 2.0, **facts: Any) -> Spec:
     """N(0, std^2) cut at `cut` standard deviations."""
-
-    def start(s: tuple[int, ...], g: torch.Generator) -> Tensor:
-        return torch.nn.init.trunc_normal_(torch.empty(s), 0.0, std, -cut * std, cut * std, generator=g)
-
-    return Spec(tuple(shape), start, **facts)
+    return Spec(tuple(shape), partial(_truncated, std, cut), **facts)
 
 
 def uniform(bound: float, *shape: int, **facts: Any) -> Spec:
     """U(-bound, bound)."""
-    return Spec(tuple(shape), lambda s, g: (torch.rand(s, generator=g) * 2 - 1) * bound, **facts)
+    return Spec(tuple(shape), partial(_uniform, bound), **facts)
 
 
 def kaiming(*shape: int, gain: str = "linear_layer", **facts: Any) -> Spec:
     """U(-b, b). `linear_layer`: b = 1 / sqrt(fan_in), the start of nn.Linear; `relu`: b = sqrt(6 / fan_in)."""
-
-    def start(s: tuple[int, ...], g: torch.Generator) -> Tensor:
-        fan_in = math.prod(s[1:]) if len(s) > 1 else s[0]
-        bound = math.sqrt(6.0 / fan_in) if gain == "relu" else 1.0 / math.sqrt(fan_in)
-        return (torch.rand(s, generator=g) * 2 - 1) * bound
-
-    return Spec(tuple(shape), start, **facts)
+    return Spec(tuple(shape), partial(_kaiming, gain), **facts)
 
 
 def xavier(*shape: int, **facts: Any) -> Spec:
     """U(-b, b), b = sqrt(6 / (fan_in + fan_out))."""
-
-    def start(s: tuple[int, ...], g: torch.Generator) -> Tensor:
-        bound = math.sqrt(6.0 / (s[-1] + s[-2]))
-        return (torch.rand(s, generator=g) * 2 - 1) * bound
-
-    return Spec(tuple(shape), start, **facts)
+    return Spec(tuple(shape), _xavier, **facts)
 
 
 def orthogonal(*shape: int, **facts: Any) -> Spec:
     """Orthonormal rows (or columns, where there are more rows than columns)."""
-
-    def start(s: tuple[int, ...], g: torch.Generator) -> Tensor:
-        return torch.nn.init.orthogonal_(torch.empty(s), generator=g)
-
-    return Spec(tuple(shape), start, **facts)
+    return Spec(tuple(shape), _orthogonal, **facts)
 
 
 def from_base(*shape: int, **facts: Any) -> Spec:
     """A tensor whose start is made by the method's `start` or `prepare`, from the base's weight or from data."""
-
-    def start(s: tuple[int, ...], g: torch.Generator) -> Tensor:
-        return torch.zeros(s)
-
-    start.from_base = True  # type: ignore[attr-defined]
-    return Spec(tuple(shape), start, **facts)
+    return Spec(tuple(shape), _from_base, **facts)
 
 
 def noise(draw: str, *shape: int, **facts: Any) -> Spec:
     """Drawn for each call in training, so that functions stay pure: `uniform` in (0, 1) or `normal`."""
-    draws = {"uniform": torch.rand, "normal": torch.randn}
-    return Spec(tuple(shape), lambda s, g: draws[draw](s, generator=g), trained=False, noise=True, **facts)
+    return Spec(tuple(shape), partial(_noise, draw), trained=False, noise=True, **facts)
 
 
-def _constant(value: float) -> Start:
-    return lambda shape, generator: torch.full(shape, value)
+# Starts are module functions, so that a Spec can be pickled with the model that carries it.
+
+
+def _constant(value: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.full(shape, value)
+
+
+def _normal(std: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator) * std
+
+
+def _truncated(std: float, cut: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.nn.init.trunc_normal_(torch.empty(shape), 0.0, std, -cut * std, cut * std, generator=generator)
+
+
+def _uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return (torch.rand(shape, generator=generator) * 2 - 1) * bound
+
+
+def _kaiming(gain: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    fan_in = math.prod(shape[1:]) if len(shape) > 1 else shape[0]
+    return _uniform(math.sqrt(6.0 / fan_in) if gain == "relu" else 1.0 / math.sqrt(fan_in), shape, generator)
+
+
+def _xavier(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return _uniform(math.sqrt(6.0 / (shape[-1] + shape[-2])), shape, generator)
+
+
+def _orthogonal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.nn.init.orthogonal_(torch.empty(shape), generator=generator)
+
+
+def _from_base(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.zeros(shape)
+
+
+def _noise(draw: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return (torch.rand if draw == "uniform" else torch.randn)(shape, generator=generator)
 
 
 def orthonormal_rows(R: Tensor) -> Tensor:

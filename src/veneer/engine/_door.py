@@ -20,7 +20,7 @@ from veneer.errors import BadOption, Unsupported, nearest
 from ._frame import Frame, Names, Session, current, entered, local, opened, session_of
 from ._program import Program, SiteOps, site_tensors
 from ._rows import Rows
-from ._site import first, frame_of, with_first
+from ._site import first, frame_of, leave, with_first
 from ._swap import HOST, NAME, kind
 from ._tokens import Doorway, extend_facts, extend_mask, extend_positions, insert, position_offset
 
@@ -57,6 +57,9 @@ def _block(base: type) -> dict[str, Any]:
                 taps[-1] = entering.detach()
         y = _slowly(self, plain_call, args, kwargs)
         taps[block] = first(y).detach()  # outside of the checkpoint, so that recomputation leaves it alone
+        ops = frame.program.get(self.__dict__[NAME])
+        for op in ops.exit if ops is not None else ():
+            y = with_first(y, leave(op, frame, first(y)))
         return y
 
     return {"forward": forward, "__call__": __call__}
@@ -218,15 +221,15 @@ def enter(host: Any, module: Any, run: Any, plain: Any, args: tuple, kwargs: dic
     extra = _taken(host, named, kwargs)
     total, stack_totals = _totals(host, named)
     rows = host.rows_for(session, total)
+    if module.training:
+        host.project()  # before any view of a leaf is taken
     if session is not None and session.by_stack:
         program = _program_by_stack(host, session, stack_totals, module.training)
     else:
         program = host.program(rows, module.training) if _any(rows) else {}
-    frame = Frame(host, program, session)
+    frame = Frame(host, program, session, names=rows)
     if program:
         _collect(host, module, frame, named, extra, total)
-        if module.training:
-            host.project()
     with entered(frame):
         if program:
             _conditions(host, module, run, frame, rows, named, extra, total)
@@ -555,7 +558,7 @@ def _open_generation(host: Any, model: Any, session: Session, kwargs: dict) -> d
     names = host.rows_for(session, rows)
     if not _any(names):
         return named
-    frame = Frame(host, host.program(names, model.training), session)
+    frame = Frame(host, host.program(names, model.training), session, names=names)
     _collect(host, model, frame, {**named, "input_ids": ids}, extra, rows)
     with entered(frame):
         _conditions(

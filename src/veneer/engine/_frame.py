@@ -49,6 +49,7 @@ class Frame:
         default_factory=dict
     )  # stack -> (rows, keys): inserted padding, where a base has no mask
     inserted: Any = None
+    names: Any = ()  # the names of the whole batch, or of each row
 
 
 class _Local(threading.local):

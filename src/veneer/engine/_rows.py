@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.errors import Unsupported
+
 
 class Rows:
     """A subset of the rows 0..total-1, in increasing order of position."""
@@ -34,7 +36,11 @@ class Rows:
             return found
         each = length // self.total if self.total else 1
         if length != each * self.total or each == 0:
-            raise ValueError(f"a tensor of {length} rows does not fit names for {self.total} rows")
+            raise Unsupported(
+                f"an adapter of some rows edits a module that sees {length} entries for a batch of {self.total} rows, "
+                "so it has no rows to tell apart (a table of relative positions, a shared state).",
+                next_step="leave that site out with exclude=, or use this adapter for whole batches",
+            )
         first, last = (self.indices[0], self.indices[-1]) if self.indices else (0, -1)
         if last - first + 1 == len(self.indices) and list(self.indices) == list(range(first, last + 1)):
             chosen: Any = slice(first * each, (last + 1) * each)

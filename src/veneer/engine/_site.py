@@ -6,6 +6,7 @@ two adapters leaves the other what it was.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 
 from veneer.edits import Tensors, delta_of
 
-from ._facts import apply, facts, tensors_at
-from ._frame import Frame, current, local
+from ._facts import apply, facts, select, tensors_at
+from ._frame import Frame, current, entered, local
 from ._program import Op, SiteOps, is_shift
 from ._rows import Rows
-from ._swap import HOST, NAME, kind, twin
+from ._swap import HOST, NAME, kind, kinds_of, twin
 from ._tokens import insert
 from ._weights import cut, features, paste, stored
 
@@ -73,7 +74,8 @@ def run(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args: tuple, 
         y = with_first(y, _paste_features(first(y), cut_features(part, site), site))
     if ops.tokens and not frame.host.has_token_ids(ops.tokens[0].site.stack):
         y = with_first(y, _insert_after(ops.tokens, frame, first(y)))
-    for op in (*ops.output, *ops.exit):
+    leaving = [] if "block" in kinds_of(module) else ops.exit  # a block leaves its own tap first, outside of `forward`
+    for op in (*ops.output, *leaving):
         inner = first(y)
         if op.port == "exit":
             new = leave(op, frame, inner)
@@ -207,18 +209,46 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         replaced["bias"] = torch.zeros_like(bias)  # not every class can do without one
     else:
         bias = None
+    segments = _segments(parts)
+    if segments:
+        args, kwargs = _spread_rows(segments[0][0].total, args, kwargs)
     y = twin(module, replaced).forward(*args, **kwargs) if replaced else plain(*args, **kwargs)
-    for rows, members in _segments(parts):
+    for rows, members in segments:
         chosen = [_take(rows, v) for v in args]
         named = {k: _take(rows, v) for k, v in kwargs.items()}
         swapped = _replaced(module, [*whole, *members], frame)
         if bias is not None:
             swapped["bias"] = torch.zeros_like(bias)
-        y = _put(rows, y, twin(module, swapped).forward(*chosen, **named))
+        stand_in = twin(module, swapped)
+        if module._modules:  # its children see these rows only
+            with entered(_narrowed(frame, rows)):
+                part = stand_in.forward(*chosen, **named)
+        else:
+            part = stand_in.forward(*chosen, **named)
+        y = _put(rows, y, part)
     if factored:
         x = args[0] if args else next(iter(kwargs.values()))
         y = with_first(y, _add_branches(factored, frame, x, first(y), bias))
     return y
+
+
+def _narrowed(frame: Frame, rows: Rows) -> Frame:
+    """The frame of some rows of the call: their names, their facts."""
+    names = [frame.names[i] for i in rows.indices]
+    program = frame.host.program(names, any(at.training for at in frame.at.values()))
+    at = {stack: select(facts, rows) for stack, facts in frame.at.items()}
+    return dataclasses.replace(frame, program=program, at=at, names=names, captured={"total": len(names)})
+
+
+def _spread_rows(total: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Inputs that all rows share (positions: one row for the batch) -> one for each row."""
+
+    def spread(v: Any) -> Any:
+        if isinstance(v, Tensor) and v.dim() > 1 and v.shape[0] == 1 and total > 1:
+            return v.expand(total, *v.shape[1:])
+        return v
+
+    return tuple(spread(v) for v in args), {k: spread(v) for k, v in kwargs.items()}
 
 
 def _is_factored(op: Op) -> bool:
