@@ -3,6 +3,7 @@ numbers that were worked by hand or published. No model is needed here.
 """
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -93,6 +94,10 @@ def _oft(options):
     return build("oft", coft="eps" in options, **options)
 
 
+def _diff_pruning(options):
+    return build("diff_pruning", low=options["low"], high=options["high"], penalty_weight=options["weight"])
+
+
 METHODS = {
     "lora": _lora,
     "dora": lambda options: build("dora", **options),
@@ -101,6 +106,7 @@ METHODS = {
         "adalora", target_rank=1, **{k: v for k, v in options.items() if k != "kind"}
     ),
     "oft": _oft,
+    "diff_pruning": _diff_pruning,
 }
 
 
@@ -109,7 +115,8 @@ def reference(key: str):
 
 
 def layer_cases(key: str):
-    return [c for c in reference(key).cases() if c["options"].get("kind", "layer") == "layer"]
+    plain = [c for c in reference(key).cases() if c["options"].get("kind", "layer") == "layer"]
+    return [c for c in plain if "keep" not in c["options"]]
 
 
 CASES = [
@@ -137,6 +144,8 @@ def ours(key: str, case: dict) -> dict:
     method, W, bias = METHODS[key](case["options"]), case["base"]["W"], case["base"]["bias"]
     keep = {n: s.keep for n, s in method.tensors(linear(W.shape[1], W.shape[0])).items()}  # as after a step
     held = {n: keep[n](v) if keep.get(n) else v for n, v in case["tensors"].items()}
+    if case["options"].get("training"):  # noise as the engine draws it, in (0, 1)
+        held |= {n: (v - 1e-4) / (1 - 2e-4) for n, v in case["inputs"].items() if n.startswith("u")}
     t = Tensors({n: v.clone().requires_grad_(n in case["trained"]) for n, v in held.items()})
     x = case["inputs"]["x"].clone().requires_grad_()
     y = output(method, t, W, x, bias)
@@ -147,7 +156,7 @@ def ours(key: str, case: dict) -> dict:
         found["bias_delta"] = torch.zeros(len(W)) if shift is None else shift.detach()
     found |= {f"gradient.{n}": getattr(t, n).grad for n in case["trained"]}
     if "penalty" in method.arguments:
-        clean = Tensors({n: v.clone().requires_grad_() for n, v in held.items()})
+        clean = Tensors({n: v.clone().requires_grad_() for n, v in held.items() if n in case["trained"]})
         found["penalty"] = method.penalty(clean)
         found["penalty"].backward()
         found |= {f"penalty.{n}": v.grad for n, v in clean.items() if v.grad is not None}
@@ -178,7 +187,8 @@ def test_a_reference_with_a_mistake_in_it_is_told_apart(key, mistake, fixed_drop
     assert apart > 1e-4 or mistake in SCHEDULES
 
 
-SCHEDULES = {  # mistakes of the schedule, which has its own test
+SCHEDULES = {  # mistakes of what comes before or behind the layer, which have their own tests
+    "nothing is pruned",
     "scores are summed, not averaged",
     "uncertainty is left out",
     "masking at every step",
@@ -256,20 +266,35 @@ IDENTITIES = [
     ("lora", {"rank": 2, "init": i}) for i in ("default", "gaussian", "pissa", "olora", "pissa_niter_3")
 ]
 IDENTITIES += [("adalora", {}), ("oft", {}), ("oft", {"cayley": "neumann"}), ("oft", {"block_share": True})]
+IDENTITIES += [("diff_pruning", {}), ("diff_pruning", {"structured": False})]
 IDENTITIES += [("dora", {"rank": 2}), ("vera", {"rank": 3}), ("bitfit", {}), ("full", {})]
 IDENTITIES += [("lora", {"rank": 2, "lora_bias": True, "bias": "lora_only"})]
 
 
-@pytest.mark.parametrize(("key", "options"), IDENTITIES)
+PLACES = [linear(6, 4), conv(3, 4), embedding(7, 5), vector(4)]
+
+
+def _fits(key: str, options: dict, site: Site) -> bool:
+    """Whether this is a site of the method."""
+    kinds = build(key, **options).facts.kinds
+    if key == "bitfit":
+        return site.kind in ("linear", "parameter")
+    if options.get("lora_bias"):
+        return site.kind == "linear"
+    return not kinds or (site.kind in kinds and len(site.shape) > 1)
+
+
 @pytest.mark.parametrize(
-    "site", [linear(6, 4), conv(3, 4), embedding(7, 5), vector(4)], ids=lambda s: s.kind + s.name
+    ("key", "options", "site"),
+    [
+        pytest.param(k, o, s, id=f"{k} {o} at {s.kind}")
+        for k, o in IDENTITIES
+        for s in PLACES
+        if _fits(k, o, s)
+    ],
 )
 def test_a_fresh_adapter_is_the_identity_bit_for_bit(key, options, site):
     method = build(key, **options)
-    if method.facts.kinds and (site.kind not in method.facts.kinds or len(site.shape) == 1):
-        pytest.skip("not a site of this method")
-    if (options.get("lora_bias") or key == "bitfit") and site.kind not in ("linear", "parameter"):
-        pytest.skip("said to be for linear sites")
     W = draw(*site.shape)
     t = derived(method, started(method, site, W), W)
     assert torch.equal(W + delta_of(method, t, W), W)
@@ -648,7 +673,7 @@ def test_the_trajectory_of_adalora_equals_the_reference(case):
     assert found["kept"][-1].sum() == o["target_rank"] * sites
 
 
-@pytest.mark.parametrize("mistake", sorted(SCHEDULES))
+@pytest.mark.parametrize("mistake", sorted(SCHEDULES - {"nothing is pruned"}))
 def test_a_mistake_in_the_schedule_is_told_apart(mistake):
     apart = 0.0
     for case in SCHEDULE_CASES:
@@ -680,3 +705,167 @@ def test_a_schedule_without_room_is_refused():
         method.between_steps(Run({}, {}, 1, 10, {}))
     with pytest.raises(BadOption, match="target_rank=20"):
         build("adalora", target_rank=20)
+
+
+# ---- diff pruning
+
+
+def test_the_gate_by_hand():
+    """alpha = 0: s = 1/2, z = 0. alpha = log 2: s = 2/3, z = 0.5. alpha = 5: stretched beyond 1, z = 1."""
+    method = build("diff_pruning")
+    alpha = torch.tensor([0.0, math.log(2.0), 5.0], dtype=torch.float64)
+    close(method.gate(alpha, None), torch.tensor([0.0, 0.5, 1.0]))
+    close(method.gate(alpha, torch.full((3,), 0.5, dtype=torch.float64)), torch.tensor([0.0, 0.5, 1.0]))
+
+
+def test_the_noise_of_a_gate_stays_finite_at_its_ends():
+    method = build("diff_pruning")
+    assert method.gate(torch.zeros(2), torch.tensor([0.0, 1.0])).tolist() == [0.0, 1.0]
+    alpha = torch.zeros(2, requires_grad=True)
+    method.gate(alpha, torch.tensor([0.0, 1.0])).sum().backward()
+    assert alpha.grad.isfinite().all()
+
+
+def test_gates_learn_at_their_own_rate_and_are_not_decayed():
+    specs = build("diff_pruning", gate_rate=100.0).tensors(linear(5, 3))
+    assert specs["w"].rate == 1.0
+    assert specs["w"].decay
+    for name in ("alpha", "alpha_group"):
+        assert (specs[name].rate, specs[name].decay, specs[name].group) == (100.0, False, "gates")
+    assert specs["u"].noise
+    assert specs["u_group"].shape == ()
+    assert "alpha_group" not in build("diff_pruning", structured=False).tensors(linear(5, 3))
+
+
+def test_what_finish_leaves_equals_the_reference():
+    (case,) = [c for c in reference("diff_pruning").cases() if "keep" in c["options"]]
+    o, W = case["options"], case["base"]["W"]
+    method = _diff_pruning(o).changed(keep_ratio=(o["keep"] + 0.5) / W.numel())
+    left = method.finish({"s": Tensors(case["tensors"])})["s"]
+    found = build("fish_mask").delta(Tensors(left), W)
+    close(found, reference("diff_pruning").reference(case)["delta"])
+    assert int((found != 0).sum()) == o["keep"]
+    whole = reference("diff_pruning").mutated(case, "nothing is pruned")["delta"]
+    assert float((found - whole).abs().max()) > 1e-3
+
+
+def test_finish_chooses_over_all_sites_together():
+    """10 entries, keep_ratio 0.3: the three largest changes are two of the first site, one of the second."""
+    method = build("diff_pruning", keep_ratio=0.3)
+    open_gates = {"alpha_group": torch.tensor(9.0)}
+    first = Tensors(w=torch.tensor([[5.0, 0.0], [-7.0, 1.0]]), alpha=torch.full((2, 2), 9.0), **open_gates)
+    second = Tensors(
+        w=torch.tensor([0.0, 2.0, 3.0, 0.0, 0.0, 1.0]), alpha=torch.full((6,), 9.0), **open_gates
+    )
+    left = method.finish({"a": first, "b": second})
+    assert left["a"]["index"].tolist() == [0, 2]
+    assert left["a"]["values"].tolist() == [5.0, -7.0]
+    assert left["b"]["index"].tolist() == [2]
+
+
+# ---- FISH mask
+
+
+class Prepared:
+    """What `prepare` sees of a site, for tests."""
+
+    def __init__(self, site, W, stats):
+        self.site, self.W, self.stats = site, W, stats
+
+
+def fish(case, per_sample: bool = True):
+    """(method, {name: Tensors}) of a reference case: scores by autograd, one sample at a time."""
+    base = {n: v.clone().requires_grad_() for n, v in case["base"].items()}
+    stats = {n: torch.zeros_like(v) for n, v in case["base"].items()}
+    for x, y in zip(case["inputs"]["x"], case["inputs"]["y"]):
+        logits = base["W2"] @ (base["W1"] @ x) + base["b2"]
+        loss = torch.nn.functional.cross_entropy(logits[None], y[None])
+        for n, g in zip(base, torch.autograd.grad(loss, list(base.values()))):
+            stats[n] += g**2
+    method = build("fish_mask", keep_ratio=case["options"]["keep_ratio"])
+    sites = {
+        n: Prepared(Site(n, "", n, "parameter", shape=tuple(v.shape)), v, stats[n])
+        for n, v in case["base"].items()
+    }
+    return method, {n: Tensors(t) for n, t in method.prepare(sites).items()}
+
+
+FISH = [c for c in reference("fish_mask").cases() if not c["options"]["expected"]]
+
+
+@pytest.mark.parametrize("case", FISH, ids=lambda c: c["name"])
+def test_the_mask_is_that_of_the_reference(case):
+    method, made = fish(case)
+    expected, place, used = reference("fish_mask").reference(case), 0, 0
+    flat = []
+    for name, W in case["base"].items():
+        t = made[name]
+        values = case["tensors"]["values"][used : used + len(t.index)]
+        used += len(t.index)
+        flat += (t.index + place).tolist()
+        place += W.numel()
+        assert torch.equal(t.values, torch.zeros(len(t.index)))
+        close(W + method.delta(Tensors(index=t.index, values=values), W), expected[f"adapted.{name}"])
+    assert flat == expected["indices"].tolist()
+
+
+def test_each_mistake_of_the_mask_is_told_apart():
+    for mistake in (
+        "the square of the batch's gradient",
+        "of equal scores the highest index",
+        "absolute values for squares",
+    ):
+        apart = []
+        for case in FISH:
+            _, made = fish(case)
+            wrong = reference("fish_mask").mutated(case, mistake)
+            for name, W in case["base"].items():
+                mask = torch.zeros(W.numel(), dtype=torch.float64)
+                mask[made[name].index] = 1
+                apart.append(not torch.equal(mask.view(W.shape), wrong[f"mask.{name}"]))
+        assert any(apart), mistake
+
+
+def test_fish_mask_by_hand():
+    """Scores [[1, 9], [3, 0]] and [9, 2]: with k = 3 both nines and the three."""
+    sites = {
+        "a": Prepared(None, None, torch.tensor([[1.0, 9.0], [3.0, 0.0]])),
+        "b": Prepared(None, None, torch.tensor([9.0, 2.0])),
+    }
+    made = build("fish_mask", keep_ratio=0.5).prepare(sites)
+    assert made["a"]["index"].tolist() == [1, 2]
+    assert made["b"]["index"].tolist() == [0]
+    t = Tensors(index=made["a"]["index"], values=torch.tensor([5.0, 7.0]))
+    close(build("fish_mask").delta(t, torch.zeros(2, 2)), torch.tensor([[0.0, 5.0], [7.0, 0.0]]))
+
+
+def test_a_site_may_get_no_entry():
+    sites = {n: Prepared(None, None, s * torch.ones(4)) for n, s in (("a", 1.0), ("b", 2.0))}
+    made = build("fish_mask", keep_ratio=0.5).prepare(sites)
+    assert [len(made[n]["index"]) for n in "ab"] == [0, 4]
+    t = Tensors(made["a"])
+    assert torch.equal(build("fish_mask").delta(t, torch.ones(2, 2)), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (5,), (2, 3, 2, 2)])
+def test_masked_changes_of_rows_equal_a_loop(shape):
+    method, W = build("fish_mask"), draw(*shape)
+    alone = [
+        Tensors(index=torch.tensor(i), values=draw(2, seed=s)) for s, i in enumerate([[0, 3], [4, 1], [2, 4]])
+    ]
+    rows = Tensors(
+        {n: add_row_axis(torch.stack([getattr(t, n) for t in alone]), 1) for n in ("index", "values")}
+    )
+    expected = torch.stack([method.delta(t, W) for t in alone])
+    close(method.delta(rows, W), expected.unsqueeze(1) if W.dim() == 1 else expected)
+
+
+def test_an_empty_mask_names_the_ratio():
+    with pytest.raises(BadOption, match="keep_ratio=0 should be more than 0"):
+        build("fish_mask", keep_ratio=0)
+    with pytest.raises(BadOption, match=r"keep_ratio=0\.01 of 4 entries is none"):
+        build("fish_mask", keep_ratio=0.01).prepare({"a": Prepared(None, None, torch.ones(4))})
+    with pytest.raises(BadOption, match=r"keep_ratio=0\.01"):
+        build("diff_pruning", keep_ratio=0.01).finish(
+            {"a": Tensors(w=torch.ones(4), alpha=torch.ones(4), alpha_group=torch.ones(()))}
+        )

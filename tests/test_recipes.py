@@ -206,7 +206,7 @@ def test_galore_agrees_with_the_package_of_its_authors():
             group["params"][0].grad = W.grad.reshape(-1).clone()
             ours.step()
             other.step()
-        close(cut(group)["W"], W.detach(), 1e-7)
+        close(cut(group)["W"], W.detach(), 1e-5)  # their singular vectors are float32's
 
 
 def test_what_is_not_larger_than_the_rank_gets_plain_adamw():
