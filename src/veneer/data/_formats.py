@@ -33,7 +33,7 @@ class Raw:
     """Rows as they stand in the source. parts: {split or "" where the source has none: numbered rows}.
 
     columns, task, labels ({column: names}), group, sizes: what the source itself knows; a caller's word goes
-    before.
+    before. drop_copies: its splits are known to share rows, which leave the training rows without a word.
     """
 
     parts: dict[str, Numbered]
@@ -43,6 +43,7 @@ class Raw:
     labels: dict[str, list[str]] = field(default_factory=dict)
     group: str | None = None
     sizes: dict[str, float] | None = None
+    drop_copies: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -56,7 +57,7 @@ def read_raw(spec: Any) -> Raw:
             return _from_folder(path)
         if path.is_file():
             return _from_file(path, "")
-    except (PermissionError, ValueError) as error:  # ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # no permission; a name too long or with a NUL
         raise BadData(f"{str(spec)!r} cannot be read: {error}") from error
     if path.suffix.lower() in READERS or str(spec).count("/") > 1 or path.is_absolute():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []

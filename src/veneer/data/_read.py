@@ -110,9 +110,13 @@ def _prepared(spec: Any, how: Reading) -> Splits:
         labels = _encode(parts, LABEL_ROLES[task], known, report.problems)
     lengths = _measured(parts, how, report)
     if how.labelled:
-        parts = _three(
-            parts, task, {**(raw.sizes or {}), **parse_sizes(how.sizes)}, how.group or raw.group, report
-        )
+        sizes = {**(raw.sizes or {}), **parse_sizes(how.sizes)}
+        copies: list[Problem] = []
+        parts = _three(parts, task, sizes, how.group or raw.group, report, copies)
+        if raw.drop_copies and copies:
+            report.notes.append(f"{len(copies):,} rows that copy a row of another split were left out")
+        else:
+            report.problems.extend(copies)
     else:
         parts = {"test": [pair for part in parts.values() for pair in part]}
     train, validation, test = ([row for _, row in parts.get(s, [])] for s in SPLITS)
@@ -238,16 +242,24 @@ def _measured(parts: dict[str, Part], how: Reading, report: DataReport) -> dict[
             lengths[id(row)] = length
             kept.append((line, row))
         parts[split] = kept
+    if how.tokenizer is None and lengths and max(lengths.values()) == 1:  # sequences, formulas
+        report.length_unit = "characters"
+        return {id(row): len(text_of(row, report.task)) for part in parts.values() for _, row in part}
     return lengths
 
 
 def _three(
-    parts: dict[str, Part], task: str, sizes: dict[str, float], group: str | None, report: DataReport
+    parts: dict[str, Part],
+    task: str,
+    sizes: dict[str, float],
+    group: str | None,
+    report: DataReport,
+    copies: list[Problem],
 ) -> dict[str, Part]:
-    """Train, validation and test, by the source's own splits as far as it has them."""
+    """Train, validation and test, by the source's own splits as far as it has them; fills `copies`."""
     if "" in parts:
         return _cut(parts[""], task, sizes, group, report)
-    parts = _without_copies(parts, task, report.problems)
+    parts = _without_copies(parts, task, copies)
     if "validation" not in parts:
         report.notes.append("validation rows were cut from the training rows")
         found = _cut(parts["train"], task, {**sizes, "test": 0}, group, report)
@@ -298,7 +310,10 @@ def _describe(splits: Splits, lengths: dict[int, int]) -> None:
     report = splits.report
     assert report is not None
     report.counts = {split: len(rows) for split, rows in splits.parts.items()}
-    report.lengths = {s: spread([lengths[id(r)] for r in rows]) for s, rows in splits.parts.items() if rows}
+    if any(lengths.values()):  # pictures and sounds have none
+        report.lengths = {
+            s: spread([lengths[id(r)] for r in rows]) for s, rows in splits.parts.items() if rows
+        }
     if splits.labels and splits.task in LABEL_ROLES:
         report.labels = count_labels(splits.parts, splits.labels, LABEL_ROLES[splits.task])
         totals = {label: sum(by_split.values()) for label, by_split in report.labels.items()}

