@@ -15,7 +15,7 @@ from veneer.anatomy._ends import find_ends
 from veneer.anatomy._findings import Core, Findings, Key, Part, Ranges
 from veneer.anatomy._graph import ACTIVATIONS, MULTIPLIES, NORM_CALLS, Graph, ranges_of
 from veneer.anatomy._residual import find_sublayers
-from veneer.anatomy._structure import Weight, inside, is_norm, join, parent
+from veneer.anatomy._structure import Weight, inside, is_norm, join, output_projection, parent
 from veneer.anatomy._trace import CONVOLUTION_CALLS, RECURRENT_CALLS, Call, Node, Tape
 
 _PICKS = {"topk", "argmax", "argsort", "sort"}
@@ -288,7 +288,7 @@ class _Reader:
             if module.in_proj_weight is None:
                 key, ranges = (core, f"{role[0]}_proj_weight"), ()
             self._part(Part(key, f"{prefix}.{role}", ranges, block, core))
-        self._part(Part((core, "out_proj.weight"), f"{prefix}.output", (), block, core))
+        self._part(Part((core, f"{output_projection(module)}.weight"), f"{prefix}.output", (), block, core))
         self.taken[attention.end.index] = prefix
         heads = module.num_heads
         self.found.cores.append(

@@ -297,7 +297,7 @@ class _Ends:
     def _rotates(self, attention: Attention) -> bool:
         """Queries are multiplied by something with a row for each position that no token made."""
         graph = self.graph
-        near = graph.near_value(attention.query)
+        near = sum(1 << n.index for n in graph.each(graph.near_value(attention.query)) if n.name != "embedding")
         start = (near & -near).bit_length()
         tokens = graph.shape(attention.query)[-2:-1]
         for node in graph.each(graph.before_value(attention.query) >> start << start):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from veneer.anatomy._structure import inside
+from veneer.anatomy._structure import inside, join
 from veneer.anatomy._trace import ATTENTION_CALLS, Call, Node, Ref, Tape
 
 MOVES = {
@@ -58,6 +58,7 @@ class Graph:
         for call in tape.calls:
             if call.stop >= 0:
                 self.calls.setdefault(call.module, []).append(call)
+        self._direct_calls()
         for call in tape.closed:
             for value in call.outputs[:1]:
                 self._given_out.setdefault(value, []).append(call)
@@ -65,6 +66,19 @@ class Graph:
         for node in self.nodes:
             for i in node.inputs:
                 self.consumers.setdefault(i, []).append(node)
+
+    def _direct_calls(self) -> None:
+        """Modules whose `forward` was called past `__call__`: their call spans those of their children."""
+        for name, module in self.model.named_modules():
+            if name in self.calls or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+                continue
+            inner = [c for child, _ in module.named_children() for c in self.calls.get(join(name, child), [])]
+            inner = [c for c in inner if c.stop >= 0]
+            if len(inner) < 2:
+                continue
+            first, last = min(inner, key=lambda c: c.start), max(inner, key=lambda c: c.stop)
+            call = Call(name, first.start, last.stop, first.inputs, last.outputs, first.depth)
+            self.calls[name] = [call]
 
     def find_near(self, ends: set[int]) -> None:
         """Fills `near`; `ends` are the nodes that finish an attention, which stop the walk as matrix calls do."""
@@ -220,6 +234,8 @@ class Graph:
             result: Tensor | None = features.view(view).expand(shape).contiguous()
         elif node.weights or self.near[node.index] == 1 << node.index:
             result = None
+        elif node.name in ("write_view", "__setitem__"):
+            result = self._written(node, shape, origin, seen)
         elif node.name in MOVES and node.func is not None:
             result = self._moved(node, value, origin, seen)
         else:
@@ -236,6 +252,32 @@ class Graph:
                 if found.numel() == torch.Size(shape).numel():  # view_as_complex and its kin
                     return found.reshape(shape)
         return None
+
+    def _written(self, node: Node, shape: tuple[int, ...], origin: int, seen: dict) -> Tensor | None:
+        """A tensor after a part of it was written: x[i] = y, or a write into a view of it."""
+        before = self._rows(node.inputs[0], origin, seen)
+        out = torch.full(shape, -1) if before is None else before.clone()
+        write = node if node.name == "__setitem__" else self.producer(node.inputs[1])
+        if write is None or not write.args:
+            return None
+        view = out
+        if node.name == "write_view":
+            made = self.producer(write.inputs[0])
+            if made is None or made.name not in MOVES or made.func is None or len(write.inputs) < 2:
+                return None
+            view = made.func(out, *made.args[1:], **made.kwargs)
+        source = write.inputs[1] if node.name == "write_view" else next((a.value for a in write.args[2:] if isinstance(a, Ref)), None)
+        rows = self._rows(source, origin, seen) if source is not None else None
+        if before is None and rows is None:
+            return None
+        if node.name == "__setitem__":
+            index = write.args[1]
+            if isinstance(index, Ref) or any(isinstance(i, Ref) for i in index if isinstance(index, tuple)):
+                return None
+            out[index] = -1 if rows is None else rows
+        elif isinstance(view, Tensor):
+            view.copy_(torch.tensor(-1) if rows is None else rows)
+        return out
 
     def _moved(self, node: Node, value: int, origin: int, seen: dict) -> Tensor | None:
         any_found = False

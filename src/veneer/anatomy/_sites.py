@@ -131,7 +131,7 @@ def _weight_sites(known: dict[tuple[str, str], Weight], found: Findings, places:
         elif found.pooler and inside(weight.module, found.pooler):
             role = "pooler"
         elif weight.kind in ("linear", "conv1d"):
-            role = "linear"
+            role, name = "linear", numbers.again(prefix, "linear") if prefix else ""
         elif weight.kind == "conv":
             role, name = "convolution", numbers.again(prefix, "convolution") if prefix else ""
         elif weight.kind == "recurrent":
@@ -357,6 +357,9 @@ def known_weights(model: nn.Module, found: Findings | None = None) -> dict[tuple
     known = weights(model)
     if found is None:
         return known
+    experts = {part.key for part in found.parts if part.role.startswith("expert.")}
+    for key in [k for k, w in known.items() if w.kind == "experts" and k not in experts]:
+        del known[key]  # three axes that are no experts (heads apart, as in XLNet): no matrix of any port
     for key, transposed in found.transposed.items():
         weight = known.get(key)
         if weight is not None and transposed != weight.transposed and weight.kind in ("experts", "parameter"):

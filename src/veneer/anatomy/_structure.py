@@ -119,9 +119,15 @@ def _multihead(name: str, module: nn.MultiheadAttention) -> Iterator[Weight]:
         for part in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             n_out, n_in = _shape(module, part)
             yield Weight(name, "parameter", part, "", (n_out, n_in), n_in=n_in, n_out=n_out)
-    # The forward of `out_proj` is never called: its weight goes to a function, so the weight is a site of this module.
-    bias = "out_proj.bias" if module.out_proj.bias is not None else ""
-    yield Weight(name, "parameter", "out_proj.weight", bias, (width, width), n_in=width, n_out=width)
+    # The forward of its output projection is never called, a function takes the weight: a weight of this module.
+    child = output_projection(module)
+    bias = f"{child}.bias" if module.out_proj.bias is not None else ""
+    yield Weight(name, "parameter", f"{child}.weight", bias, (width, width), n_in=width, n_out=width)
+
+
+def output_projection(module: nn.MultiheadAttention) -> str:
+    """The name under which torch's attention keeps its output projection."""
+    return next(key for key, child in module.named_children() if child is module.out_proj)
 
 
 def _recurrent(name: str, module: nn.Module) -> Iterator[Weight]:

@@ -137,6 +137,8 @@ class Tape(TorchFunctionMode):
             return
         if name.startswith("torch.ops") or "." in name:
             name = name.rpartition(".")[2] if not name.endswith(".default") else name.split(".")[-2]
+        if name in _CREATES:
+            seen = []  # made after the shape of a tensor, not of its numbers
         self.add_node(name, func, args, kwargs, seen, made)
         if in_place and target is not None and target._base is not None and id(target._base) in self._current:
             # A write through a view changes the tensor behind it.
@@ -237,6 +239,7 @@ class Tape(TorchFunctionMode):
         return (exact or below or names or [""])[0]
 
 
+_CREATES = {"empty_like", "new_empty", "zeros_like", "new_zeros", "ones_like", "new_ones", "full_like", "new_full", "new_tensor"}
 _IN_PLACE = {"__iadd__", "__imul__", "__isub__", "__itruediv__", "__iand__", "__ior__"}
 
 
