@@ -330,7 +330,7 @@ def test_the_ladder_equals_its_reference(case):
 
 def ladder_site(width=16, causal=True, blocks=2, stack=""):
     return Site("final", "final", "m.norm", "norm", n_in=width, n_out=width, width=width, causal=causal,
-                blocks=blocks, stack=stack, port="exit")  # fmt: skip
+                blocks=blocks, stack=stack, heads=4, port="exit")  # fmt: skip
 
 
 def test_the_ladder_step_by_step_equals_the_ladder_at_once():
@@ -361,6 +361,8 @@ def test_the_ladder_can_mix_the_base_in_and_leaves_an_encoder_alone():
     alone = build("ladder_side_tuning", reduction=2, heads=2).exit(t, taps, taps[1], at)
     mu = torch.sigmoid(t.gate_last / 0.1)
     assert_close(mixed.exit(t, taps, taps[1], at), mu * alone + (1 - mu) * taps[1])
+    ends_in_a_block = {b: h for b, h in taps.items() if b < 1}
+    assert_close(mixed.exit(t, ends_in_a_block, taps[1], at), mixed.exit(t, taps, taps[1], at))
     assert mixed.tensors(ladder_site(stack="encoder")) == {}
     assert mixed.exit(Tensors(), taps, taps[1], at) is taps[1]
     assert mixed.wanted_taps == "all"

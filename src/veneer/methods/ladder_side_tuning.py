@@ -54,7 +54,7 @@ from veneer.edits import (
 )
 class LadderSideTuning(ExitMethod):
     reduction: float = hyper(8.0, "width of the base over width of the ladder", at_least=1, size=True)
-    heads: int = hyper(4, "heads of the ladder's attention", at_least=1)
+    heads: int = hyper(0, "heads of the ladder's attention; 0 for as many as the base has", at_least=0)
     rungs: tuple[int, ...] = hyper((), "blocks that the ladder reads; all of them when empty")
     activation: str = hyper("gelu", "inside the MLPs", choices=tuple(ACTIVATIONS))
     temperature: float = hyper(0.1, "of the gates mu", more_than=0)
@@ -67,7 +67,11 @@ class LadderSideTuning(ExitMethod):
 
     def width(self, site: Site) -> int:
         """w: a multiple of the heads."""
-        return max(self.heads, int(site.width // self.reduction) // self.heads * self.heads)
+        heads = self.heads_at(site)
+        return max(heads, int(site.width // self.reduction) // heads * heads)
+
+    def heads_at(self, site: Site) -> int:
+        return self.heads or site.heads or 1
 
     def tensors(self, site: Site) -> Specs:
         if site.stack == "encoder":
@@ -98,10 +102,11 @@ class LadderSideTuning(ExitMethod):
         if "U" not in t:
             return h
         s = taps[-1] @ t.D_0.mT + t.D_0_bias
-        for i, block in enumerate(self.rungs or sorted(b for b in taps if b >= 0)):
+        for i, block in enumerate(self.rungs or range(t.D.shape[0])):
             own = Tensors({name: value[i] for name, value in t.items() if value.dim() == 3})
             mu = torch.sigmoid(own.gate / self.temperature)
-            s = self.block(own, mu * s + (1 - mu) * (taps[block] @ own.D.mT + own.D_bias), i, at)
+            seen = taps.get(block, h.detach())  # where the last block is the end, its output is h
+            s = self.block(own, mu * s + (1 - mu) * (seen @ own.D.mT + own.D_bias), i, at)
         new = layer_norm(s, t.norm, t.norm_bias) @ t.U.mT + t.U_bias
         if not self.merge_base:
             return new
@@ -112,9 +117,10 @@ class LadderSideTuning(ExitMethod):
         """B_i: (rows, tokens, w) -> (rows, tokens, w)"""
         z = layer_norm(s, t.norm1, t.norm1_bias)
         everything = at.history(f"rung {i}", z)
-        q = split_heads(z @ t.query.mT + t.query_bias, self.heads)
-        k = split_heads(everything @ t.key.mT + t.key_bias, self.heads)
-        v = split_heads(everything @ t.value.mT + t.value_bias, self.heads)
+        heads = self.heads_at(at.site)
+        q = split_heads(z @ t.query.mT + t.query_bias, heads)
+        k = split_heads(everything @ t.key.mT + t.key_bias, heads)
+        v = split_heads(everything @ t.value.mT + t.value_bias, heads)
         o = F.scaled_dot_product_attention(q, k, v, self.seen(q, k, at))
         s = s + o.transpose(-3, -2).flatten(-2) @ t.out.mT + t.out_bias
         z = layer_norm(s, t.norm2, t.norm2_bias)
