@@ -207,7 +207,7 @@ def test_a_failure_is_tried_again_and_a_changed_sealed_file_is_refused(tmp_path)
 
     first = run(tmp_path, trainer=Fails())
     assert first.to_dict()["not_measured"] == [
-        {"arm": "lora:rank=4", "status": "failed", "reason": "CUDA error"}
+        {"arm": "lora:rank=4", "status": "failed", "reason": "RuntimeError: CUDA error"}
     ]
     second = run(tmp_path)
     assert second.to_dict()["not_measured"] == []
@@ -240,7 +240,7 @@ def test_where_nothing_can_be_measured_the_error_names_the_reasons(tmp_path):
         def __call__(self, **job):
             raise RuntimeError("no disk")
 
-    with pytest.raises(TrainingFailed, match="untrained: no disk"):
+    with pytest.raises(TrainingFailed, match="untrained: RuntimeError: no disk"):
         run(tmp_path, trainer=Fails())
 
 

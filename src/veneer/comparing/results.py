@@ -114,7 +114,7 @@ def publish(
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     best_folder = _publish_best(folder, records, analysis, summary) if source == "veneer" else None
     result = CompareResult(folder, design, analysis, rows, sentence, reads, best_folder)
-    write_atomic(folder / "report.html", render(summary, rows, analysis, records, scale, expected))
+    write_atomic(folder / "report.html", render(summary, rows, records, scale, expected))
     return result
 
 
@@ -316,6 +316,9 @@ def _summary(
             "sentence": sentence,
             "rule": "fewest trained parameters, then shortest step, among the arms not separable "
             "from the best; its seed with the highest validation score",
+        },
+        "diverged": {
+            str(record.arm): sum(line["status"] == "diverged" for line in record.lines) for record in records
         },
         "contrasts": [
             {

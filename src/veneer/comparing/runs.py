@@ -111,7 +111,7 @@ class Runs:
             result = self.run_arm(arm=arm, seed=seed, learning_rate=rate, splits=splits, output=output)
             line.update(self._outcome(result, stage, arm, seed))
         except Exception as error:
-            line |= {"status": _status(error), "reason": str(error).split("\n")[0] or type(error).__name__}
+            line |= {"status": _status(error), "reason": _reason(error)}
         line["seconds"] = round(time.monotonic() - start, 3)
         self.ledger.append(line)
         if stage == "tune":
@@ -204,6 +204,11 @@ class Runs:
                 f"{line['arm']}, {line['stage']}, seed {line['seed']}{rate}: {what}", done, self.of, left
             )
         )
+
+
+def _reason(error: Exception) -> str:
+    first = str(error).split("\n")[0]
+    return first if isinstance(error, VeneerError) else f"{type(error).__name__}: {first}"
 
 
 def _status(error: Exception) -> str:
