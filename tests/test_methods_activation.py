@@ -1,5 +1,6 @@
 """Adapters, rescaling and representation edits as pure functions: by hand, by reference, with a row axis."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
+import veneer
 from references import adapter_fusion as fusion_reference
 from references import hyperformer as hyperformer_reference
 from references import ia3 as ia3_reference
@@ -17,6 +19,7 @@ from references import unipelt as unipelt_reference
 from veneer.anatomy import Site
 from veneer.edits import At, Tensors, add_row_axis, build, orthonormal_rows
 from veneer.errors import BadOption
+from zoo import zoo
 
 torch.set_num_threads(1)
 
@@ -466,3 +469,34 @@ def test_counts_on_bert_base_are_those_published():
     fusion = build("adapter_fusion")
     assert count(fusion, site(width=768)) == 3 * 768**2 + 2 * 768
     assert count(build("hyperformer", tasks=5), *both) == 2_581_464 + 5 * 64
+
+
+@pytest.mark.parametrize(
+    ("family", "targets"), [("llama", ["k_proj", "v_proj", "down_proj"]), ("gpt2", ["mlp.c_proj"])]
+)
+def test_ia3_is_hf_pefts(family, targets):
+    peft = pytest.importorskip("peft")
+    model, batch = zoo()[family]()
+    down = targets[-1]
+    config = peft.IA3Config(
+        target_modules=targets, feedforward_modules=[down], fan_in_fan_out=family == "gpt2"
+    )
+    other = peft.get_peft_model(copy.deepcopy(model), config).eval()
+    sites = {"input": "mlp.down"} | ({"output": "attention.{key,value}"} if family == "llama" else {})
+    veneer.attach(model, "ia3", name="x", sites=sites)
+    named = veneer.adapters(model)["x"].named()
+    roles = {"k_proj": "attention.key", "v_proj": "attention.value", down.rpartition(".")[2]: "mlp.down"}
+    with torch.no_grad():
+        bare = model(**batch, adapters=None).logits
+        for name, parameter in other.named_parameters():
+            if "ia3_l" in name:
+                parameter.copy_(normal(*parameter.shape, seed=len(name)))
+                block = next(part for part in name.split(".") if part.isdigit())
+                role = next(r for leaf, r in roles.items() if f".{leaf}." in name)
+                named.pop(f"block.{block}.{role}/scale").copy_(parameter.flatten())
+        assert not named, "every scale has a partner"
+        found, expected = model(**batch).logits, other(**batch).logits
+        assert not torch.allclose(bare, found, atol=1e-3)
+        assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        veneer.merge(model, "x")
+        assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-6)

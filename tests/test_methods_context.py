@@ -1,5 +1,6 @@
 """Prompts and prefixes as pure functions: by hand, against references, with a row axis."""
 
+import copy
 import math
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,7 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
+import veneer
 from references import ladder_side_tuning as ladder_reference
 from references import llama_adapter as llama_reference
 from references import prefix_tuning as prefix_reference
@@ -17,6 +19,7 @@ from references import visual_prompt_tuning as visual_reference
 from veneer.anatomy import Site
 from veneer.edits import At, Tensors, add_row_axis, build
 from veneer.errors import BadOption
+from zoo import zoo
 
 torch.set_num_threads(1)
 
@@ -469,3 +472,109 @@ def test_a_row_an_adapter_of_deep_prompts_equals_each_alone():
     together = method.input(by_rows(several), x, At(added=added))
     for i, t in enumerate(several):
         assert_close(together[i : i + 1], method.input(t, x[i : i + 1], At(added=added[:1])))
+
+
+# ---- the same tensors in HF PEFT give the same outputs
+
+
+def llama_twice():
+    """A tiny Llama with grouped key heads, and a copy of it for the other library."""
+    pytest.importorskip("peft")
+    model, given = zoo()["llama"]()
+    ids = given["input_ids"]
+    return model, copy.deepcopy(model), {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def same_as(model, other, method, tensors, batch, skipped=0, **options):
+    veneer.attach(model, method, name="x", **options)
+    with torch.no_grad():
+        bare = model(**batch, adapters=None).logits
+        named = veneer.adapters(model)["x"].named()
+        assert set(named) == set(tensors)
+        for name, value in tensors.items():
+            named[name].copy_(value)
+        found, expected = model(**batch).logits, other(**batch).logits[:, skipped:]
+    assert not torch.allclose(bare, found, atol=1e-3)
+    assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_prefix_tuning_is_hf_pefts_once_positions_start_behind_the_prefix():
+    model, copied, batch = llama_twice()
+    import peft
+
+    other = peft.get_peft_model(copied, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    keys = other.prompt_encoder["default"].embedding.weight.view(3, 4, 2, 8).permute(1, 2, 0, 3)
+    tensors = {f"block.{i}.attention/{n}": keys[2 * i + j] for i in range(2) for j, n in enumerate("KV")}
+    positions = torch.arange(3, 8).expand(2, -1)  # HF serves the prefix as a cache
+    veneer.attach(model, "prefix_tuning", name="x", length=3)
+    with torch.no_grad():
+        named = veneer.adapters(model)["x"].named()
+        for name, value in tensors.items():
+            named[name].copy_(value)
+        assert_close(model(**batch, position_ids=positions).logits, other.eval()(**batch).logits)
+
+
+def test_prompt_tuning_is_hf_pefts():
+    model, copied, batch = llama_twice()
+    import peft
+
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    other = peft.get_peft_model(copied, config).eval()
+    prompt = other.prompt_encoder["default"].embedding.weight
+    same_as(model, other, "prompt_tuning", {"embedding/prompt": prompt}, batch, skipped=3, length=3)
+
+
+def test_llama_adapter_with_a_gate_a_layer_is_hf_pefts_adaption_prompt():
+    model, copied, batch = llama_twice()
+    import peft
+
+    config = peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM")
+    other = peft.get_peft_model(copied, config).eval()
+    tensors = {}
+    for name, parameter in other.named_parameters():
+        if "adaption" in name:
+            parameter.data.copy_(normal(*parameter.shape, seed=len(name)))
+            block = name.partition(".layers.")[2].partition(".")[0]
+            kind = "gate" if "gate" in name else "prompt"
+            tensors[f"block.{block}.attention/{kind}"] = parameter.detach().squeeze(0)
+    same_as(model, other, "llama_adapter", tensors, batch, length=3, gate="layer")
+
+
+# ---- generation: what an edit has to remember, it remembers
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "more"),
+    [
+        ("loreft", {"positions": "prompt[:1] + prompt[-1:]"}, {}),
+        ("prefix_tuning", {"length": 3}, {}),
+        ("prompt_tuning", {"length": 3}, {}),
+        ("unipelt", {"length": 3, "reduction": 4, "rank": 2}, {}),
+        ("ladder_side_tuning", {"reduction": 2}, {}),
+        (
+            "q_peft",
+            {"length": 2, "k": 2, "rank": 4},
+            {"query_ids": [[4, 5], [9, 10]], "document_ids": [[3, 6], [8, 11]]},
+        ),
+    ],
+)
+def test_two_padded_rows_with_a_cache_generate_what_each_does_alone_without(key, options, more):
+    model, _ = zoo()["llama"]()
+    for seed, name in enumerate("ab"):
+        adapter = veneer.attach(model, key, name=name, **options)
+        for leaf in adapter.leaves():
+            leaf.data.copy_(0.5 * normal(*leaf.shape, seed=seed))
+    ids = tensor([[0, 0, 3, 4, 5], [6, 7, 8, 9, 10]])
+    more = {name: tensor(value) for name, value in more.items()}
+    how = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    with veneer.rows(model, ["a", "b"]):
+        together = model.generate(input_ids=ids, attention_mask=(ids > 0).long(), **more, **how)
+    for row, name in enumerate("ab"):
+        own = ids[row : row + 1][:, ids[row] > 0]
+        mine = {n: v[row : row + 1] for n, v in more.items()}
+        alone = model.generate(
+            input_ids=own, attention_mask=torch.ones_like(own), use_cache=False, adapters=name, **mine, **how
+        )
+        assert torch.equal(together.sequences[row, -5:], alone.sequences[0, -5:])
+        assert_close(together.logits[-1][row], alone.logits[-1][0], rtol=1e-4, atol=1e-5)
