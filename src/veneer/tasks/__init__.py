@@ -4,7 +4,7 @@ Public: `find_task`, `make_task`, `task_from_dict`, `TASKS`, `Task`, `Batch`, `E
 `METRICS`, `find_metric`. A task is a small value that an adapter's folder holds.
 """
 
-from veneer.tasks import _text
+from veneer.tasks import _answer, _image, _language, _seq2seq, _tag, _text  # noqa: F401  (they enter their tasks)
 from veneer.tasks._collate import IGNORED, forward_names, positions, takes, wants_positions
 from veneer.tasks._task import (
     TASKS,

@@ -88,6 +88,10 @@ class Task:
 
         return METRICS[self.primary_metric].greater_is_better
 
+    def longest(self, tokenizer: Any) -> int:
+        """max_length, or less where the tokenizer knows that its model reads less."""
+        return min(self.max_length, getattr(tokenizer, "model_max_length", None) or self.max_length)
+
     @property
     def num_labels(self) -> int | None:
         return len(self.labels) or None

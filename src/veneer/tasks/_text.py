@@ -32,7 +32,7 @@ class TextTask(Task):
         if not texts:
             return Encoded([])
         encoded = feeder(
-            texts, pairs, truncation=True, max_length=self._longest(feeder), return_overflowing_tokens=False
+            texts, pairs, truncation=True, max_length=self.longest(feeder), return_overflowing_tokens=False
         )
         features: list[Feature] = []
         for i, row in enumerate(rows):
@@ -43,10 +43,7 @@ class TextTask(Task):
                 feature["label"] = self.target(row["label"])
             feature["length"] = len(feature["input_ids"])
             features.append(feature)
-        return Encoded(features, cut=sum(f["length"] >= self._longest(feeder) for f in features))
-
-    def _longest(self, feeder: Any) -> int:
-        return min(self.max_length, getattr(feeder, "model_max_length", None) or self.max_length)
+        return Encoded(features, cut=sum(f["length"] >= self.longest(feeder) for f in features))
 
     def collate(self, features: Sequence[Feature], feeder: Any, model: nn.Module | None = None) -> Batch:
         inputs = text_inputs(features, feeder, model)

@@ -26,6 +26,12 @@ def parsed(text: str) -> Parsed:
     return Parsed(method, tuple(recipes))
 
 
+def text(part: Part) -> str:
+    """A name with its options, as it is typed."""
+    name, options = part
+    return name + ("" if not options else ":" + ",".join(f"{k}={v}" for k, v in sorted(options.items())))
+
+
 def _part(piece: str, whole: str) -> Part:
     name, _, rest = piece.partition(":")
     if not re.fullmatch(r"[A-Za-z_][\w-]*", name.strip()):

@@ -127,13 +127,11 @@ class Run:
                 next_step="veneer.trainable(model) lists what is trained; a method with sites, or a fresh head, is "
                 "needed",
             )
-        make = getattr(self.recipe, "optimizer", None)
-        if make is not None:
-            return make(groups, lr=self.learning_rate, weight_decay=self.settings.weight_decay)
-        for group in groups:
-            group.pop("views", None)
-        on_one_kind = {p.device.type for g in groups for p in g["params"]} <= {"cpu", "cuda"}
-        return torch.optim.AdamW(groups, lr=self.learning_rate, fused=on_one_kind)
+        if self.recipe is not None:
+            return self.recipe.optimizer(groups, self.learning_rate, self.settings.weight_decay)
+        from veneer.recipes import adamw
+
+        return adamw(groups, self.learning_rate)
 
     def forget(self, parameter: Tensor, index: Tensor | None = None) -> None:
         """Drop the optimizer's state of a parameter, or of some of its entries."""

@@ -34,9 +34,13 @@ class Adapted:
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self.model, self.name = model, name
+        self._grouped = False
 
     def groups(self, learning_rate: float, weight_decay: float, recipe: Any = None) -> list[dict[str, Any]]:
         from veneer import engine
+
+        # A recipe sorts the leaves once: sorted again they would be new ones, which no optimiser knows.
+        recipe, self._grouped = (None if self._grouped else recipe), self._grouped or recipe is not None
 
         return engine.parameters(self.model, lr=learning_rate, weight_decay=weight_decay, recipe=recipe)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from veneer.errors import TrainingFailed
+from veneer.errors import BadOption, TrainingFailed
 from veneer.tasks import Task
 from veneer.training import _arm, _open
 from veneer.training._checkpoint import Checkpoints, locked, to_device, write_json
@@ -51,7 +51,7 @@ def train(
     data: a spec, rows by split, or `veneer.data.read`'s Splits. method: an arm
     (`method[:option=value,...][+recipe]`), a Method, or "untrained". whole: modules that are trained whole, beside
     fresh ones. data_options, task_options: for `veneer.data.read` and for the task.
-    Settings: learning_rate (None: the middle of the method's range), epochs=3, max_steps, batch_size=16 rows a
+    Settings: learning_rate (None: from the method's range), epochs=3, max_steps, batch_size=16 rows a
     step, accumulate=1 parts of it, seed, weight_decay=0.01, warmup=0.06 (a part, or steps from 1 on),
     schedule="linear"|"cosine"|"constant", clip=1.0, gradient_checkpointing, mixed_precision="bf16"|"fp16",
     early_stopping (looks without gain), evaluate_every and save_every (steps; None: an epoch),
@@ -113,7 +113,8 @@ class Job:
 
     @property
     def recipe_text(self) -> str:
-        return "+".join(map(str, self.recipes))
+        shown = (r if isinstance(r, str) else _arm.text(r) if isinstance(r, tuple) else str(r) for r in self.recipes)
+        return "+".join(shown)
 
     def recipe(self) -> Any:
         """The recipe by its name and options; several become one."""
@@ -121,14 +122,20 @@ class Job:
             return None
         from veneer import recipes
 
-        return recipes.build(self.recipes)
+        if len(self.recipes) > 1:
+            raise BadOption(
+                f"the arm names {len(self.recipes)} recipes: {self.recipe_text}; one makes the optimiser.",
+                next_step="name one recipe",
+            )
+        (only,) = self.recipes
+        return recipes.parse(only[0], **only[1]) if isinstance(only, tuple) else recipes.parse(only)
 
     def rate(self, given: float | None, recipe: Any) -> float:
-        """The given rate, or the geometric middle of the range that the recipe or the method declares."""
+        """The given rate, or two thirds up the range (of logarithms) that the recipe or the method declares."""
         if given is not None:
             return given
         low, high = getattr(recipe, "rates", None) or getattr(self.method, "facts", _NoFacts).rates
-        return math.sqrt(low * high)
+        return math.exp((math.log(low) + 2 * math.log(high)) / 3)
 
 
 class _NoFacts:
