@@ -111,7 +111,7 @@ class HyperFormer(OutputMethod):
         code = self.task_code(t, at)
         return {
             made: (code @ getattr(t, name).mT + getattr(t, name + "_bias")).unflatten(-1, shape).squeeze(-3)
-            for made, name, shape in self.generated(at.site.width)
+            for made, name, shape in self.generated(at.site.width)  # type: ignore[union-attr]
         }
 
     def task_code(self, t: Tensors, at: At) -> Tensor:
@@ -127,7 +127,7 @@ class HyperFormer(OutputMethod):
                 next_step="pass tasks=<one number a row> with the batch, or name the data's task column",
             )
         if self.variant == "++":
-            place = 0 if "attention" in at.site.role else 1
+            place = 0 if "attention" in at.site.role else 1  # type: ignore[union-attr]
             known = torch.cat(
                 torch.broadcast_tensors(known, t.layer, t.position[..., place : place + 1, :]), -1
             )

@@ -32,6 +32,7 @@ from veneer.edits import (
     zeros,
 )
 
+PARTS = ("down", "down_bias", "up", "up_bias")
 SHARED = {"scope": "adapter"}  # one set of tensors for both ends
 
 
@@ -88,8 +89,8 @@ class InvertibleAdapter(Method):
 
     def net(self, t: Tensors, name: str, v: Tensor) -> tuple[Tensor | float, Tensor]:
         """(factor, shift) from F or G: (..., width / 2)"""
-        parts = (getattr(t, f"{name}_{part}") for part in ("down", "down_bias", "up", "up_bias"))
-        made = bottleneck(v, *parts, self.activation)
+        down, down_bias, up, up_bias = (getattr(t, f"{name}_{part}") for part in PARTS)
+        made = bottleneck(v, down, down_bias, up, up_bias, self.activation)
         if self.coupling == "nice":
             return 1.0, made
         s, shift = made.chunk(2, -1)

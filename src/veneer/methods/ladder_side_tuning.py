@@ -117,7 +117,7 @@ class LadderSideTuning(ExitMethod):
         """B_i: (rows, tokens, w) -> (rows, tokens, w)"""
         z = layer_norm(s, t.norm1, t.norm1_bias)
         everything = at.history(f"rung {i}", z)
-        heads = self.heads_at(at.site)
+        heads = self.heads_at(at.site)  # type: ignore[arg-type]
         q = split_heads(z @ t.query.mT + t.query_bias, heads)
         k = split_heads(everything @ t.key.mT + t.key_bias, heads)
         v = split_heads(everything @ t.value.mT + t.value_bias, heads)
@@ -130,7 +130,7 @@ class LadderSideTuning(ExitMethod):
         """(rows or 1, 1, queries, keys) bool: real keys, in a causal base those up to the query."""
         queries, keys = q.shape[-2], k.shape[-2]
         seen = torch.ones_like(q[:1, :1, :, :1], dtype=torch.bool).expand(-1, -1, -1, keys)
-        if at.site.causal:
+        if at.site.causal:  # type: ignore[union-attr]
             seen = seen.tril(keys - queries)
         real = at.mask if queries == keys else at.mask_all
         if real is None:

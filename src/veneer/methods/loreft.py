@@ -52,9 +52,7 @@ SUBTRACTING = ("loreft", "noreft", "consreft")
     rates=(1e-4, 1e-2),
 )
 class LoReFT(OutputMethod):
-    rank: int = hyper(
-        4, "dimensions of the subspace", at_least=1, alias=("r", "low_rank_dimension"), size=True
-    )
+    rank: int = hyper(4, "dimensions of the subspace", at_least=1, alias="r", size=True)
     variant: str = hyper(
         "loreft",
         "which of the paper's equations",

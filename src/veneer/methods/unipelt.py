@@ -93,13 +93,14 @@ class UniPELT(Method):
 
     def attention(self, t: Tensors, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, attend, at: At) -> Tensor:
         """q: (rows, heads, queries, head_dim), k and v: (rows, kv_heads, keys, head_dim) -> like q"""
-        gate, mask = self.gate(t, at.hidden, at)[:, None], open_before(mask, self.length)
-        if not at.site.causal:
+        mask = open_before(mask, self.length)
+        gate = self.gate(t, at.hidden, at)[:, None]  # type: ignore[arg-type]
+        if not at.site.causal:  # type: ignore[union-attr]
             return attend(q, before(gate * t.K, k), before(gate * t.V, v), mask)
         # A gate for each query cannot be put into keys that all queries share. Twice the width can: the
         # second half of q is G q and meets the prefix alone; that of the output is what G has to scale.
-        K = before(torch.cat([0 * t.K, t.K], -1), torch.cat([k, 0 * k], -1))
-        V = before(torch.cat([0 * t.V, t.V], -1), torch.cat([v, 0 * v], -1))
+        K = before(torch.cat([torch.zeros_like(t.K), t.K], -1), torch.cat([k, torch.zeros_like(k)], -1))
+        V = before(torch.cat([torch.zeros_like(t.V), t.V], -1), torch.cat([v, torch.zeros_like(v)], -1))
         own, prefix = attend(torch.cat([q, gate * q], -1), K, V, mask).chunk(2, -1)
         return own + gate * prefix
 
@@ -110,8 +111,8 @@ class UniPELT(Method):
 
     def gate(self, t: Tensors, x: Tensor, at: At) -> Tensor:
         """G: (rows, tokens, width) -> (rows, 1, 1), or (rows, tokens, 1) in a causal base"""
-        each = self.token_gate(t, x, at.site.port)
-        if not at.site.causal:
+        each = self.token_gate(t, x, at.site.port)  # type: ignore[union-attr]
+        if not at.site.causal:  # type: ignore[union-attr]
             return masked_mean(each, at.mask)
         so_far = at.history("gate", each)
         mask = at.mask if so_far.shape[-2] == each.shape[-2] else at.mask_all
