@@ -85,10 +85,10 @@ def check(module: nn.Module, name: str) -> None:
             "so its keys and values cannot be reached.",
             next_step="use a method of another port, or a base whose attention uses the interface",
         )
-    _register()
+    register()
 
 
-def _register() -> None:
+def register() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if NAME_OF_OURS not in ALL_ATTENTION_FUNCTIONS:
@@ -213,10 +213,7 @@ def _run(
             _project=functools.partial(_project, frame, op),
         )
         inner = functools.partial(_one, op, frame, at, inner)
-    out = inner(q, k, v, mask)
-    if ops[-1].live is not None:
-        out = torch.where(ops[-1].live.view(-1, 1, 1, 1), out, attend(q, k, v, mask))
-    return out
+    return inner(q, k, v, mask)
 
 
 def _one(
@@ -229,7 +226,8 @@ def _one(
     v: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    return apply(op, frame, "attention", {"q": q, "k": k, "v": v, "mask": mask, "attend": attend, "at": at})
+    out = apply(op, frame, "attention", {"q": q, "k": k, "v": v, "mask": mask, "attend": attend, "at": at})
+    return out if op.live is None else torch.where(op.live.view(-1, 1, 1, 1), out, attend(q, k, v, mask))
 
 
 def _project(frame: Frame, op: Op, role: str, z: Tensor) -> Tensor:

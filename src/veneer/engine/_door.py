@@ -18,11 +18,11 @@ from veneer.edits import At, call
 from veneer.errors import BadOption, Unsupported, nearest
 
 from ._frame import Frame, Names, Session, current, entered, local, opened, session_of
-from ._program import Program, SiteOps, site_tensors
+from ._program import Program, SiteOps, banks_of, build_banked, site_tensors
 from ._rows import Rows
 from ._site import first, frame_of, leave, with_first
 from ._swap import HOST, NAME, kind
-from ._tokens import Doorway, extend_facts, extend_mask, extend_positions, insert, position_offset
+from ._tokens import extend_facts, extend_mask, extend_positions, insert, position_offset
 
 _UNSET: Any = object()
 
@@ -92,6 +92,7 @@ def _slowly(module: nn.Module, plain_call: Any, args: tuple, kwargs: dict) -> An
 @kind("backbone")
 def _backbone(base: type) -> dict[str, Any]:
     plain = base.forward  # type: ignore[attr-defined]
+    names = tuple(inspect.signature(plain).parameters)[1:]
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,13 +101,15 @@ def _backbone(base: type) -> dict[str, Any]:
         if frame is None:
             if not host.names:
                 return plain(self, *args, **kwargs)
-            return enter(host, self, functools.partial(forward, self), plain, args, kwargs, _UNSET)
-        return _with_tokens(host, self, plain, frame, args, kwargs)
+            return enter(host, self, functools.partial(forward, self), names, args, kwargs, _UNSET)
+        return _with_tokens(host, self, plain, names, frame, args, kwargs)
 
     return {"forward": forward}
 
 
-def _with_tokens(host: Any, module: Any, plain: Any, frame: Frame, args: tuple, kwargs: dict) -> Any:
+def _with_tokens(
+    host: Any, module: Any, plain: Any, names: tuple[str, ...], frame: Frame, args: tuple, kwargs: dict
+) -> Any:
     """A backbone's forward, with the positions that `tokens` edits add, and its output cut back to what went in."""
     if host.anatomy.facts.encoder_decoder or frame.inserted is not None:
         return plain(module, *args, **kwargs)
@@ -114,7 +117,7 @@ def _with_tokens(host: Any, module: Any, plain: Any, frame: Frame, args: tuple, 
     if not ops:
         y = plain(module, *args, **kwargs)
         return _cut_back(y, frame.inserted) if frame.inserted is not None else y
-    named = _named(plain, args, kwargs)
+    named = _named(names, args, kwargs)
     cache = named.get("past_key_values")
     past = _length_of(cache)
     if frame.session is not None and frame.session.inserted is not None:
@@ -122,7 +125,7 @@ def _with_tokens(host: Any, module: Any, plain: Any, frame: Frame, args: tuple, 
     if past > 0:
         named = _extend_for_cache(host, module, ops, frame, named, past)
         return plain(module, **named)
-    named, where = put_in(host, module, stack, ops, frame, named, Doorway.names(plain))
+    named, where = put_in(host, module, stack, ops, frame, named, names)
     frame.inserted = where
     return _cut_back(plain(module, **named), where)
 
@@ -199,12 +202,14 @@ def _cut_back(y: Any, where: Any) -> Any:
 def _door(base: type) -> dict[str, Any]:
     plain = base.forward  # type: ignore[attr-defined]
 
+    names = tuple(inspect.signature(plain).parameters)[1:]
+
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, adapters: Any = _UNSET, **kwargs: Any) -> Any:
         host = self.__dict__[HOST]
         if current(host) is not None and adapters is _UNSET:
             return plain(self, *args, **kwargs)
-        return enter(host, self, functools.partial(plain, self), plain, args, kwargs, adapters)
+        return enter(host, self, functools.partial(plain, self), names, args, kwargs, adapters)
 
     made: dict[str, Any] = {"forward": forward}
     if hasattr(base, "generate"):
@@ -212,14 +217,21 @@ def _door(base: type) -> dict[str, Any]:
     return made
 
 
-def enter(host: Any, module: Any, run: Any, plain: Any, args: tuple, kwargs: dict, adapters: Any) -> Any:
+def enter(
+    host: Any, module: Any, run: Any, names: tuple[str, ...], args: tuple, kwargs: dict, adapters: Any
+) -> Any:
     """One call: choose rows, collect facts, run under the frame, add penalties."""
     session = session_of(host)
     if adapters is not _UNSET:
         session = session_for(host, adapters)
-    named = _named(plain, args, kwargs)
+    named = _named(names, args, kwargs)
     extra = _taken(host, named, kwargs)
     total, stack_totals = _totals(host, named)
+    if torch.compiler.is_compiling():
+        # Names would be guarded one by one; slots are tensors, so one graph serves every switch.
+        banks = host.banks if session is None or session.banks is None else session.banks
+        rows, program = (), build_banked(host, banks or (), module.training)
+        return _run(host, module, run, names, Frame(host, program, session), named, extra, total, rows, args, kwargs)
     rows = host.rows_for(session, total)
     if module.training:
         host.project()  # before any view of a leaf is taken
@@ -228,13 +240,22 @@ def enter(host: Any, module: Any, run: Any, plain: Any, args: tuple, kwargs: dic
     else:
         program = host.program(rows, module.training) if _any(rows) else {}
     frame = Frame(host, program, session, names=rows)
+    return _run(host, module, run, names, frame, named, extra, total, rows, args, kwargs)
+
+
+def _run(
+    host: Any, module: Any, run: Any, names: tuple[str, ...], frame: Frame, named: dict, extra: dict, total: int,
+    rows: Any, args: tuple, kwargs: dict,
+) -> Any:  # fmt: skip
+    """The call under its frame, with what methods add to its loss."""
+    program = frame.program
     if program:
         _collect(host, module, frame, named, extra, total)
     with entered(frame):
         if program:
             _conditions(host, module, run, frame, rows, named, extra, total)
             if host.anatomy.facts.encoder_decoder:
-                args, kwargs = _encoder_prompts(host, module, plain, frame, named, args, kwargs)
+                args, kwargs = _encoder_prompts(host, module, names, frame, named, args, kwargs)
         y = run(*args, **kwargs)
         if program and module.training and hasattr(y, "keys") and y.get("loss") is not None:
             penalty = penalty_of(host, frame)
@@ -269,8 +290,9 @@ def session_for(host: Any, names: Any, base: Session | None = None) -> Session:
     if names is None or isinstance(names, str):
         chosen = () if names is None else (names,)
         _known(host, chosen)
-        return Session(host, names=chosen)
-    return Session(host, rows=_row_names(host, names))
+        return Session(host, names=chosen, banks=banks_of(host, chosen))
+    rows = _row_names(host, names)
+    return Session(host, rows=rows, banks=banks_of(host, rows))
 
 
 def _row_names(host: Any, names: Sequence[Any]) -> list[Names]:
@@ -294,8 +316,7 @@ def _known(host: Any, names: Sequence[str]) -> None:
                               next_step="veneer.unmerge(model) takes it out again")  # fmt: skip
 
 
-def _named(plain: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
-    names = Doorway.names(plain)[1:]
+def _named(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
     return {**dict(zip(names, args)), **kwargs}
 
 
@@ -494,7 +515,7 @@ def penalty_of(host: Any, frame: Frame) -> Tensor | None:
 
 
 def _encoder_prompts(
-    host: Any, module: Any, plain: Any, frame: Frame, named: dict, args: tuple, kwargs: dict
+    host: Any, module: Any, names: tuple[str, ...], frame: Frame, named: dict, args: tuple, kwargs: dict
 ) -> tuple[tuple, dict]:
     """Prompts of an encoder-decoder go in at the model, since its decoder reads the encoder's mask too."""
     given = named.get("encoder_outputs") is not None or (
@@ -505,7 +526,7 @@ def _encoder_prompts(
     for stack, embedding in host.anatomy.facts.embeddings:
         at = frame.program.get(embedding)
         if at is not None and at.tokens and stack != "decoder" and host.has_token_ids(stack):
-            named, where = put_in(host, module, stack, at.tokens, frame, named, Doorway.names(plain))
+            named, where = put_in(host, module, stack, at.tokens, frame, named, names)
             frame.inserted = where
             return (), named
     return args, kwargs

@@ -32,7 +32,7 @@ class Session:
     inserted: Any = None  # the Insertion of `tokens` edits made when generation began
     conditions: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
     history: dict[Any, Tensor] = field(default_factory=dict)
-    programs: dict[Any, Any] = field(default_factory=dict)
+    banks: Any = None  # for compiled code: the live banks, each with its slots
 
 
 @dataclass

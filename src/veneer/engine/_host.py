@@ -37,6 +37,7 @@ class Host(nn.Module):
         self.names: dict[str, str] = {}  # adapter name -> name of the child module
         self.active: Names = ()
         self.merged: list[str] = []
+        self.banks: Any = None  # for compiled code: the active adapters as banks
         self.kept: dict[
             tuple[str, str], Tensor
         ] = {}  # (module, parameter) -> the bare weight, while something is merged
@@ -71,6 +72,7 @@ class Host(nn.Module):
                 next_step="choose another name, or veneer.detach(model, name) first",
             )
         child = child_name(adapter.name)
+        self.banks = None
         self.add_module(child, adapter)
         self.names[adapter.name] = child
         self.reach(adapter.plan)
@@ -78,6 +80,7 @@ class Host(nn.Module):
     def drop(self, name: str) -> None:
         self.adapter(name)
         del self._modules[self.names.pop(name)]
+        self.banks = None
         self.active = tuple(n for n in self.active if n != name)
         self._programs.clear()
         used = {store for a in self.adapters().values() for store in a.frozen_shared.values()}
@@ -97,6 +100,7 @@ class Host(nn.Module):
                 )
         before = self.active
         self.active = tuple(names)
+        self.banks = None
         for name in {*before, *names}:
             if name in self.names:
                 for leaf in self.adapter(name).leaves():
@@ -193,6 +197,7 @@ class Host(nn.Module):
             if site.source and site.source != site.module and site.port == "output":
                 wanted.append((site.source, "site"))
             if site.port == "tokens" and not self.has_token_ids(site.stack):
+                _attention.register()
                 wanted += [
                     (s.module, "attention") for s in self.anatomy.select("attention", port="attention")
                 ]

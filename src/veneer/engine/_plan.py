@@ -224,6 +224,13 @@ def _stream_sites(found: Anatomy, port: str, selector: Any) -> list[Site]:
         )  # fmt: skip
     if port == "tokens" and found.facts.encoder_decoder:
         sites = [s for s in sites if s.stack != "decoder"] or sites
+    ids = {stack for stack, _ in found.facts.token_embeddings}
+    if port == "tokens" and any(s.stack not in ids for s in sites) and not found.facts.class_token:
+        raise Unsupported(
+            f"this {found.model_class} has neither token ids nor a class token: its blocks count on a grid of a fixed "
+            "size, so positions cannot be added.",
+            next_step="use a method of another port, such as lora or serial_adapter",
+        )
     if not sites:
         raise NoSiteFound(f"this base has no '{where}', which the port '{port}' needs.")
     return sites

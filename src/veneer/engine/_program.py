@@ -127,6 +127,55 @@ def _add(
             place(program, op)
 
 
+def banks_of(host: Any, rows: Any) -> list[tuple[list[str], Tensor]]:
+    """For compiled code: the live banks of a composition, each with slots (levels, rows); slot 0 is the bare row.
+
+    A bank is all resident adapters of one plan, so that a switch among them changes a tensor and nothing else. For
+    whole batches there is one column, which broadcasts.
+    """
+    table = [rows] if isinstance(rows, tuple) else list(rows)
+    levels = max((len(names) for names in table), default=0)
+    by_plan: dict[int, list[str]] = {}
+    for name, adapter in host.adapters().items():
+        if name not in host.merged and adapter.prepared:
+            by_plan.setdefault(id(adapter.plan), []).append(name)
+    banks = []
+    for members in by_plan.values():
+        slot = {n: i + 1 for i, n in enumerate(members)}
+        slots = torch.tensor(
+            [[slot.get(names[level], 0) if level < len(names) else 0 for names in table] for level in range(levels)],
+            device=host.device,
+        ).reshape(levels, len(table))
+        if bool((slots > 0).any()):
+            banks.append((members, slots))
+    return banks
+
+
+def build_banked(host: Any, banks: Sequence[tuple[list[str], Tensor]], training: bool) -> Program:
+    """The program in the banked form: all rows run, and `live` chooses."""
+    program: Program = {}
+    levels = max((slots.shape[0] for _, slots in banks), default=0)
+    read = []
+    for members, slots in banks:
+        adapters = [host.adapter(n) for n in members]
+        read.append((adapters, [site_tensors(host, a, training) for a in adapters], slots))
+    for level in range(levels):
+        for adapters, tensors, slots in read:
+            mine = slots[level]
+            for i, sp in enumerate(adapters[0].plan.sites):
+                if _broadcasts_at(sp):
+                    t = gather([t[i] for t in tensors], (mine - 1).clamp(min=0))
+                    op = Op(sp, t, None, True, adapters[0], mine.shape[0])
+                    op.live = mine > 0
+                    place(program, op)
+                    continue
+                for j, adapter in enumerate(adapters):
+                    op = Op(sp, tensors[j][i], None, False, adapter)
+                    op.live = mine == j + 1
+                    place(program, op)
+    return program
+
+
 def place(program: Program, op: Op) -> None:
     site = op.site
     at = program.setdefault(site.module, SiteOps())
@@ -152,7 +201,7 @@ def _broadcasts_at(sp: SitePlan) -> bool:
 def is_shift(sp: SitePlan) -> bool:
     """A weight edit of a bias: it shifts the output, whatever the module is."""
     site = sp.site
-    return len(site.shape) == 1 and bool(site.parameter) and site.parameter == site.bias and not site.ranges
+    return len(site.shape) == 1 and site.parameter in ("bias", site.bias or "bias") and not site.ranges
 
 
 def _members(host: Any, op: Op, training: bool) -> tuple[Op, ...]:
@@ -182,4 +231,6 @@ def site_tensors(host: Any, adapter: Adapter, training: bool) -> list[Tensors]:
     return derived
 
 
-__all__ = ["Op", "Program", "SiteOps", "build", "cut", "is_shift", "place", "site_tensors"]
+__all__ = [
+    "Op", "Program", "SiteOps", "banks_of", "build", "build_banked", "cut", "is_shift", "place", "site_tensors",
+]  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.edits import Tensors, delta_of
+from veneer.errors import Unsupported
 
 from ._facts import apply, facts, select, tensors_at
 from ._frame import Frame, current, entered, local
@@ -117,12 +118,12 @@ def _insert_after(ops: list[Op], frame: Frame, y: Tensor) -> Tensor:
     """Positions put in behind an embedding without token ids; padding between rows is closed to attention."""
     y, where = insert(ops, frame, y, None)
     frame.inserted = where
-    if int(where.counts.min()) != where.length:
-        real = torch.ones(y.shape[0], y.shape[1] - where.length, dtype=torch.bool, device=y.device)
+    real = torch.ones(y.shape[0], y.shape[1] - where.length, dtype=torch.bool, device=y.device)
+    if torch.compiler.is_compiling() or int(where.counts.min()) != where.length:
         frame.key_mask[ops[0].site.stack] = where.extend(real, fill=False, at_added=True)
     for stack in ("", ops[0].site.stack):
         if stack in frame.at:
-            frame.at[stack] = frame.at[stack].with_(added=where.added)
+            frame.at[stack] = frame.at[stack].with_(added=where.added, prompt=where.extend(real, fill=False))
     return y
 
 
@@ -174,11 +175,19 @@ def edit(op: Op, frame: Frame, target: Tensor, function: str, have: dict[str, An
 
 def _last_axis(value: Tensor, op: Op) -> Tensor:
     """Channels last for convolutions; (rows, tokens, width) where tensors have a row axis."""
-    if op.site.kind == "conv" and value.dim() == 4:
-        value = value.movedim(1, -1)
+    if _channels_first(op, value):
+        value = value.movedim(1, -1).flatten(1, 2)  # places of an image are its tokens
     if op.rowed:
         value = value.reshape(_rows_of(op, value), -1, value.shape[-1])
     return value
+
+
+def _channels_first(op: Op, value: Tensor) -> bool:
+    """Images as convolutions have them: (rows, channels, height, width). Edits see channels last."""
+    if value.dim() != 4:
+        return False
+    width = op.site.width
+    return op.site.kind == "conv" or (value.shape[-1] != width and value.shape[1] == width)
 
 
 def _rows_of(op: Op, value: Tensor) -> int:
@@ -187,7 +196,7 @@ def _rows_of(op: Op, value: Tensor) -> int:
 
 
 def _back(new: Tensor, mine: Tensor, like: Tensor, op: Op) -> Tensor:
-    if op.site.kind == "conv" and like.dim() == 4:
+    if _channels_first(op, like):
         last = like.movedim(1, -1)
         return new.reshape(last.shape).movedim(-1, 1)
     return new.reshape(like.shape) if op.rowed else new
@@ -200,7 +209,8 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
     """The base's output under weight edits: dense ones through W', factored ones added to the output."""
     factored = [op for op in ops if _is_factored(op)]
     dense = [op for op in ops if not _is_factored(op)]
-    whole = [op for op in dense if op.rows is None]
+    chosen_later = [op for op in dense if op.live is not None]
+    whole = [op for op in dense if op.rows is None and op.live is None]
     parts = [op for op in dense if op.rows is not None]
     apart = any("y" in op.method.arguments.get("branch", ()) for op in factored)
     bias = getattr(module, "bias", None) if apart else None
@@ -226,6 +236,13 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         else:
             part = stand_in.forward(*chosen, **named)
         y = _put(rows, y, part)
+    for op in chosen_later:  # banked form: every row runs, `live` chooses
+        swapped = _replaced(module, [op], frame)
+        new = first(twin(module, swapped).forward(*args, **kwargs))
+        now = first(y)
+        if op.site.kind in ("linear", "conv1d", "conv", "embedding"):  # linear in W: what it adds, added
+            new = now + new - first(plain(*args, **kwargs))
+        y = with_first(y, torch.where(op.live.view(-1, *[1] * (now.dim() - 1)), new, now))
     if factored:
         x = args[0] if args else next(iter(kwargs.values()))
         y = with_first(y, _add_branches(factored, frame, x, first(y), bias))
@@ -296,6 +313,7 @@ def _segments(ops: list[Op]) -> list[tuple[Rows, list[Op]]]:
     by_row: dict[int, list[Op]] = {}
     total = 0
     for op in ops:
+        _check_rows(op)
         total = op.rows.total  # type: ignore[union-attr]
         for i in op.rows.indices:  # type: ignore[union-attr]
             by_row.setdefault(i, []).append(op)
@@ -306,6 +324,18 @@ def _segments(ops: list[Op]) -> list[tuple[Rows, list[Op]]]:
     return [(Rows(indices, total), members) for indices, members in groups.values()]
 
 
+def _check_rows(op: Op) -> None:
+    """A table of relative positions sees (tokens, tokens): it has no rows to tell apart."""
+    if op.site.kind == "embedding" and op.adapter.plan.anatomy.facts.positions == "relative":
+        tables = {m for _, m in op.adapter.plan.anatomy.facts.token_embeddings}
+        if op.site.module not in tables:
+            raise Unsupported(
+                f"'{op.site.module}' is a table of relative positions that all rows of a batch share, so "
+                f"'{op.adapter.name}' cannot edit it for some rows only.",
+                next_step=f"exclude={op.site.module!r}, or use this adapter for whole batches",
+            )
+
+
 def _take(rows: Rows, value: Any) -> Any:
     if isinstance(value, Tensor) and value.dim() and value.shape[0] % rows.total == 0 and value.shape[0]:
         return rows.take(value)
@@ -314,10 +344,17 @@ def _take(rows: Rows, value: Any) -> Any:
 
 def _put(rows: Rows, y: Any, new: Any) -> Any:
     if isinstance(y, Tensor):
-        return rows.put(y, new)
+        return rows.put(*_lone(rows, y, new))
     if isinstance(y, tuple):
         return tuple(_put_one(rows, a, b) for a, b in zip(y, new))
     return with_first(y, rows.put(first(y), first(new)))
+
+
+def _lone(rows: Rows, y: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs that all rows share (learned positions) -> one for each row."""
+    if y.dim() > 1 and y.shape[0] == 1 and new.shape[0] == 1 and rows.total > 1:
+        return y.expand(rows.total, *y.shape[1:]), new.expand(len(rows.indices), *new.shape[1:])
+    return y, new
 
 
 def _put_one(rows: Rows, a: Any, b: Any) -> Any:
@@ -340,15 +377,7 @@ def _add_branches(ops: list[Op], frame: Frame, x: Tensor, y: Tensor, bias: Tenso
         if is_shift(op.plan):
             W = cut(frame.host.bare(site), site)
             dy = delta_of(m, tensors_at(op, frame, None), W)
-            if op.rowed and y.dim() == 2:
-                dy = dy.squeeze(1)
-            dy = (
-                dy
-                if rows is None
-                else dy.expand(mine.shape[0], *y.shape[1:])
-                if op.rowed
-                else dy.expand_as(rows.take(y))
-            )
+            dy = _shift_like(rows.take(y) if rows is not None else y, dy, op, frame)
         else:
             have: dict[str, Any] = {"x": _as_rows(mine, op)}
             if "y" in m.arguments["branch"]:
@@ -368,6 +397,23 @@ def _add_branches(ops: list[Op], frame: Frame, x: Tensor, y: Tensor, bias: Tenso
             dy = wide.index_copy(-1, features(site, dy.device), dy)
         y = y + dy if rows is None else rows.add(y, dy)
     return y if bias is None else y + bias
+
+
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+def _shift_like(y: Tensor, dy: Tensor, op: Op, frame: Frame) -> Tensor:
+    """A change of a bias, (features,) or (rows, 1, features), in the shape of the output that it shifts."""
+    width = dy.shape[-1]
+    first_axis = y.dim() > 2 and y.shape[1] == width
+    if first_axis and y.shape[-1] == width:  # either axis could be the features: the module's kind decides
+        first_axis = isinstance(frame.host.module(op.site.module), _CHANNELS_FIRST)
+    features_at = 1 if first_axis else y.dim() - 1
+    if op.rowed:
+        dy = dy.reshape(op.count, *[1] * (y.dim() - 2), -1)
+        dy = dy.movedim(-1, features_at)
+        return dy.repeat_interleave(y.shape[0] // op.count, 0).expand_as(y)
+    return dy.view(-1, *[1] * (y.dim() - 1 - features_at)).expand_as(y)
 
 
 def cut_features(y: Tensor, site: Any) -> Tensor:
@@ -402,7 +448,8 @@ def around(ops: list[Op], frame: Frame, plain: Any, args: tuple, kwargs: dict) -
 
 def _around_one(op: Op, frame: Frame, inner: Any, x: Tensor) -> Tensor:
     if op.rows is None:
-        return apply(op, frame, "around", {"call": inner, "x": x, "at": facts(op, frame)})
+        new = apply(op, frame, "around", {"call": inner, "x": x, "at": facts(op, frame)})
+        return new if op.live is None else torch.where(op.live.view(-1, *[1] * (new.dim() - 1)), new, inner(x))
     whole = inner(x)
     rows = op.rows
     new = apply(
@@ -416,7 +463,8 @@ def leave(op: Op, frame: Frame, h: Tensor) -> Tensor:
     """The last hidden state written by an exit edit, which reads the taps of its own rows."""
     taps = (frame.taps or {}).get(op.site.stack, {})
     if op.rows is None:
-        return apply(op, frame, "exit", {"taps": taps, "h": h, "at": facts(op, frame)}).to(h.dtype)
+        new = apply(op, frame, "exit", {"taps": taps, "h": h, "at": facts(op, frame)}).to(h.dtype)
+        return new if op.live is None else torch.where(op.live.view(-1, *[1] * (h.dim() - 1)), new, h)
     rows = op.rows
     mine = {block: rows.take(tap) for block, tap in taps.items()}
     new = apply(op, frame, "exit", {"taps": mine, "h": rows.take(h), "at": facts(op, frame)})

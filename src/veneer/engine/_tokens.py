@@ -7,8 +7,6 @@ positions from the left counts them as it does for that row alone. What comes ou
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,37 +57,41 @@ def insert(ops: list[Op], frame: Frame, embeds: Tensor, mask: Tensor | None) -> 
     """(rows, T, width) -> ((rows, T + length, width), where). `mask`: (rows, T), True at real tokens."""
     rows, tokens, width = embeds.shape
     device = embeds.device
-    pieces: list[tuple[list[int], Tensor]] = []
-    counts = [0] * rows
+    pieces: list[tuple[Tensor, Tensor, Tensor]] = []
+    counts = torch.zeros(rows, dtype=torch.long, device=device)
     # A head or pooler reads the first position of a base with a class token, so nothing may come before it.
-    after_first = [frame.host.anatomy.facts.class_token] * rows
+    after_first = torch.full((rows,), frame.host.anatomy.facts.class_token, device=device)
+    most = [0] * rows
     for op in ops:
         mine = list(range(rows)) if op.rows is None else _rows_at(op.rows, rows)
         given = apply(op, frame, "tokens", {"at": facts(op, frame)}).to(embeds.dtype)
-        if given.dim() == 2:
-            given = given.expand(len(mine), *given.shape)
-        pieces.append((mine, given))
+        given = given.expand(len(mine), *given.shape) if given.dim() == 2 else given
+        index = torch.tensor(mine, device=device)
+        live = torch.ones(len(mine), dtype=torch.bool, device=device) if op.live is None else op.live.expand(len(mine))
+        pieces.append((index, given, live))
+        counts = counts.index_add(0, index, live.long() * given.shape[1])
+        if getattr(op.method, "place", "first") == "after_first":
+            after_first = after_first.index_fill(0, index, True)
         for i in mine:
-            counts[i] += given.shape[-2]
-            after_first[i] |= getattr(op.method, "place", "first") == "after_first"
-    length = max(counts)
-    count = torch.tensor(counts, device=device)
-    block = embeds.new_zeros(rows, length, width)
-    filled = [0] * rows
-    for mine, given in pieces:  # in the order of the stack, right-aligned
-        start = torch.tensor([length - counts[i] + filled[i] for i in mine], device=device)
+            most[i] += given.shape[1]
+    length = max(most)
+    block = embeds.new_zeros(rows, length + 1, width)  # the last place takes what is not live
+    filled = torch.zeros_like(counts)
+    for index, given, live in pieces:  # in the order of the stack, right-aligned
+        start = length - counts[index] + filled[index]
         column = start[:, None] + torch.arange(given.shape[1], device=device)
-        block = block.index_put((torch.tensor(mine, device=device)[:, None], column), given)
-        for i in mine:
-            filled[i] += given.shape[1]
+        column = torch.where(live[:, None], column, length)
+        block = block.index_put((index[:, None], column), given)
+        filled = filled.index_add(0, index, live.long() * given.shape[1])
+    block = block[:, :length]
     if mask is None:
         place = torch.zeros(rows, dtype=torch.long, device=device)
     else:
         place = mask.to(torch.long).argmax(1)
-    place = place + torch.tensor(after_first, device=device).long()
+    place = place + after_first.long()
     facts_of_base = frame.host.anatomy.facts
     trailing = facts_of_base.encoder_decoder or not facts_of_base.causal
-    where = _insertion(place, count, length, tokens, trailing)
+    where = _insertion(place, counts, length, tokens, trailing)
     out = torch.cat([embeds, block], 1).gather(1, where.index[..., None].expand(-1, -1, width))
     return out, where
 
@@ -148,21 +150,7 @@ def position_offset(backbone: nn.Module) -> int:
     return 0
 
 
-class Doorway:
-    """One backbone's way in: its forward's argument names, read once a class."""
-
-    _seen: dict[Any, tuple[str, ...]] = {}
-
-    @classmethod
-    def names(cls, forward: Callable[..., Any]) -> tuple[str, ...]:
-        found = cls._seen.get(forward)
-        if found is None:
-            found = cls._seen[forward] = tuple(inspect.signature(forward).parameters)
-        return found
-
-
 __all__ = [
-    "Doorway",
     "Insertion",
     "extend_facts",
     "extend_mask",
