@@ -91,7 +91,7 @@ def scatter(
             f'<line class="interval thin" x1="{px:.1f}" x2="{px:.1f}" y1="{y(arm["low"]):.1f}" '
             f'y2="{y(arm["high"]):.1f}"/>{_mark(kind, px, py)}</g>'
         )
-    parts += _labels(spots, recommended, left, top - 14, bottom)
+    parts += _labels(spots, y, recommended, left, top - 14, bottom)
     parts.append(
         f'<text class="axis-title" x="{WIDTH - 8:.0f}" y="{height - 8:.0f}">{escape(axis_title)}</text>'
     )
@@ -101,17 +101,20 @@ def scatter(
 
 
 def trials(
-    points: Sequence[Mapping[str, Any]], chosen: float | None, low: float, high: float, name: str
+    points: Sequence[Mapping[str, Any]],
+    chosen: float | None,
+    span: tuple[float, float],
+    name: str,
+    text: Callable[[float], str],
 ) -> str:
     """Validation score against the learning rate of one arm; crosses at the foot are runs that diverged."""
-    width, height, top, bottom = 220.0, 130.0, 14.0, 96.0
+    width, height, top, bottom = 220.0, 130.0, 22.0, 96.0
     rates = [point["learning_rate"] for point in points]
     x = LogAxis.of(rates, 22, width - 22)
-    y = Axis.of([low], [high], bottom, top)
+    y = Axis.of([span[0]], [span[1]], bottom, top)
+    foot = bottom + 8
+    parts = [f'<line class="baseline" x1="6" x2="{width - 6:.0f}" y1="{foot:.0f}" y2="{foot:.0f}"/>']
     by_rate: dict[float, list[float]] = {}
-    parts = [
-        f'<line class="baseline" x1="6" x2="{width - 6:.0f}" y1="{bottom + 8:.0f}" y2="{bottom + 8:.0f}"/>'
-    ]
     for point in points:
         rate = point["learning_rate"]
         if point["status"] == "ok":
@@ -126,17 +129,14 @@ def trials(
         line = " ".join(f"{x(rate):.1f},{y(mean):.1f}" for rate, mean in means.items())
         parts.append(f'<polyline class="trend" points="{line}"/>')
     for rate, mean in means.items():
-        kind = "recommended" if rate == chosen else "worse"
+        kind = "tied" if rate == chosen else "worse"
         parts.append(
-            f'<g class="{"tied" if rate == chosen else "worse"}"><title>{rate:g}: {mean:.4g}</title>'
-            f"{_mark('tied' if kind == 'recommended' else 'worse', x(rate), y(mean), 4.2)}</g>"
+            f'<g class="{kind}"><title>{rate:g}: {text(mean)}</title>{_mark(kind, x(rate), y(mean), 4.2)}</g>'
         )
         if rate == chosen:
-            parts.append(
-                f'<text class="value middle" x="{x(rate):.1f}" y="{y(mean) - 8:.1f}">{mean:.3g}</text>'
-            )
-    for rate in _few(sorted(set(rates))):
-        parts.append(_under(x(rate), height - 10, f"{rate:.2g}"))
+            at = f'x="{x(rate):.1f}" y="{y(mean) - 9:.1f}"'
+            parts.append(f'<text class="value middle" {at}>{text(mean)}</text>')
+    parts += [_under(x(rate), height - 10, f"{rate:.2g}") for rate in _few(sorted(set(rates)))]
     return _svg(height, f"Validation score of {name} at {len(set(rates))} learning rates", parts, width)
 
 
@@ -186,31 +186,49 @@ class LogAxis(Axis):
 
 
 def _labels(
-    spots: Sequence[tuple[Arm, float, float]], recommended: str, left: float, top: float, bottom: float
+    spots: Sequence[tuple[Arm, float, float]],
+    y: Axis,
+    recommended: str,
+    left: float,
+    top: float,
+    bottom: float,
 ) -> list[str]:
-    """Names beside their marks where they do not cover another; the most important first."""
+    """Names beside their marks where they cover no other mark or name, and if possible no interval.
+
+    The most important are placed first; a name for which there is no room is left to the mark's title.
+    """
     order = sorted(
         spots,
         key=lambda spot: (spot[0]["arm"] != recommended, not spot[0]["tied_with_best"], -spot[0]["mean"]),
     )
-    taken = [(x - 5, y - 5, x + 5, y + 5) for _, x, y in spots]
+    names = _brief([arm["arm"] for arm, _, _ in spots])
+    taken = [(px - 5, py - 5, px + 5, py + 5) for _, px, py in spots]
+    lines = [(px - 1, y(arm["high"]), px + 1, y(arm["low"])) for arm, px, _ in spots]
     parts = []
-    for arm, x, y in order:
-        name = _short(arm["arm"], 24)
+    for arm, px, py in order:
+        name = names[arm["arm"]]
         width = CHARACTER * len(name)
-        places = [(x + 9, y + 4, ""), (x - 9 - width, y + 4, ""), (x + 7, y - 8, ""), (x + 7, y + 17, "")]
-        places += [(x - 7 - width, y - 8, ""), (x - 7 - width, y + 17, "")]
-        for start, base, _ in places:
-            box = (start, base - 10, start + width, base + 3)
-            inside = box[0] >= left and box[2] <= WIDTH - 2 and box[1] >= top and box[3] <= bottom
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                kind = _kind(arm, recommended)
-                parts.append(
-                    f'<text class="label {kind}" x="{start:.1f}" y="{base:.1f}">{escape(name)}</text>'
-                )
-                break
+        beside = [(px + 9, py + 4), (px - 9 - width, py + 4)]
+        corners = [(px + 7, py - 8), (px + 7, py + 17), (px - 7 - width, py - 8), (px - 7 - width, py + 17)]
+        boxes = [(x, base - 10, x + width, base + 3) for x, base in beside + corners]
+        fits = [b for b in boxes if b[0] >= left and b[2] <= WIDTH and b[1] >= top and b[3] <= bottom]
+        free = [box for box in fits if not any(_overlap(box, other) for other in taken)]
+        clear = [box for box in free if not any(_overlap(box, other) for other in lines)]
+        if not free:
+            continue
+        box = (clear or free)[0]
+        taken.append(box)
+        at = f'x="{box[0]:.1f}" y="{box[1] + 10:.1f}"'
+        parts.append(f'<text class="label {_kind(arm, recommended)}" {at}>{escape(name)}</text>')
     return parts
+
+
+def _brief(arms: Sequence[str]) -> dict[str, str]:
+    """The method alone where only one arm has it, else as much of the arm as there is room for."""
+    methods = [arm.split(":")[0].split("+")[0] for arm in arms]
+    return {
+        arm: method if methods.count(method) == 1 else _short(arm, 24) for arm, method in zip(arms, methods)
+    }
 
 
 def _overlap(one: tuple[float, ...], two: tuple[float, ...]) -> bool:

@@ -59,7 +59,7 @@ def render(
         forest=Markup(charts.forest(arms, summary["groups"], chosen, scale)),
         scatters=[Markup(chart) for chart in scatters[: 1 + bool(timed)]] if has_costs else [],
         no_step=[arm["arm"] for arm in arms if arm["step_seconds"] is None] if timed else [],
-        trials=[(name, Markup(chart)) for name, chart in _trials(records)],
+        trials=[(name, Markup(chart)) for name, chart in _trials(records, summary)],
         trials_say=_trials_say(summary),
         contrasts=[_contrast_row(contrast, scale) for contrast in summary["contrasts"]],
         flip_note="" if _flips_decide(summary) else " (cannot decide)",
@@ -143,11 +143,15 @@ def _groups_say(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _trials(records: Sequence[Record]) -> list[tuple[str, str]]:
+def _trials(records: Sequence[Record], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     tuned = [record for record in records if record.trials]
     scores = [t["validation"] for record in tuned for t in record.trials if t["status"] == "ok"]
     low, high = min(scores, default=0.0), max(scores, default=1.0)
-    return [(str(r.arm), charts.trials(r.trials, r.learning_rate, low, high, str(r.arm))) for r in tuned]
+    in_percent = summary["in_percent"] and summary["analysed"] == summary["metric"]
+    text = (lambda value: f"{100 * value:.1f}") if in_percent else (lambda value: f"{value:.3g}")
+    return [
+        (str(r.arm), charts.trials(r.trials, r.learning_rate, (low, high), str(r.arm), text)) for r in tuned
+    ]
 
 
 def _trials_say(summary: Mapping[str, Any]) -> str:
@@ -164,11 +168,7 @@ def _trials_say(summary: Mapping[str, Any]) -> str:
 
 def _contrast_row(contrast: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
     flip = contrast["sign_flip_p"]
-    text = (
-        "–"
-        if flip is None
-        else p_text(flip) + ("" if contrast["sign_flip_can_decide"] else " (cannot decide)")
-    )
+    text = "–" if flip is None else p_text(flip)
     return {
         "name": f"{contrast['first']} − {contrast['second']}",
         "size": _signed(contrast["difference"], scale),
@@ -195,7 +195,7 @@ def _contrasts_say(summary: Mapping[str, Any]) -> str:
         text += (
             " None was planned: the arm with the highest mean was picked by looking, so these differences "
             "flatter "
-            "it. The column 'With the best' above accounts for that."
+            "it. The verdicts in the table above account for that."
         )
     if not _flips_decide(summary):
         text += (

@@ -1,0 +1,188 @@
+"""The report: complete, self-contained, safe with odd names, and without overflow on a phone."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from test_comparing_fake import RATES, SIZES, FakeTrainer
+from veneer.comparing import compare, from_results
+from veneer.comparing.charts import Axis, LogAxis
+
+ARMS = ["lora:rank=1", "lora:rank=4", "broken", "impossible"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return compare(
+        "builtin:m", "builtin:d", ARMS, output=folder, run_arm=FakeTrainer(), rates=RATES, budget="demo",
+        sizes=SIZES, progress=None,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page(result):
+    return result.report.read_text()
+
+
+class Tags(HTMLParser):
+    """Every start tag with its attributes, and unclosed tags."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self.open = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_fetches_nothing(page):
+    tags = Tags(page)
+    assert tags.open == []
+    for tag, attributes in tags.found:
+        assert tag not in ("link", "img", "iframe", "object", "base")
+        assert not {"src", "href", "srcset"} & set(attributes)
+    assert "url(" not in page
+    assert "@import" not in page
+    assert not re.search(r"\b(?:https?:)?//(?!\s)[\w-]+\.\w", page.split("<script>")[0])
+
+
+def test_the_page_begins_with_the_answer_and_how_sure_it_is(page, result):
+    main = page[page.index("<main") :]
+    lead = html.unescape(re.sub(r"<[^>]+>", "", main[main.index('class="lead"') : main.index("<section")]))
+    assert result.best in lead
+    assert "95 % interval" in lead.replace("\N{NO-BREAK SPACE}", " ")
+    assert "would usually be missed" in lead
+    assert "Demonstration budget: a screen, no claims" in lead
+
+
+def test_every_arm_stands_in_the_tables_the_charts_and_the_commands(page, result):
+    text = html.unescape(page)
+    for arm in result.analysis.arms:
+        assert text.count(arm.arm) >= 5
+    assert "impossible, not applicable (this base has no attention)" in re.sub(r"<[^>]+>", "", text)
+    assert "--method lora:rank=4" in text
+    assert "--learning-rate 1 " in text
+    assert "broken (6 of 6 seeds)" in text
+
+
+def test_it_says_what_the_design_cannot_say(page, result):
+    limits = page[page.index('class="limits"') :]
+    assert "does not make them equal" in limits
+    assert "one data set and one base" in limits
+    assert result.design.sha256 in limits
+    assert "(cannot decide)" in page
+
+
+def test_the_page_can_be_used_without_eyes_or_mouse(page):
+    tags = Tags(page).found
+    assert ("html", {"lang": "en"}) in tags
+    charts = [attributes for tag, attributes in tags if tag == "svg"]
+    assert charts
+    assert all(a["role"] == "img" and len(a["aria-label"]) > 20 for a in charts)
+    tables = [tag for tag, _ in tags if tag == "table"]
+    assert len(tables) == sum(tag == "caption" for tag, _ in tags)
+    assert all("scope" in attributes for tag, attributes in tags if tag == "th")
+    scrolling = [attributes for _, attributes in tags if attributes.get("class") == "scroll"]
+    assert all(a["tabindex"] == "0" and a["aria-label"] for a in scrolling)
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {a["aria-labelledby"] for tag, a in tags if tag == "section"} == set(ids)
+    levels = [tag for tag, _ in tags if tag in ("h1", "h2", "h3")]
+    assert levels[0] == "h1"
+    assert levels.count("h1") == 1
+
+
+def test_names_from_outside_are_text_and_never_markup(tmp_path):
+    path = tmp_path / "x.jsonl"
+    names = ["<script>alert(1)</script>", 'a"onload="x', "</style><b>"]
+    lines = [
+        {"arm": name, "seed": seed, "item": str(item), "score": (item * (place + 2) + seed) % 3 > 0}
+        for place, name in enumerate(names)
+        for seed in range(3)
+        for item in range(30)
+    ]
+    path.write_text("".join(json.dumps({**line, "score": float(line["score"])}) + "\n" for line in lines))
+    page = from_results(path).report.read_text()
+    tags = Tags(page)
+    assert sum(tag == "script" for tag, _ in tags.found) == 1
+    assert not any("onload" in attributes for _, attributes in tags.found)
+    assert html.escape(names[0]) in page
+
+
+def test_ticks_are_round_and_within_the_axis():
+    axis = Axis.of([0.62], [0.91], 0, 100)
+    assert axis.ticks() == pytest.approx([0.7, 0.8, 0.9])
+    log = LogAxis.of([700, 2e7], 0, 100)
+    assert log.ticks() == pytest.approx([1e3, 1e4, 1e5, 1e6, 1e7])
+    one = LogAxis.of([0.02, 0.02], 0, 100)
+    assert 0.02 in [round(tick, 6) for tick in one.ticks()]
+    assert axis(0.62) < axis(0.91)
+
+
+def in_browser(tmp_path, page, script, width):
+    """What `script` (an expression over `d`, the page's document) says in a frame of this width."""
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f'<body><iframe style="width:{width}px;height:900px;border:0" srcdoc="{html.escape(page)}"></iframe>'
+        "<pre id=said></pre><script>onload = () => {const d = frames[0].document;"
+        f"said.textContent = JSON.stringify({script})}}</script>"
+    )
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --dump-dom"
+    flags += " --disable-background-networking --disable-component-update --virtual-time-budget=4000"
+    shown = subprocess.run(
+        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", outer.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    return json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', shown, re.S)[1]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [320, 375, 768, 1400])
+def test_nothing_runs_over_the_edge(tmp_path, page, width):
+    script = """{width: d.documentElement.scrollWidth, over: [...d.querySelectorAll("main *")]
+        .filter(e => !e.closest("svg") && e.getBoundingClientRect().right > d.defaultView.innerWidth + 1)
+        .map(e => e.outerHTML.slice(0, 80))}"""
+    found = in_browser(tmp_path, page, script, width)
+    assert found["width"] <= width
+    assert found["over"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_click_on_a_heading_sorts_the_table(tmp_path, page):
+    script = """(() => {
+        const t = d.querySelector("table"), head = t.tHead.rows[0].cells[3], said = [];
+        for (const _ of [1, 2]) {
+            head.querySelector("button").click();
+            const cells = [...t.tBodies[0].rows].map(row => row.cells[3].textContent);
+            said.push([head.getAttribute("aria-sort"), cells]);
+        }
+        return said})()"""
+    (first, up), (second, down) = in_browser(tmp_path, page, script, 1000)
+    assert (first, second) == ("ascending", "descending")
+    numbers = [int(text) for text in up if text != "–"]
+    assert numbers == sorted(numbers)
+    assert up[-1] == "–"  # what was not measured stays last
+    assert [int(text) for text in down if text != "–"] == numbers[::-1]
+    assert down[-1] == "–"
