@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import veneer
 from veneer.anatomy import Site
 from veneer.edits import At, Tensors, add_row_axis, build, call, delta_of, skew
 from veneer.errors import BadOption, NoSiteFound
@@ -38,7 +39,7 @@ def embedding(rows: int, width: int) -> Site:
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def started(method, site: Site, W: torch.Tensor, seed: int = 0) -> Tensors:
@@ -237,6 +238,13 @@ ROWED += [
     ("dora", {"rank": 2}, conv(3, 4)),
     ("lora", {"rank": 2}, embedding(6, 4)),
 ]
+ROWED += [
+    ("oft", options, site)
+    for options in ({}, {"cayley": "neumann"}, {"block_share": True})
+    for site in (linear(6, 4), conv(4, 3), embedding(5, 6))
+]
+ROWED += [("adalora", {"rank": 2, "target_rank": 1}, conv(3, 4))]
+ROWED += [("diff_pruning", {}, site) for site in (linear(5, 3), conv(2, 3), vector(4))]
 ROWED += [
     ("bitfit", {}, vector(4)),
     ("bitfit", {}, linear(5, 3)),
@@ -869,3 +877,211 @@ def test_an_empty_mask_names_the_ratio():
         build("diff_pruning", keep_ratio=0.01).finish(
             {"a": Tensors(w=torch.ones(4), alpha=torch.ones(4), alpha_group=torch.ones(()))}
         )
+
+
+# ---- on a model
+
+
+@pytest.fixture
+def llama():
+    from zoo import zoo
+
+    model, inputs = zoo()["llama"]()
+    return model, {**inputs, "labels": inputs["input_ids"]}
+
+
+def trained_steps(model, inputs, steps: int, lr: float, weight_decay: float = 0.0) -> list[float]:
+    from veneer import engine
+
+    engine.prepare_training(model, steps)
+    optimizer = torch.optim.AdamW(
+        [
+            {n: v for n, v in g.items() if n != "views"}
+            for g in engine.parameters(model, lr=lr, weight_decay=weight_decay)
+        ]
+    )
+    losses = []
+    for step in range(1, steps + 1):
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        engine.between_steps(model, step, steps, optimizer)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_2", "orthogonal"])
+def test_a_start_never_touches_the_base(llama, init):
+    model, inputs = llama
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    bare = model(**inputs).logits.detach()
+    veneer.attach(model, "lora", name="a", rank=4, init=init)
+    assert float((model(**inputs).logits.detach() - bare).norm() / bare.norm()) < 1e-6
+    losses = trained_steps(model, inputs, 8, 1e-2)
+    assert losses[-1] < losses[0]
+    after = model.state_dict()
+    assert all(torch.equal(v, after[n]) for n, v in before.items())
+
+
+def test_adalora_reaches_its_target_on_a_model(llama):
+    model, inputs = llama
+    veneer.attach(
+        model, "adalora", name="a", rank=6, target_rank=2, tinit=3, tfinal=4, every=2, total_steps=20
+    )
+    losses = trained_steps(model, inputs, 20, 2e-2)
+    E = [v for n, v in veneer.trainable(model).items() if n.endswith("/E")]
+    assert len(E) == 4
+    assert sum(int((v != 0).sum()) for v in E) == 2 * 4
+    assert losses[-1] < losses[0]
+
+
+def test_a_mask_holds_through_decay_and_momentum(llama):
+    """The W in use differs from the base at the mask's entries alone, after steps with weight decay."""
+    model, inputs = llama
+    adapter = veneer.attach(model, "fish_mask", name="a", keep_ratio=0.02, data=[inputs])
+    total = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("veneer"))
+    assert adapter.trainable_parameters == int(0.02 * total)
+    losses = trained_steps(model, inputs, 10, 1e-2, weight_decay=0.5)
+    assert losses[-1] < losses[0]
+    bare = {n: v.clone() for n, v in model.state_dict().items()}
+    veneer.merge(model, "a")
+    changed = sum(
+        int((v != bare[n]).sum()) for n, v in model.state_dict().items() if not n.startswith("veneer")
+    )
+    assert 0.9 * int(0.02 * total) < changed <= int(0.02 * total)
+
+
+def test_an_unprepared_mask_says_what_it_needs(llama):
+    from veneer.errors import NotPrepared
+
+    model, inputs = llama
+    veneer.attach(model, "fish_mask", name="a")
+    with pytest.raises(NotPrepared, match="data="):
+        model(**inputs)
+
+
+def test_a_method_with_a_schedule_asks_for_the_number_of_steps(llama):
+    from veneer import engine
+    from veneer.errors import NotPrepared
+
+    model, _ = llama
+    veneer.attach(model, "adalora", name="a")
+    with pytest.raises(NotPrepared, match="total_steps"):
+        engine.prepare_training(model)
+
+
+# ---- a second witness: HF PEFT
+
+
+def hf(config: str, layer: torch.nn.Module, **options):
+    """The layer as HF PEFT adapts it, float64, its trained tensors drawn at random."""
+    peft = pytest.importorskip("peft")
+    settings = getattr(peft, config)(target_modules=["layer"], **options)
+    model = peft.get_peft_model(torch.nn.ModuleDict({"layer": layer}), settings)
+    layer = model.base_model.model["layer"].double().eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in sorted(layer.named_parameters()):
+            if "base_layer" not in name and p.requires_grad:
+                p.copy_(0.4 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return layer
+
+
+def held(layer, **names: str) -> Tensors:
+    """Our tensors from HF PEFT's attributes."""
+    state = {n.replace(".default", ""): v.detach() for n, v in layer.state_dict(keep_vars=True).items()}
+    return Tensors({ours: state[theirs] for ours, theirs in names.items()})
+
+
+PAIR = {"A": "lora_A.weight", "B": "lora_B.weight"}
+
+
+@pytest.mark.parametrize(
+    ("key", "config", "theirs", "options", "names"),
+    [
+        ("lora", "LoraConfig", {"r": 2, "lora_alpha": 6, "use_rslora": True}, {}, PAIR),
+        ("lora", "LoraConfig", {"r": 2, "lora_alpha": 6, "lora_bias": True}, {},
+         {**PAIR, "bias": "lora_B.bias"}),
+        ("dora", "LoraConfig", {"r": 2, "lora_alpha": 6, "use_dora": True}, {},
+         {**PAIR, "magnitude": "lora_magnitude_vector.weight"}),
+        ("adalora", "AdaLoraConfig", {"init_r": 3, "target_r": 2, "lora_alpha": 6, "total_step": 9}, {},
+         {"A": "lora_A", "B": "lora_B", "E": "lora_E"}),
+        ("oft", "OFTConfig", {"oft_block_size": 3, "use_cayley_neumann": False}, {}, {"Q": "oft_R.weight"}),
+        ("oft", "OFTConfig", {"oft_block_size": 3, "use_cayley_neumann": True}, {}, {"Q": "oft_R.weight"}),
+        ("oft", "OFTConfig", {"oft_block_size": 3, "use_cayley_neumann": True, "num_cayley_neumann_terms": 7},
+         {}, {"Q": "oft_R.weight"}),
+        ("oft", "OFTConfig", {"oft_block_size": 2, "block_share": True}, {"use_cayley_neumann": True},
+         {"Q": "oft_R.weight"}),
+        ("vera", "VeraConfig", {"r": 3}, {}, {"d": "vera_lambda_d", "b": "vera_lambda_b"}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)  # fmt: skip
+def test_a_linear_layer_equals_hf_peft_with_its_own_options(key, config, theirs, options, names):
+    torch.manual_seed(0)
+    layer = hf(config, torch.nn.Linear(6, 5), **theirs)
+    ignored = {"use_dora", "total_step"}
+    method = build(key, **{n: v for n, v in theirs.items() if n not in ignored}, **options)
+    t = held(layer, **names)
+    if key == "vera":
+        t = t.with_(A=layer.vera_A["default"].double(), B=layer.vera_B["default"].double())
+    if key == "adalora":
+        t = t.with_(E=t.E.squeeze(1))
+    base = layer.base_layer
+    x = draw(2, 4, 6, seed=5)
+    expected = layer(x).detach()
+    found = output(method, t, base.weight.detach(), x, base.bias.detach(), At())
+    assert float((found - base(x)).abs().max()) > 0.05
+    close(found, expected, 1e-5 if key == "adalora" else 1e-6)
+
+
+def test_the_kernels_of_lora_and_dora_equal_hf_peft():
+    x = draw(2, 3, 6, 6, seed=5)
+    for dora in (False, True):
+        layer = hf("LoraConfig", torch.nn.Conv2d(3, 4, 3, padding=1), r=2, lora_alpha=6, use_dora=dora)
+        t = held(layer, **PAIR)
+        t = t.with_(B=t.B.flatten(1))
+        if dora:
+            t = t.with_(magnitude=layer.lora_magnitude_vector["default"].weight.detach().flatten())
+        W, bias = layer.base_layer.weight.detach(), layer.base_layer.bias.detach()
+        change = build("dora" if dora else "lora", rank=2, alpha=6).delta(t, W)
+        close(torch.nn.functional.conv2d(x, W + change, bias, padding=1), layer(x).detach(), 1e-6)
+
+
+def test_the_table_of_lora_equals_hf_peft_with_factors_swapped():
+    layer = hf("LoraConfig", torch.nn.Embedding(7, 5), r=2, lora_alpha=6)
+    t = Tensors(
+        A=layer.lora_embedding_B["default"].detach().mT, B=layer.lora_embedding_A["default"].detach().mT
+    )
+    ids, W = torch.tensor([[0, 3, 6]]), layer.base_layer.weight.detach()
+    close((W + build("lora", rank=2, alpha=6).delta(t, W))[ids], layer(ids).detach())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_starts_equal_those_of_hf_peft(init):
+    """HF PEFT moves the start of pissa and olora out of W; with ours in the adapter W stays."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = torch.nn.Linear(6, 5)
+    W = base.weight.detach().clone()
+    config = peft.LoraConfig(r=2, lora_alpha=6, init_lora_weights=init, target_modules=["layer"])
+    layer = peft.get_peft_model(torch.nn.ModuleDict({"layer": base}), config).base_model.model["layer"]
+    A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+    t = started(build("lora", rank=2, alpha=6, init=init), linear(6, 5), W)
+    if init == "orthogonal":
+        assert float((B @ A).abs().max()) < 1e-6
+        assert float((t.B @ t.A).abs().max()) < 1e-6
+        return
+    close((t.B0 @ t.A0).float(), B @ A, 1e-4)
+    close((W - 3.0 * t.B0 @ t.A0).float(), layer.base_layer.weight.detach(), 1e-3)
+
+
+def test_the_budget_of_adalora_equals_hf_peft():
+    allocator = pytest.importorskip("peft.tuners.adalora.layer").RankAllocator
+    options = {"init_r": 12, "target_r": 4, "tinit": 7, "tfinal": 13, "deltaT": 3}
+    config = pytest.importorskip("peft").AdaLoraConfig(total_step=80, **options)
+    theirs = allocator.__new__(allocator)
+    theirs.peft_config, theirs.init_bgt, theirs.target_bgt = config, 12 * 5, 4 * 5
+    ours = build("adalora", **options)
+    for step in range(1, 81):
+        assert ours.budget(step, 80, 60, 20) == theirs.budget_schedule(step)[0]

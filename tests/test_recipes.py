@@ -323,3 +323,77 @@ def test_a_resumed_run_equals_one_that_was_not_cut(text, tmp_path):
     second.load_state_dict(saved["optimizer"])
     go(second, new, 5)
     assert torch.equal(new["params"][0], whole["params"][0])
+
+
+# ---- on a model
+
+
+@pytest.fixture
+def llama():
+    from zoo import zoo
+
+    model, inputs = zoo()["llama"]()
+    return model, {**inputs, "labels": inputs["input_ids"]}
+
+
+def trained(model, inputs, text: str, lr: float, steps: int) -> list[float]:
+    """Losses of training the active adapter under a recipe, as the loop does it."""
+    from veneer import engine
+
+    made = recipes.parse(text)
+    optimizer = made.optimizer(engine.parameters(model, lr=lr, weight_decay=0.01, recipe=made), lr, 0.01)
+    losses = []
+    for step in range(1, steps + 1):
+        if made.backward:
+            optimizer.zero_grad()
+            loss = model(**inputs).loss
+            loss.backward()
+            optimizer.step()
+        else:
+            loss = optimizer.step(lambda: model(**inputs).loss)
+        engine.between_steps(model, step, steps, optimizer)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "lr"),
+    [
+        ("adamw", "lora", 1e-2),
+        ("lora_plus:ratio=4", "lora", 5e-3),
+        ("lora_plus:ratio=4", "dora", 5e-3),
+        ("galore:rank=4,every=5", "full", 1e-2),
+        ("mezo", "full", 1e-3),
+    ],
+)
+def test_a_recipe_trains_an_adapter(llama, text, method, lr):
+    import veneer
+
+    model, inputs = llama
+    veneer.attach(model, method, name="a")
+    losses = trained(model, inputs, text, lr, 30)
+    assert losses[-1] < losses[0] - 0.01
+
+
+def test_the_rates_of_lora_plus_reach_the_groups_of_a_model(llama):
+    import veneer
+    from veneer import engine
+
+    model, _ = llama
+    veneer.attach(model, "lora", name="a")
+    groups = engine.parameters(model, lr=0.1, recipe=recipes.parse("lora_plus:ratio=8"))
+    rates = {label.rpartition("/")[2]: group["lr"] for group in groups for label, *_ in group["views"]}
+    assert rates == pytest.approx({"A": 0.1, "B": 0.8})
+
+
+def test_recipes_refuse_methods_that_they_cannot_serve(llama):
+    import veneer
+    from veneer import engine
+
+    model, _ = llama
+    veneer.attach(model, "lora", name="a")
+    with pytest.raises(Unsupported, match="rank=128"):
+        recipes.parse("galore").optimizer(engine.parameters(model), 0.1, 0.0)
+    veneer.attach(model, "vera", name="b", rank=4)
+    with pytest.raises(Unsupported, match="trains b, d"):
+        recipes.parse("lora_plus").optimizer(engine.parameters(model), 0.1, 0.0)
