@@ -13,7 +13,7 @@ from veneer.anatomy._attention import Attention, find_attentions, heads_of, proj
 from veneer.anatomy._blocks import find_stacks
 from veneer.anatomy._ends import find_ends
 from veneer.anatomy._findings import Core, Findings, Key, Part, Ranges
-from veneer.anatomy._graph import ACTIVATIONS, MULTIPLIES, NORM_CALLS, Graph, ranges_of
+from veneer.anatomy._graph import ACTIVATIONS, ADDS, MULTIPLIES, NORM_CALLS, Graph, ranges_of
 from veneer.anatomy._residual import find_sublayers
 from veneer.anatomy._structure import Weight, inside, is_norm, join, output_projection, parent
 from veneer.anatomy._trace import CONVOLUTION_CALLS, RECURRENT_CALLS, Call, Node, Tape
@@ -313,7 +313,8 @@ class _Reader:
                 continue
             value = graph.data_input(node)
             near = list(graph.each(graph.near_value(value))) if value is not None else []
-            near = [self._through(near[0])] if len(near) == 1 else near
+            if len(near) == 1 and self._ends_branch(node):
+                near = [self._through(near[0])]
             good = [
                 n
                 for n in near
@@ -358,6 +359,19 @@ class _Reader:
         else:
             self._add(near[0], f"{prefix}.up", block)
         self._add(down, f"{prefix}.down", block)
+
+    def _ends_branch(self, node: Node) -> bool:
+        """Whether the output meets another state in a sum before the next matrix call."""
+        todo, seen = list(node.outputs), 0
+        while todo and seen < 32:
+            value, seen = todo.pop(0), seen + 1
+            for user in self.graph.consumers.get(value, []):
+                if user.weights:
+                    return False
+                if user.name in ADDS and len(user.inputs) > 1 and all(self.graph.is_state(i) for i in user.inputs[:2]):
+                    continue
+                todo += user.outputs
+        return not todo
 
     def _through(self, node: Node) -> Node:
         """The matrix call before a depthwise convolution (SegFormer has one between the halves of its MLP)."""

@@ -56,6 +56,12 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.device.type == "meta" or torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
+def _noise(*shape: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Normal numbers from a generator of their own: the caller's random state stays where it is."""
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return numbers.to(device=device, dtype=dtype)
+
+
 def run_probe(
     model: nn.Module, probe: Mapping[str, Any] | Tensor | tuple | None
 ) -> tuple[Tape | None, Any, list[str]]:
@@ -191,14 +197,14 @@ def _from_config(
     if main == "input_features":
         mels = int(_setting(config, "num_mel_bins", "feature_size", "input_feat_per_channel", default=80))
         frames = 2 * int(_setting(config, "max_source_positions", default=20))
-        inputs += [{main: torch.randn(1, mels, frames, device=device, dtype=dtype)}]
-        inputs += [{main: torch.randn(1, 24, mels, device=device, dtype=dtype)}]
+        inputs += [{main: _noise(1, mels, frames, device=device, dtype=dtype)}]
+        inputs += [{main: _noise(1, 24, mels, device=device, dtype=dtype)}]
     if main == "input_values":
-        inputs.append({main: torch.randn(1, 1600, device=device, dtype=dtype)})
-        inputs.append({main: torch.randn(1, int(_setting(config, "max_length", default=64)), int(_setting(config, "num_mel_bins", default=16)),
+        inputs.append({main: _noise(1, 1600, device=device, dtype=dtype)})
+        inputs.append({main: _noise(1, int(_setting(config, "max_length", default=64)), int(_setting(config, "num_mel_bins", default=16)),
                                          device=device, dtype=dtype)})  # fmt: skip
     width = int(_setting(config, "hidden_size", "d_model", default=32))
-    for given in inputs or [{main: torch.randn(1, TOKENS, width, device=device, dtype=dtype)}]:
+    for given in inputs or [{main: _noise(1, TOKENS, width, device=device, dtype=dtype)}]:
         arguments = {**given, **decoder, **flags}
         yield arguments
         if "bbox" in names and "input_ids" in given:
@@ -223,7 +229,7 @@ def _images(config: Any, device: torch.device, dtype: torch.dtype) -> list[dict[
     shapes = [(1, channels, *side) for side in sides]
     if isinstance(frames, int) and frames:  # video: (batch, frame, channel, height, width)
         shapes = [(1, frames, channels, *side) for side in sides] + shapes
-    return [{"pixel_values": torch.randn(*shape, device=device, dtype=dtype)} for shape in shapes]
+    return [{"pixel_values": _noise(*shape, device=device, dtype=dtype)} for shape in shapes]
 
 
 # ---------------------------------------------------------------- models without
@@ -253,22 +259,22 @@ def _kinds(model: nn.Module) -> Iterator[Tensor]:
             yield (torch.arange(TOKENS, device=p.device) % module.num_embeddings)[None]
         elif isinstance(module, nn.Conv2d):
             yield from (
-                torch.randn(1, module.in_channels, side, side, **make)
+                _noise(1, module.in_channels, side, side, **make)
                 for side in (_IMAGE_SIDE, 2 * _IMAGE_SIDE, 224)
             )
         elif isinstance(module, nn.Conv1d):
-            yield torch.randn(1, module.in_channels, 4 * _IMAGE_SIDE, **make)
+            yield _noise(1, module.in_channels, 4 * _IMAGE_SIDE, **make)
         elif isinstance(module, nn.Conv3d):
-            yield torch.randn(1, module.in_channels, 8, _IMAGE_SIDE, _IMAGE_SIDE, **make)
+            yield _noise(1, module.in_channels, 8, _IMAGE_SIDE, _IMAGE_SIDE, **make)
         elif isinstance(module, nn.RNNBase):
-            yield torch.randn(1, TOKENS, module.input_size, **make)
+            yield _noise(1, TOKENS, module.input_size, **make)
         elif isinstance(module, nn.RNNCellBase):
-            yield torch.randn(1, module.input_size, **make)
+            yield _noise(1, module.input_size, **make)
         elif isinstance(module, nn.MultiheadAttention):
-            yield torch.randn(1, TOKENS, module.embed_dim, **make)
+            yield _noise(1, TOKENS, module.embed_dim, **make)
         elif hasattr(module, "in_features") and isinstance(module.in_features, int):
-            yield torch.randn(1, module.in_features, **make)
-            yield torch.randn(1, TOKENS, module.in_features, **make)
+            yield _noise(1, module.in_features, **make)
+            yield _noise(1, TOKENS, module.in_features, **make)
         else:
             continue
         return
