@@ -500,3 +500,24 @@ def test_ia3_is_hf_pefts(family, targets):
         assert_close(found, expected, rtol=1e-5, atol=1e-6)
         veneer.merge(model, "x")
         assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ends", [(4, 1), (1, 4), (2, 2), (3, 3)])
+@pytest.mark.parametrize("length", range(1, 8))
+def test_untied_sets_never_meet_on_a_short_prompt(length, ends):
+    """R = 0, W = 0 and b, b_last of 1 and 10 mark which set edited a token."""
+    method = build(
+        "loreft", rank=1, variant="direft", tied=False, positions=f"prompt[:{ends[0]}] + prompt[-{ends[1]}:]"
+    )
+    zero = torch.zeros(1, 2)
+    t = Tensors(R=zero + 1, W=zero, b=tensor([1.0]), R_last=zero + 1, W_last=zero, b_last=tensor([10.0]))
+    marks = method.output(t, torch.zeros(1, length, 2), At())[0, :, 0].tolist()
+    edited = [mark for mark in marks if mark]
+    assert edited == sorted(edited)
+    assert edited.count(1.0) <= ends[0]
+    assert edited.count(10.0) <= ends[1]
+    assert marks[: edited.count(1.0)] == [1.0] * edited.count(1.0)
+    if length >= 2:
+        assert edited.count(1.0) >= 1
+        assert edited.count(10.0) >= 1
+        assert marks[-1] == 10.0

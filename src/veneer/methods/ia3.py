@@ -10,8 +10,7 @@ the MLP's last one.
 The paper's code scales the MLP's up projection instead, which for a gated MLP is the same function.
 AdapterHub does so for every MLP, where it acts before the activation: another function in a plain MLP. The
 paper is followed here. Weight decay would pull the scales to 0 and the base with them: it is off. In an
-encoder-decoder the paper scales cross-attention as well; name it in `sites`
-("{attention,cross_attention}.{key,value}").
+encoder-decoder cross-attention is scaled as well, as in the paper.
 """
 
 from torch import Tensor
@@ -22,7 +21,7 @@ from veneer.edits import Method, Site, Sites, Specs, Tensors, hyper, method, one
 @method("ia3", paper="arXiv:2205.05638", family="additive/rescaling", rates=(5e-4, 3e-2))
 class IA3(Method):
     sites: Sites = hyper(
-        {"output": "attention.{key,value}", "input": "mlp.down"},
+        {"output": "*attention.{key,value}", "input": "mlp.down"},
         "what is scaled: outputs of these sites, inputs of those",
     )
 

@@ -86,7 +86,7 @@ class LoReFT(OutputMethod):
             return y
         new = self.moved(t, y)
         if "_last" in self.ends:
-            new = torch.where(self.first_half(y, at), new, self.moved(t, y, "_last"))
+            new = torch.where(self.from_the_start(y, at), new, self.moved(t, y, "_last"))
         return at.where(self.positions, dropout(new, self.dropout, at), y)
 
     def moved(self, t: Tensors, h: Tensor, end: str = "") -> Tensor:
@@ -99,11 +99,13 @@ class LoReFT(OutputMethod):
             change = change - h @ R.mT
         return h + change @ R
 
-    def first_half(self, y: Tensor, at: At) -> Tensor:
-        """(rows or 1, tokens, 1) bool: tokens nearer the start of their prompt than its end."""
-        prompt = at.positions("prompt", y.shape[-2], y.device)
+    def from_the_start(self, y: Tensor, at: At) -> Tensor:
+        """(rows or 1, tokens, 1) bool: of the edited tokens, those counted from the start of their prompt."""
+        first, last, _ = parse_positions(self.positions)
+        texts = ("prompt", f"prompt[:{first}]", f"prompt[-{last}:]")
+        prompt, start, end = (at.positions(text, y.shape[-2], y.device) for text in texts)
         order = prompt.long().cumsum(-1)
-        return (2 * order <= order[..., -1:])[..., None]
+        return (start & ~(end & (2 * order > order[..., -1:])))[..., None]
 
     @property
     def ends(self) -> tuple[str, ...]:

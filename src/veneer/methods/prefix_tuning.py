@@ -10,9 +10,10 @@ With `projection` both come from a network that trains more stably, and can be d
 
     [P_K, P_V] = U tanh(D E + b_D) + b_U      E: (length, width)  D: (hidden, width)  U: one a site
 
-E and D are shared by all sites (AdapterHub keeps one pair a stack of an encoder-decoder, which U makes up
-for here). Where the text's positions start is a convention that a rotary or absolute base can tell: at 0
-here and in AdapterHub, at `length` in HF PEFT, which serves the prefix as a cache (`position_offset`).
+An encoder-decoder has a third attention: sites=["attention", "cross_attention"]. E and D are shared by all
+sites (AdapterHub keeps one pair a stack of an encoder-decoder, which U makes up for here). Where the text's
+positions start is a convention that a rotary or absolute base can tell: at 0 here and in AdapterHub, at
+`length` in HF PEFT, which serves the prefix as a cache (`position_offset`).
 """
 
 import torch
