@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from veneer.comparing import Arm, Comparison, Ledger, forecast, parse_arm, parse_arms, parse_budget
 from veneer.comparing.arms import Recipe, split_arms
 from veneer.comparing.design import same_question, smallest_findable
-from veneer.comparing.rates import centre, grid, grids
+from veneer.comparing.rates import centre, extension, grid, grids
 from veneer.errors import BadFile, BadOption, UnknownMethod, UnknownName
 
 
@@ -151,6 +151,34 @@ def test_grids_are_public_equal_in_number_and_rise():
     assert "untrained" not in found
     with pytest.raises(BadOption, match="expected 3 different positive numbers"):
         grids(arms, 3, {"lora": (1.0, 1.0, 0.1)})
+
+
+def test_grids_span_what_the_method_declares_and_a_recipe_goes_before_it():
+    arms = parse_arms(["lora", "lora+slow", "dora"])
+    ranges = {"lora": (1e-4, 1e-2), "+slow": (1e-5, 1e-3), "dora": (1e-3, 1e-1)}
+    found = grids(arms, 3, {"dora": (1, 2, 3)}, ranges)
+    assert found["lora"] == (1e-4, 1e-3, 1e-2)
+    assert found["lora+slow"] == (1e-5, 1e-4, 1e-3)
+    assert found["dora"] == (1.0, 2.0, 3.0)
+    assert extension(found["lora"], 1e-2, {"low": 1, "high": 1}) == 0.1
+    assert extension(found["lora"], 1e-4, {"low": 1, "high": 1}) == 1e-5
+    assert extension(found["lora"], 1e-4, {"low": 0, "high": 1}) is None
+    assert extension(found["lora"], 1e-3, {"low": 1, "high": 1}) is None
+
+
+def test_a_family_stands_for_its_methods():
+    families = {
+        "ia3": "additive/rescaling",
+        "prefix": "additive/prompt",
+        "lora": "reparameterized",
+        "full": "x",
+    }
+    names = [str(arm) for arm in parse_arms("additive", families, families=families)]
+    assert names == ["untrained", "linear_probe", "full", "ia3", "prefix"]
+    assert str(parse_arms("additive/prompt,lora", families, families=families)[-2]) == "prefix"
+    assert len(parse_arms("all", families, families=families)) == 6
+    with pytest.raises(UnknownMethod):
+        parse_arms("addit", families, families=families)
 
 
 def test_a_torn_last_line_is_dropped_and_cut_off_before_the_next(tmp_path):

@@ -195,7 +195,7 @@ def test_the_best_on_an_edge_is_followed_as_far_as_the_allowance_goes(tmp_path):
     trainer = FakeTrainer()
     run(tmp_path, ["lora:rank=4"], trainer, rates={**RATES, "lora": (0.001, 0.003, 0.01)}, extend_rates=2)
     tried = [rate for arm, _, rate, splits in trainer.calls if arm == "lora:rank=4" and len(splits) == 1]
-    assert tried == [0.001, 0.003, 0.01, 0.0316, 0.0999]
+    assert tried == [0.001, 0.003, 0.01, 0.0333, 0.111]
 
 
 def test_a_failure_is_tried_again_and_a_changed_sealed_file_is_refused(tmp_path):

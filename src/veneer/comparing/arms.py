@@ -8,7 +8,7 @@ filled in) is its identity: in the ledger, in the results and in the report.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,15 +95,19 @@ def parse_arms(
     wanted: str | Iterable[str | Arm],
     methods: Iterable[str] | None = None,
     recipes: Iterable[str] | None = None,
+    families: Mapping[str, str] | None = None,
 ) -> tuple[Arm, ...]:
     """The arms of a comparison in the order given, with the controls in front.
 
+    With `families` ({method: family}) a family or the beginning of one ("additive", "additive/prompt") stands
+    for its methods, and "all" for all of them.
     A string is split at commas (`"lora,dora:rank=4,alpha=8"` is two arms: a piece that holds `=` belongs to
     the arm before it). An arm named twice is an error: its two lines could not be told from each other.
     """
     known = None if methods is None else list(methods)
     recipe_names = None if recipes is None else list(recipes)
-    texts = split_arms(wanted) if isinstance(wanted, str) else list(wanted)
+    listed = split_arms(wanted) if isinstance(wanted, str) else list(wanted)
+    texts = [one for text in listed for one in _members(text, families or {})]
     arms = [parse_arm(text, known, recipe_names) for text in texts]
     named = [str(arm) for arm in arms]
     twice = sorted({name for name in named if named.count(name) > 1})
@@ -114,6 +118,13 @@ def parse_arms(
         )
     controls = [Arm(name) for name in CONTROLS if name not in named]
     return (*controls, *arms)
+
+
+def _members(text: str | Arm, families: Mapping[str, str]) -> list[str | Arm]:
+    if text in families or not isinstance(text, str):
+        return [text]
+    found = [m for m, family in families.items() if text == "all" or f"{family}/".startswith(f"{text}/")]
+    return [m for m in found if m not in CONTROLS] or [text]
 
 
 def split_arms(text: str) -> list[str]:

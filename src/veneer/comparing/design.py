@@ -91,6 +91,7 @@ class Comparison:
     correction: str = "holm"
     smallest_effect: float = 0.01
     data_sha256: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -134,6 +135,7 @@ class Comparison:
             "model": self.model,
             "data": self.data,
             "data_sha256": self.data_sha256,
+            "sizes": dict(self.sizes),
             "task": self.task,
             "metric": self.metric,
             "higher_is_better": self.higher_is_better,

@@ -1,8 +1,9 @@
 """Learning rates to try: fixed in advance, public, the same number for every arm.
 
-A grid is `trials` points, a factor apart, around a centre that depends on the family of the method alone and
-never on the task. Where the best lies on the edge, an extension allowance adds points on that side, the same
-allowance for all (Biderman et al., 2024, arXiv:2405.09673: the rate decides more than the method).
+A grid is `trials` points, evenly spaced in the logarithm over the range that the method (or its recipe)
+declares, and never dependent on the task. Where the best lies on the edge, an extension allowance adds points
+on that side, the same allowance for all (Biderman et al., 2024, arXiv:2405.09673: the rate decides more than
+the method).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from veneer.comparing.arms import Arm
 from veneer.errors import BadOption
 
 FACTOR = 10**0.5
-"""Between neighbouring rates."""
+"""Between neighbouring rates, where a method declares no range."""
 
 CENTRES: dict[str, float] = {
     "full": 3e-5,
@@ -51,42 +52,63 @@ def round_rate(rate: float) -> float:
     return float(f"{rate:.3g}")
 
 
+def spaced(low: float, high: float, trials: int) -> tuple[float, ...]:
+    """`trials` rates from `low` to `high`; a single one is in their middle."""
+    if trials == 1:
+        return (round_rate((low * high) ** 0.5),)
+    ratio = high / low
+    return tuple(round_rate(low * ratio ** (step / (trials - 1))) for step in range(trials))
+
+
 def grids(
     arms: Sequence[Arm],
     trials: int,
-    declared: Mapping[str, Sequence[float]] | None = None,
+    given: Mapping[str, Sequence[float]] | None = None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
     families: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[float, ...]]:
     """The rates of every arm that is trained: `{str(arm): rising rates}`.
 
-    `declared` gives rates by arm text or by method name; each list must hold `trials` different positive
-    rates, because arms with more trials would have more chances. `families` maps method names to families.
+    `given` are rates by arm text or by method name; each list must hold `trials` different positive rates,
+    because an arm with more trials would have more chances. `ranges` are what methods and recipes declare
+    (`"+name"` for a recipe, which goes before); `families` are of methods, for those without a range.
     """
-    declared, families = declared or {}, families or {}
+    given, ranges, families = given or {}, ranges or {}, families or {}
     found: dict[str, tuple[float, ...]] = {}
     for arm in arms:
         if not arm.is_trained:
             continue
-        given = declared.get(str(arm), declared.get(arm.method))
-        if given is None:
+        rates = given.get(str(arm), given.get(arm.method))
+        names = [f"+{recipe.name}" for recipe in arm.recipes] + [arm.method]
+        span = next((ranges[name] for name in names if name in ranges), None)
+        if rates is not None:
+            found[str(arm)] = _checked(arm, rates, trials)
+        elif span is not None:
+            found[str(arm)] = spaced(*span, trials)
+        else:
             found[str(arm)] = grid(centre(arm.method, families.get(arm.method, "")), trials)
-            continue
-        rates = tuple(sorted({float(rate) for rate in given}))
-        if len(rates) != trials or rates[0] <= 0:
-            raise BadOption(
-                f"rates for '{arm}' are {list(given)}: expected {trials} different positive numbers, "
-                "as many as every other arm has.",
-                next_step=f"give {trials} rates, or leave '{arm.method}' out of rates= for the public grid",
-            )
-        found[str(arm)] = rates
     return found
 
 
+def _checked(arm: Arm, given: Sequence[float], trials: int) -> tuple[float, ...]:
+    rates = tuple(sorted({float(rate) for rate in given}))
+    if len(rates) != trials or rates[0] <= 0:
+        raise BadOption(
+            f"rates for '{arm}' are {list(given)}: expected {trials} different positive numbers, "
+            "as many as every other arm has.",
+            next_step=f"give {trials} rates, or leave '{arm.method}' out of rates= for the public grid",
+        )
+    return rates
+
+
 def extension(rates: Sequence[float], best: float, side_left: Mapping[str, int]) -> float | None:
-    """The next rate to try where the best lies on an edge, or None; `side_left` is the allowance by side."""
-    rising = sorted(rates)
+    """The next rate to try where the best lies on an edge, or None; `side_left` is the allowance by side.
+
+    It is as far from the edge as the edge is from its neighbour.
+    """
+    rising = sorted(set(rates))
     if best == rising[0] and side_left["low"] > 0:
-        return round_rate(rising[0] / FACTOR)
+        return round_rate(rising[0] ** 2 / rising[1] if len(rising) > 1 else rising[0] / FACTOR)
     if best == rising[-1] and side_left["high"] > 0:
-        return round_rate(rising[-1] * FACTOR)
+        return round_rate(rising[-1] ** 2 / rising[-2] if len(rising) > 1 else rising[-1] * FACTOR)
     return None

@@ -67,6 +67,7 @@ def render(
         costs=[_cost_row(arm, chosen, records) for arm in arms],
         costs_say="Measured while training, beside whatever else the machine did: orders of magnitude. "
         "Tuning is the time of all trials of the learning rate.",
+        commands_say=_commands_say(summary),
         commands=_commands(summary, rows, records),
         limits=limits_of(summary),
         how=_how(summary, expected),
@@ -229,6 +230,16 @@ def _cost_row(arm: Mapping[str, Any], chosen: str, records: Sequence[Record]) ->
     }
 
 
+def _commands_say(summary: Mapping[str, Any]) -> str:
+    text = "The settings of its run with the highest validation score."
+    rows = summary["comparison"]["sizes"].get("train")
+    if summary["claim"] and rows:
+        text += (
+            f" This comparison trained on the first {rows} rows alone; the commands use all that there are."
+        )
+    return text
+
+
 def _commands(
     summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], records: Sequence[Record]
 ) -> list[tuple[str, str]]:
@@ -249,6 +260,8 @@ def _how(summary: Mapping[str, Any], expected: Forecast | None) -> list[tuple[st
     )
     if design["model"]:
         found += [("Base", design["model"]), ("Data", design["data"])]
+    if design["sizes"]:
+        found.append(("Items", ", ".join(f"{size} {split}" for split, size in design["sizes"].items())))
     found.append(("Recommendation", summary["recommendation"]["rule"]))
     if expected is not None:
         found.append(("Said before it ran", "; ".join(line.strip() for line in str(expected).split("\n"))))

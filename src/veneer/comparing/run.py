@@ -52,8 +52,9 @@ def compare(
 ) -> CompareResult:
     """Compare `methods` on `data`, and say how sure the answer is.
 
-    methods: arms (`"lora:rank=16+lora_plus"`), in a list or separated by commas; `untrained`, `linear_probe`
-    and `full` are always added. rates: learning rates by arm or method, else a public grid by family.
+    methods: arms (`"lora:rank=16+lora_plus"`) or families, in a list or separated by commas; `untrained`,
+    `linear_probe` and `full` are always added. rates: learning rates by arm or method, else evenly spaced
+    over the range that the method declares.
     trials: rates for each arm (7; in the demo budget 3). extend_rates: further rates on each side where the
     best lies on the edge (2; demo 0). run_arm: a trainer (see `runs`); without it `veneer.training` is used.
     extend: add arms or seeds to a comparison that is in `output` already. options: for every training.
@@ -62,28 +63,34 @@ def compare(
     same call goes on after a kill. Errors: BadOption where the folder holds another design; TrainingFailed
     where another process is at it, or where no arm could be measured.
     """
+    ranges: Mapping[str, tuple[float, float]] = {}
+    runner = None
     if run_arm is None:
         from veneer.comparing.runner import default_runner
 
-        runner = default_runner(model, data, task=task, budget=parse_budget(budget), options=options)
-        run_arm, sizes = runner, sizes or runner.sizes
-        data_sha256 = data_sha256 or runner.data_sha256
-        known_methods = known_methods or runner.families
-        families = families or runner.families
-        metric = metric or runner.task.primary_metric
+        run_arm = runner = default_runner(
+            model, data, task=task, budget=parse_budget(budget), options=options
+        )
+        sizes, options = runner.sizes, runner.options
+        data_sha256, ranges, families = runner.data_sha256, runner.ranges, runner.families
+        known_methods, known_recipes = runner.families, runner.recipes
+        task, metric = runner.data.task, metric or runner.task.primary_metric
         if higher_is_better is None:
             from veneer.tasks import find_metric
 
             higher_is_better = find_metric(metric).greater_is_better
     say = progress or (lambda event: None)
     is_demo = parse_budget(budget).kind == "demo"
-    arms = parse_arms(methods, known_methods, known_recipes)
+    arms = parse_arms(methods, known_methods, known_recipes, families)
+    if runner is not None:
+        for arm in arms:
+            runner.check(arm)
     count = trials or (DEMO_TRIALS if is_demo else TRIALS)
     design = Comparison(
         model=name_of(model),
         data=name_of(data),
         arms=tuple(str(arm) for arm in arms),
-        rates=grids(arms, count, rates, families),
+        rates=grids(arms, count, rates, ranges, families),
         task=task,
         metric=metric or "accuracy",
         higher_is_better=True if higher_is_better is None else higher_is_better,
@@ -95,9 +102,10 @@ def compare(
         correction=correction,
         smallest_effect=smallest_effect,
         data_sha256=data_sha256,
+        sizes=dict(sizes or {}),
         options=options,
     )
-    return run(design, run_arm, output, sizes=sizes, extend=extend, progress=say)
+    return run(design, run_arm, output, extend=extend, progress=say)
 
 
 def run(
@@ -105,7 +113,6 @@ def run(
     run_arm: RunArm,
     output: str | Path,
     *,
-    sizes: Mapping[str, int] | None = None,
     extend: bool = False,
     progress: Callable[[Progress], None] = print_progress,
 ) -> CompareResult:
@@ -114,7 +121,7 @@ def run(
     with locked(folder):
         ledger = Ledger(folder)
         _settle_design(ledger, design, folder, extend)
-        expected = forecast(design, sizes)
+        expected = forecast(design, design.sizes)
         progress(Progress(f"comparison {design.sha256[:12]} ({parse_budget(design.budget).label})"))
         progress(Progress(str(expected)))
         runs = Runs(folder, design, ledger, run_arm, progress, of=expected.runs)

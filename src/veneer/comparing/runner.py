@@ -42,7 +42,7 @@ class TrainingRunner:
             for split, size in DEMO_SIZES.items():
                 setattr(self.data, split, getattr(self.data, split)[:size])
         self.task = find_task(self.data.task).from_rows(self.data.train, self.data.labels or None)
-        self.amount()  # a budget that cannot be set is said before anything runs
+        self.options = self.amount() | self.options
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -55,9 +55,31 @@ class TrainingRunner:
     @property
     def families(self) -> dict[str, str]:
         """{method: family} of all methods there are."""
-        import veneer
+        return {key: cls.facts.family for key, cls in _methods().items()}
 
-        return {info.key: info.family for info in veneer.methods()}
+    @property
+    def recipes(self) -> list[str]:
+        from veneer.recipes import registry
+
+        return list(registry())
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The learning rates that methods and, as "+name", recipes declare."""
+        from veneer.recipes import registry
+
+        found = {key: cls.facts.rates for key, cls in _methods().items()}
+        return found | {f"+{key}": cls.rates for key, cls in registry().items() if cls.rates is not None}
+
+    def check(self, arm: Arm) -> None:
+        """Raise for an option that the method or recipe does not have, before anything runs."""
+        from veneer.edits import build
+        from veneer.recipes import parse
+
+        if arm.is_trained:
+            build(arm.method, **dict(arm.options))
+        for recipe in arm.recipes:
+            parse(recipe.name, **dict(recipe.options))
 
     def __call__(
         self, *, arm: Arm, seed: int, learning_rate: float | None, splits: tuple[str, ...], output: Path
@@ -79,7 +101,7 @@ class TrainingRunner:
             seed=seed,
             evaluate_on=splits,
             progress=False,
-            **{**self.amount(), **self.options},
+            **self.options,
         )
 
     def amount(self) -> dict[str, Any]:
@@ -130,6 +152,13 @@ class TrainingRunner:
             "label": names[label],
             "probabilities": {name: counts[index] / len(labels) for index, name in enumerate(names)},
         }
+
+
+def _methods() -> dict[str, Any]:
+    import veneer.methods  # noqa: F401  registers them
+    from veneer.edits import registry
+
+    return registry()
 
 
 def default_runner(
