@@ -17,41 +17,39 @@ class Tensors:
     written with `.mT` and negative axes serve both.
     """
 
-    __slots__ = ("_named",)
-
     def __init__(self, _named: dict[str, Any] | None = None, **named: Any) -> None:
-        object.__setattr__(self, "_named", {**(_named or {}), **named})
+        # Plain instance attributes: dynamo traces them, and access costs nothing.
+        self.__dict__.update(_named or {})
+        self.__dict__.update(named)
 
-    def __getattr__(self, name: str) -> Any:
-        # A Python function on purpose: dynamo does not trace `dict.__getitem__` used as `__getattr__`.
-        named = object.__getattribute__(self, "_named")
-        if name in named:
-            return named[name]
-        raise AttributeError(f"no tensor is called '{name}'; there are: {', '.join(named) or 'none'}")
+    def __getattr__(self, name: str) -> Any:  # reached for names that are not there only
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(f"no tensor is called '{name}'; there are: {', '.join(self.__dict__) or 'none'}")
 
     def __contains__(self, name: str) -> bool:
-        return name in self._named
+        return name in self.__dict__
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._named)
+        return iter(self.__dict__)
 
     def items(self) -> Any:
-        return self._named.items()
+        return self.__dict__.items()
 
     def with_(self, **more: Any) -> Tensors:
         """The same tensors and some more."""
-        return Tensors({**self._named, **more})
+        return Tensors({**self.__dict__, **more})
 
     def __reduce__(self) -> Any:
-        return (Tensors, (dict(self._named),))
+        return (Tensors, (dict(self.__dict__),))
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{k}{tuple(getattr(v, 'shape', ()))}" for k, v in self._named.items())
+        inside = ", ".join(f"{k}{tuple(getattr(v, 'shape', ()))}" for k, v in self.__dict__.items())
         return f"Tensors({inside})"
 
 
 def _flatten(t: Tensors) -> tuple[list[Any], Any]:
-    return list(t._named.values()), tuple(t._named)
+    return list(t.__dict__.values()), tuple(t.__dict__)
 
 
 def _unflatten(values: Any, names: Any) -> Tensors:

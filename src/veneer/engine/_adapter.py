@@ -84,6 +84,12 @@ class Adapter(nn.Module):
     def leaves(self) -> list[nn.Parameter]:
         return [getattr(self, f"leaf_{i}") for i in range(len(self.groups))]
 
+    def _refresh(self) -> None:
+        """Forget what was made from the leaves. `still` are the same leaves for compiled code without gradients:
+        they never change `requires_grad`, which a graph would be guarded by."""
+        self._cached.clear()
+        self.__dict__["still"] = [p.detach() for p in self.leaves()]
+
     # -- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(
@@ -110,7 +116,7 @@ class Adapter(nn.Module):
                 torch.cat([values[e.key].reshape(-1).to(dtype) for e in shaped]) if shaped else torch.zeros(0)
             )
             self.register_parameter(f"leaf_{i}", nn.Parameter(flat))
-        self._cached.clear()
+        self._refresh()
 
     def named(self, detached: bool = True) -> dict[str, Tensor]:
         """Entry key -> shaped view of its leaf."""
@@ -173,12 +179,13 @@ class Adapter(nn.Module):
 
         With gradients on they are made anew each call, or a second backward would meet freed tensors.
         """
-        keep = not torch.is_grad_enabled() and not training
+        keep = not torch.is_grad_enabled() and not training and not torch.compiler.is_compiling()
         version = (dtype, tuple((p._version, p.data_ptr()) for p in self.leaves())) if keep else None
         if keep and self._cached.get("version") == version:
             return self._cached["tensors"]
         views: dict[str, Tensor] = {}
-        for leaf, group in zip(self.leaves(), self.groups):
+        still = torch.compiler.is_compiling() and not torch.is_grad_enabled()
+        for leaf, group in zip(self.still if still else self.leaves(), self.groups):
             cast = leaf if dtype is None or leaf.dtype == dtype else leaf.to(dtype)
             views.update({e.key: p.view(e.shape) for e, p in zip(group.entries, cast.split(group.sizes))})
         for key, value in self.frozen(shared).items():
@@ -220,7 +227,7 @@ class Adapter(nn.Module):
         for p in self.parameters(recurse=False):
             if self.keep_dtype is not None and p.dtype != self.keep_dtype:
                 p.data = p.data.to(self.keep_dtype)
-        self._cached.clear()
+        self._refresh()
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapter:
@@ -228,25 +235,28 @@ class Adapter(nn.Module):
 
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
-        state = {k: v for k, v in self.__dict__.items() if k not in ("plan", "generator", "_cached")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("plan", "generator", "_cached", "still")}
         made.__dict__.update(copy.deepcopy(state, memo))
         made.__dict__["plan"] = self.plan  # pure data, shared
         made.__dict__["generator"] = torch.Generator()
         made.generator.set_state(self.generator.get_state())
         made.__dict__["_cached"] = {}
+        made._refresh()
         return made
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state["generator"] = self.generator.get_state()
         state["_cached"] = {}
+        state.pop("still", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         seen = state.pop("generator")
-        super().__setstate__(state)
+        super().__setstate__({**state, "_cached": {}})
         self.generator = torch.Generator()
         self.generator.set_state(seen)
+        self._refresh()
 
     def extra_repr(self) -> str:
         return f"{self.name}: {self.method}, {self.trainable_parameters:,} trained"

@@ -53,8 +53,9 @@ class Frame:
 
 
 class _Local(threading.local):
-    frame: Frame | None = None
-    session: Session | None = None
+    def __init__(self) -> None:  # once for each thread: compiled code guards on the attributes being there
+        self.frame: Frame | None = None
+        self.session: Session | None = None
 
 
 local = _Local()

@@ -20,7 +20,7 @@ from . import _attention
 from ._adapter import Adapter
 from ._frame import Frame, Names, Session
 from ._plan import Plan
-from ._program import Op, Program, build
+from ._program import Op, Program, banks_of, build
 from ._swap import restore, swap
 from ._weights import cut, stored
 
@@ -37,7 +37,8 @@ class Host(nn.Module):
         self.names: dict[str, str] = {}  # adapter name -> name of the child module
         self.active: Names = ()
         self.merged: list[str] = []
-        self.banks: Any = None  # for compiled code: the active adapters as banks
+        self.members: dict[int, list[str]] = {}  # plan -> names of its adapters, in the order of their slots
+        self.banks: Any = ()  # for compiled code: the active adapters as banks
         self.kept: dict[
             tuple[str, str], Tensor
         ] = {}  # (module, parameter) -> the bare weight, while something is merged
@@ -72,16 +73,16 @@ class Host(nn.Module):
                 next_step="choose another name, or veneer.detach(model, name) first",
             )
         child = child_name(adapter.name)
-        self.banks = None
         self.add_module(child, adapter)
         self.names[adapter.name] = child
+        self.members.setdefault(id(adapter.plan), []).append(adapter.name)
         self.reach(adapter.plan)
 
     def drop(self, name: str) -> None:
-        self.adapter(name)
+        self.members[id(self.adapter(name).plan)].remove(name)
         del self._modules[self.names.pop(name)]
-        self.banks = None
         self.active = tuple(n for n in self.active if n != name)
+        self.banks = banks_of(self, self.active)
         self._programs.clear()
         used = {store for a in self.adapters().values() for store in a.frozen_shared.values()}
         self.shared = {k: v for k, v in self.shared.items() if k in used}
@@ -100,7 +101,7 @@ class Host(nn.Module):
                 )
         before = self.active
         self.active = tuple(names)
-        self.banks = None
+        self.banks = banks_of(self, self.active)
         for name in {*before, *names}:
             if name in self.names:
                 for leaf in self.adapter(name).leaves():

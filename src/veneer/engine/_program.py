@@ -134,27 +134,23 @@ def banks_of(host: Any, rows: Any) -> list[tuple[list[str], Tensor]]:
     whole batches there is one column, which broadcasts.
     """
     table = [rows] if isinstance(rows, tuple) else list(rows)
-    levels = max((len(names) for names in table), default=0)
-    by_plan: dict[int, list[str]] = {}
-    for name, adapter in host.adapters().items():
-        if name not in host.merged and adapter.prepared:
-            by_plan.setdefault(id(adapter.plan), []).append(name)
+    levels = max([0, *[len(names) for names in table]])
+    plans: dict[int, None] = {}
+    for names in table:
+        plans.update({id(host.adapter(n).plan): None for n in names})
     banks = []
-    for members in by_plan.values():
+    for key in sorted(plans, key=list(host.members).index):
+        members = host.members[key]
         slot = {n: i + 1 for i, n in enumerate(members)}
-        slots = torch.tensor(
-            [[slot.get(names[level], 0) if level < len(names) else 0 for names in table] for level in range(levels)],
-            device=host.device,
-        ).reshape(levels, len(table))
-        if bool((slots > 0).any()):
-            banks.append((members, slots))
+        numbers = [[slot.get(n[level], 0) if level < len(n) else 0 for n in table] for level in range(levels)]
+        banks.append((members, torch.tensor(numbers, device=host.device).reshape(levels, len(table))))
     return banks
 
 
 def build_banked(host: Any, banks: Sequence[tuple[list[str], Tensor]], training: bool) -> Program:
     """The program in the banked form: all rows run, and `live` chooses."""
     program: Program = {}
-    levels = max((slots.shape[0] for _, slots in banks), default=0)
+    levels = max([0, *[slots.shape[0] for _, slots in banks]])
     read = []
     for members, slots in banks:
         adapters = [host.adapter(n) for n in members]
@@ -219,14 +215,15 @@ def site_tensors(host: Any, adapter: Adapter, training: bool) -> list[Tensors]:
     """Tensors of each site plan, what `derive` makes included where it does not depend on the rows."""
     adapter.check_prepared()
     made = adapter.site_tensors(host.shared, host.dtype, training)
-    if "derived" in adapter._cached and adapter._cached.get("tensors") is made:
+    cached = not torch.compiler.is_compiling() and adapter._cached.get("tensors") is made
+    if cached and "derived" in adapter._cached:
         return adapter._cached["derived"]
     derived = []
     for sp, t in zip(adapter.plan.sites, made):
         if "derive" in sp.method.arguments and "at" not in sp.method.arguments["derive"]:
             t = t.with_(**call(sp.method, "derive", t, {"W": host.weight(sp.site), "at": None}))
         derived.append(t)
-    if adapter._cached.get("tensors") is made:
+    if cached:
         adapter._cached["derived"] = derived
     return derived
 
