@@ -90,7 +90,12 @@ def test_multilabel_scores_the_overlap_of_sets():
     assert [p["prediction"] for p in found] == [["x"], ["x"]]
     assert found[0]["score"] == pytest.approx(2 / 3)
     assert found[1]["score"] == 0.0
-    expected = np.mean([np.log1p(np.exp(-2)) * 2 + np.log1p(np.exp(2)), np.log1p(np.exp(2)) + 2 * np.log1p(np.exp(-2))]) / 3
+    expected = (
+        np.mean(
+            [np.log1p(np.exp(-2)) * 2 + np.log1p(np.exp(2)), np.log1p(np.exp(2)) + 2 * np.log1p(np.exp(-2))]
+        )
+        / 3
+    )
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -109,7 +114,10 @@ def test_rank_compares_the_documents_of_one_query():
     ]  # fmt: skip
     task = make_task("rank")
     _, _, found = through(task, rows, bert(1, TOKENIZER))
-    firsts = [found[0]["prediction"] > found[1]["prediction"], found[3]["prediction"] > found[2]["prediction"]]
+    firsts = [
+        found[0]["prediction"] > found[1]["prediction"],
+        found[3]["prediction"] > found[2]["prediction"],
+    ]
     assert task.metrics(found)["mean_reciprocal_rank"] == np.mean([1.0 if f else 0.5 for f in firsts])
     with pytest.raises(BadData, match="grade"):
         task.encode([{"query": "a", "document": "b", "label": 3}], TOKENIZER)
@@ -201,7 +209,10 @@ def t5():
 
 
 def test_seq2seq_trains_on_what_transformers_would():
-    rows = [{"source": "good film", "target": "bad plot"}, {"source": "a nice story was dull", "target": "fine"}]
+    rows = [
+        {"source": "good film", "target": "bad plot"},
+        {"source": "a nice story was dull", "target": "fine"},
+    ]
     task, model = make_task("seq2seq", max_target_length=8), t5()
     batch, loss, found = through(task, rows, model)
     expected = model(**batch.inputs, labels=batch.labels).loss
@@ -211,7 +222,10 @@ def test_seq2seq_trains_on_what_transformers_would():
 
 
 def test_generation_is_in_the_predictions_and_padding_does_not_change_it():
-    rows = [{"source": "good film", "target": "x"}, {"source": "a nice story was dull the the the", "target": "y"}]
+    rows = [
+        {"source": "good film", "target": "x"},
+        {"source": "a nice story was dull the the the", "target": "y"},
+    ]
     task, model = make_task("seq2seq", max_target_length=6), t5()
     together = [p["prediction"] for p in through(task, rows, model)[2]]
     alone = [through(task, [row], model)[2][0]["prediction"] for row in rows]
@@ -264,7 +278,10 @@ def test_speech_trains_on_what_transformers_would():
             return self.tokenizer.batch_decode(*a, **k)
 
     draw = np.random.default_rng(0)
-    rows = [{"audio": {"array": draw.normal(size=9000), "sampling_rate": 16000}, "text": "good film"} for _ in range(2)]
+    rows = [
+        {"audio": {"array": draw.normal(size=9000), "sampling_rate": 16000}, "text": "good film"}
+        for _ in range(2)
+    ]
     rows[1]["text"] = "the plot was Dull"
     task, model = make_task("speech", max_target_length=6), whisper()
     batch, loss, found = through(task, rows, model, Feeder())
@@ -326,7 +343,9 @@ def test_left_and_right_padding_give_the_same_logits_with_positions():
     model = llama(40)
     features = [{"input_ids": list(range(4, 11))}, {"input_ids": [7, 8, 9]}]
     with torch.no_grad():
-        right, left = (model(**text_inputs(features, TOKENIZER, model, side)).logits for side in ("right", "left"))
+        right, left = (
+            model(**text_inputs(features, TOKENIZER, model, side)).logits for side in ("right", "left")
+        )
     assert torch.allclose(right[1, :3], left[1, 4:], atol=1e-6)
     assert torch.allclose(right[0], left[0], atol=1e-6)
 

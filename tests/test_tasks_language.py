@@ -131,7 +131,9 @@ def answer_batch(model, seed=0):
 
 def plain_loss(model, inputs, labels):
     logits = model(**inputs).logits[:, :-1]
-    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=IGNORED)
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=IGNORED
+    )
 
 
 @pytest.mark.parametrize("chunk_bytes", [4 * 40, 4 * 40 * 3, 1 << 20])

@@ -6,7 +6,26 @@ import random
 
 import torch
 
-WORDS = ["good", "great", "fine", "nice", "bad", "poor", "awful", "dull", "the", "a", "film", "story", "was", "and", "very", "plot", "actor", "scene"]
+WORDS = [
+    "good",
+    "great",
+    "fine",
+    "nice",
+    "bad",
+    "poor",
+    "awful",
+    "dull",
+    "the",
+    "a",
+    "film",
+    "story",
+    "was",
+    "and",
+    "very",
+    "plot",
+    "actor",
+    "scene",
+]
 GOOD, BAD = WORDS[:4], WORDS[4:8]
 CHATML = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} : {{ m['content'] }} <|im_end|> {% endfor %}"
@@ -89,3 +108,41 @@ def bert_base(seed=0, fresh=True):
     model = bert(2, tokenizer, seed)
     names = ["classifier.weight", "classifier.bias"] if fresh else []
     return Base(model, "tiny-bert", f"tiny-bert-{seed}", "transformers", tokenizer=tokenizer, fresh=names)
+
+
+def saved_bert(folder, seed=0):
+    """A folder with a tiny BERT encoder without a head, as a person would have it."""
+    tokenizer = word_tokenizer()
+    bert(2, tokenizer, seed, cls="BertModel").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def saved_llama(folder, seed=0):
+    """A folder with a tiny decoder and a tokenizer that has a chat template."""
+    roles = ["user", "assistant", "system", ":"]
+    tokenizer = word_tokenizer(roles, ["<|im_start|>", "<|im_end|>"], pair=False)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = CHATML
+    model = llama(len(tokenizer), seed)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def talks(count, seed=0):
+    """Questions of one word, answered with a fixed word."""
+    from veneer.data import Splits
+
+    draw = random.Random(seed)
+    answers = dict(zip(WORDS[:6], WORDS[6:12]))
+    rows = []
+    for _ in range(count):
+        word = draw.choice(list(answers))
+        said = [{"role": "user", "content": word}, {"role": "assistant", "content": answers[word]}]
+        rows.append({"messages": said})
+    cut = count * 3 // 4
+    return Splits(
+        rows[:cut], rows[cut:], [], "instruct", {"messages": "messages"}, [], None, "talks"
+    ), answers

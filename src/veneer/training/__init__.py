@@ -1,10 +1,15 @@
 """Training: one loop, checkpoints that survive a kill, evaluation, and prediction from an adapter's folder.
 
-Public: `train`, `TrainResult`, `Hooks`, `Phase`, `Run`, `Settings`, `Subject`, `TrainingProgress`.
+Public: `train` and `TrainResult`; `predict`, `evaluate`, `generate`, `stream`, `Chat` and the `Predictor` that they
+open; `Hooks`, `Phase` and `Run` for those that take part in training; `Callback` for transformers' Trainer.
 """
 
+from typing import Any
+
+from veneer.training._generate import Chat, generate, stream
 from veneer.training._loop import Run
-from veneer.training._progress import Progress as TrainingProgress
+from veneer.training._predict import Evaluation, Predictor, evaluate, predict
+from veneer.training._progress import Progress
 from veneer.training._result import TrainResult
 from veneer.training._settings import Settings
 from veneer.training._subject import Adapted, Subject
@@ -13,12 +18,29 @@ from veneer.training.hooks import Hooks, Phase
 
 __all__ = [
     "Adapted",
+    "Callback",
+    "Chat",
+    "Evaluation",
     "Hooks",
     "Phase",
+    "Predictor",
+    "Progress",
     "Run",
     "Settings",
     "Subject",
     "TrainResult",
-    "TrainingProgress",
+    "evaluate",
+    "generate",
+    "predict",
+    "stream",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Callback` is a class of transformers', which is imported when it is asked for."""
+    if name == "Callback":
+        from veneer.training.hf import Callback
+
+        return Callback
+    raise AttributeError(f"module 'veneer.training' has no attribute {name!r}")

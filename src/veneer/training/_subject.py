@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -60,6 +62,7 @@ class Adapted:
     def between_steps(self, step: int, total_steps: int, optimizer: Any) -> str | None:
         from veneer import engine
 
+        mark_changed(self.parameters())
         return engine.between_steps(self.model, step, total_steps, optimizer)
 
     def check_gradients(self) -> None:
@@ -83,3 +86,12 @@ class Adapted:
 
         engine.save(self.model, self.name, folder, extra=extra)
         return sum((folder / n).stat().st_size for n in ("veneer.json", "adapter.safetensors"))
+
+
+def mark_changed(parameters: Iterable[Tensor]) -> None:
+    """Count a change of these tensors: torch's fused optimisers write into them and leave the count as it was.
+
+    What is derived from leaves is kept as long as their counts stay, so that a missed one would be a stale value.
+    """
+    for parameter in parameters:
+        torch.autograd.graph.increment_version(parameter)

@@ -109,11 +109,14 @@ class Job:
 
     @property
     def method_text(self) -> str:
-        return str(self.method) if self.is_trained else "untrained"
+        return _arm.text((self.method.key, self.method.non_default())) if self.is_trained else "untrained"
 
     @property
     def recipe_text(self) -> str:
-        shown = (r if isinstance(r, str) else _arm.text(r) if isinstance(r, tuple) else str(r) for r in self.recipes)
+        shown = (
+            r if isinstance(r, str) else _arm.text(r) if isinstance(r, tuple) else str(r)
+            for r in self.recipes
+        )
         return "+".join(shown)
 
     def recipe(self) -> Any:
@@ -260,12 +263,18 @@ def _described(run: Run, base: Any, job: Job, rows: _open.Rows, metrics: Mapping
     """What the adapter's folder says beside the adapter, so that another process can predict with it."""
     return {
         "task": run.task.to_dict(),
-        "opens": {"spec": base.spec, "name": base.name, "num_labels": run.task.num_labels, "fresh": list(base.fresh)},
+        "opens": {"spec": _lasting(base.spec), "name": base.name, "num_labels": run.task.num_labels, "fresh": list(base.fresh)},
         "training": {
             "steps": run.step_now, "learning_rate": run.learning_rate, "seed": run.settings.seed,
             "data": rows.spec, "recipe": job.recipe_text, "metrics": dict(metrics),
         },
     }  # fmt: skip
+
+
+def _lasting(spec: str) -> str:
+    """A spec that means the same from another folder."""
+    path = Path(spec).expanduser()
+    return str(path.resolve()) if spec and path.exists() else spec
 
 
 def _untrained(

@@ -1,0 +1,237 @@
+"""Models with adapters in transformers' Trainer, and recipes and every kind of method in veneer's own loop."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from training_tiny import CHATML, bert_base, llama, opened, word_tokenizer
+
+import veneer.engine as engine
+from veneer.tasks import IGNORED, make_task
+from veneer.tasks._answers import answer_losses, shifted
+from veneer.training import Callback, train
+from veneer.training import hf as hf_module
+
+torch.set_num_threads(1)
+
+
+def trainer(base, tmp_path, callbacks, steps=6):
+    import transformers
+
+    task = make_task("classify", labels=["bad", "good"])
+    features = task.encode(opened().train, base.tokenizer, base.model).features
+
+    def collate(rows):
+        batch = task.collate(rows, base.tokenizer, base.model)
+        return {**batch.inputs, "labels": batch.labels}
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-2, report_to=[],
+        use_cpu=True, disable_tqdm=True, save_strategy="no", logging_strategy="no", remove_unused_columns=False,
+    )  # fmt: skip
+    return transformers.Trainer(
+        model=base.model, args=arguments, train_dataset=features, data_collator=collate, callbacks=callbacks
+    )
+
+
+def test_the_callback_runs_a_methods_work_between_the_trainers_steps(tmp_path):
+    base, seen = bert_base(fresh=False), []
+    engine.attach(base.model, "adalora", name="one", total_steps=6, whole=["classifier"])
+    original = engine.between_steps
+
+    def watch(model, step, total, optimizer):
+        gradient = any(p.grad is not None for g in engine.parameters(model) for p in g["params"])
+        seen.append((step, total, gradient))
+        return original(model, step, total, optimizer)
+
+    hf_module.engine.between_steps = watch
+    try:
+        before = [p.detach().clone() for g in engine.parameters(base.model) for p in g["params"]]
+        trainer(base, tmp_path, [Callback()]).train()
+    finally:
+        hf_module.engine.between_steps = original
+    assert seen == [(k, 6, True) for k in range(1, 7)]
+    after = [p for g in engine.parameters(base.model) for p in g["params"]]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_a_constraint_holds_behind_every_step_of_the_trainer(tmp_path):
+    base = bert_base(fresh=False)
+    engine.attach(base.model, "loreft", name="one", whole=["classifier"])
+    trainer(base, tmp_path, [Callback()]).train()
+    rotations = [v for n, v in engine.trainable(base.model).items() if n.endswith("/R")]
+    assert rotations
+    for r in rotations:
+        assert torch.allclose(r @ r.mT, torch.eye(r.shape[0]), atol=1e-5)
+
+
+def test_a_constraint_and_what_is_derived_hold_behind_every_step_of_the_loop():
+    """torch's fused AdamW does not count its writes, so that a kept value could be a stale one."""
+    errors, fresh = [], []
+
+    class Watch:
+        def between_steps(self, run, step):
+            for name, r in engine.trainable(run.model).items():
+                if name.endswith("/R"):
+                    errors.append((r @ r.mT - torch.eye(r.shape[0])).abs().max())
+            run.model.eval()
+            batch = run.batches("train", 4)[0]
+            with torch.no_grad():
+                fresh.append(run.model(**batch.inputs).logits.clone())
+            run.model.train()
+
+    train(
+        model=bert_base(), data=opened(), method="loreft", max_steps=5, batch_size=8, learning_rate=1e-2, progress=False,
+        device="cpu", hooks=[Watch()],
+    )  # fmt: skip
+    assert max(errors) < 1e-5
+    assert all(not torch.equal(a, b) for a, b in zip(fresh[:-1], fresh[1:-1]))
+
+
+METHODS = [
+    "lora",
+    "dora",
+    "ia3",
+    "bitfit",
+    "serial_adapter",
+    "prefix_tuning",
+    "prompt_tuning",
+    "loreft",
+    "adalora",
+    "full",
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_of_every_port_train_in_the_loop(method):
+    result = train(
+        model=bert_base(), data=opened(), method=method, max_steps=5, batch_size=8, learning_rate=1e-2, progress=False,
+        device="cpu",
+    )  # fmt: skip
+    assert result.steps == 5
+    assert result.trainable_parameters > 66  # more than the fresh head
+    assert all(h["loss"] == h["loss"] for h in result.history)
+
+
+def test_a_recipe_sets_the_rates_and_survives_a_stop(tmp_path):
+    from test_training_loop import Stop, StopAt
+
+    options = {
+        "data": opened(), "max_steps": 8, "batch_size": 8, "learning_rate": 1e-3, "progress": False, "device": "cpu",
+        "save_every": 1, "method": "lora+lora_plus:ratio=4",
+    }  # fmt: skip
+    rates = []
+
+    class Watch:
+        def on_gradients(self, run, step):
+            rates.append(
+                sorted(
+                    {
+                        round(g["lr"] / run.optimizer.param_groups[0]["lr"], 6)
+                        for g in run.optimizer.param_groups
+                    }
+                )
+            )
+
+    whole = train(model=bert_base(), output=tmp_path / "whole", hooks=[Watch()], **options)
+    assert any(4.0 in found or 0.25 in found for found in rates)
+    with pytest.raises(Stop):
+        train(model=bert_base(), output=tmp_path / "cut", hooks=[StopAt(5)], **options)
+    again = train(model=bert_base(), output=tmp_path / "cut", **options)
+    assert again.history == whole.history
+    one, two = (tmp_path / n / "adapter.safetensors" for n in ("whole", "cut"))
+    assert one.read_bytes() == two.read_bytes()
+    assert whole.method == "lora+lora_plus:ratio=4"
+
+
+def test_a_recipe_without_backward_lowers_the_loss_without_gradients():
+    seen = []
+
+    class Watch:
+        def between_steps(self, run, step):
+            seen.extend(p.grad for p in run.subject.parameters())
+
+    result = train(
+        model=bert_base(), data=opened(), method="lora+mezo", max_steps=30, batch_size=64, learning_rate=3e-2,
+        schedule="constant", progress=False, device="cpu", hooks=[Watch()],
+    )  # fmt: skip
+    assert seen
+    assert all(g is None for g in seen)
+    losses = [h["loss"] for h in result.history]
+    assert min(losses[-5:]) < losses[0]
+
+
+@pytest.mark.parametrize(
+    "method", ["lora", "prompt_tuning", "prefix_tuning", "serial_adapter", "ladder_side_tuning"]
+)
+def test_the_chunked_loss_is_that_of_the_full_logits_under_any_method(method):
+    model = llama(40)
+    engine.attach(model, method, name="one")
+    with torch.no_grad():
+        for g in engine.parameters(model):
+            for p in g["params"]:
+                p.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(4, 40, (2, 9), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :4] = IGNORED
+    labels[1, 7:] = IGNORED
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    gradients = []
+    for chunked in (True, False):
+        model.zero_grad()
+        if chunked:
+            loss = answer_losses(model, inputs, shifted(labels), chunk_bytes=4 * 40 * 2)[0].mean()
+        else:
+            logits = model(**inputs).logits[:, -9:][:, :-1]
+            loss = F.cross_entropy(logits.reshape(-1, 40), labels[:, 1:].reshape(-1), ignore_index=IGNORED)
+        loss.backward()
+        gradients.append(
+            [loss.item(), *(p.grad.clone() for g in engine.parameters(model) for p in g["params"])]
+        )
+    assert gradients[0][0] == pytest.approx(gradients[1][0], abs=1e-6)
+    for one, two in zip(gradients[0][1:], gradients[1][1:]):
+        assert torch.allclose(one, two, atol=1e-6)
+        assert two.abs().max() > 0
+
+
+def test_gradient_checkpointing_changes_nothing():
+    one, two = (
+        train(
+            model=bert_base(), data=opened(), method="lora", max_steps=4, batch_size=8, learning_rate=1e-2,
+            progress=False, device="cpu", gradient_checkpointing=on,
+        )
+        for on in (False, True)
+    )  # fmt: skip
+    assert [h["loss"] for h in one.history] == [h["loss"] for h in two.history]
+
+
+def test_half_precision_of_the_activations_trains():
+    result = train(
+        model=bert_base(), data=opened(), method="lora", max_steps=4, batch_size=8, learning_rate=1e-2, progress=False,
+        device="cpu", mixed_precision="bf16",
+    )  # fmt: skip
+    plain = train(
+        model=bert_base(), data=opened(), method="lora", max_steps=4, batch_size=8, learning_rate=1e-2, progress=False,
+        device="cpu",
+    )  # fmt: skip
+    losses, exact = [h["loss"] for h in result.history], [h["loss"] for h in plain.history]
+    assert losses == pytest.approx(exact, abs=0.02)
+    assert losses != exact
+
+
+def test_conversations_train_in_the_loop_and_report_their_trained_tokens():
+    from veneer.data import Splits
+
+    tokenizer = word_tokenizer(["user", "assistant", ":"], ["<|im_start|>", "<|im_end|>"], pair=False)
+    tokenizer.chat_template = CHATML
+    rows = [
+        {"messages": [{"role": "user", "content": "good film"}, {"role": "assistant", "content": "bad plot"}]}
+        for _ in range(8)
+    ]
+    data = Splits(rows, rows[:2], [], "instruct", {"messages": "messages"}, [], None, "talk")
+    result = train(
+        model=(llama(len(tokenizer)), tokenizer), data=data, method="lora", max_steps=20, batch_size=4,
+        learning_rate=3e-2, progress=False, device="cpu",
+    )  # fmt: skip
+    # <|im_start|> user : good film <|im_end|> <|im_start|> assistant : bad plot <|im_end|>
+    assert "train: 24 of 96 tokens are the assistant's, and are trained" in result.notes
+    assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
