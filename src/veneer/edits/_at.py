@@ -22,7 +22,7 @@ from veneer.errors import BadOption, Unsupported
 class At:
     """Facts of the rows of one call at one site. Tensors are None where the call does not tell."""
 
-    site: Site | None = None
+    site: Site = None  # type: ignore[assignment]  # the engine always says which
     training: bool = False
     past: int = 0  # tokens in the cache before this call; 0 in training and prefill
     mask: Tensor | None = None  # (rows, tokens of this call) bool: True where the token is real
@@ -78,7 +78,7 @@ class At:
             return prompt
         order = prompt.long().cumsum(-1)  # 1-based index of each real prompt token
         count = order[..., -1:]
-        cap = count // 2 if first and last else count
+        cap = torch.where(count < first + last, count // 2, count) if first and last else count
         take_first = torch.minimum(torch.full_like(count, first), cap) if first else torch.zeros_like(count)
         take_last = torch.minimum(torch.full_like(count, last), cap) if last else torch.zeros_like(count)
         return prompt & ((order <= take_first) | (order > count - take_last))

@@ -112,6 +112,7 @@ class TrainedCopy(WeightMethod):
     """W' = V, V starting at W: what full fine-tuning, trained heads, norms and biases are made of."""
 
     sites: Sites = "head"
+    with_bias: bool = True  # the bias beside each chosen weight is copied too
 
     def tensors(self, site: Site) -> Specs:
         return {"W": from_base(*site.shape, decay=len(site.shape) > 1)}

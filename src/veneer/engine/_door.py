@@ -22,7 +22,7 @@ from ._program import Program, SiteOps, banks_of, build_banked, site_tensors
 from ._rows import Rows
 from ._site import first, frame_of, leave, with_first
 from ._swap import HOST, NAME, kind
-from ._tokens import extend_facts, extend_mask, extend_positions, insert, position_offset
+from ._tokens import extend_facts, extend_mask, forget_rows, extend_positions, insert, position_offset
 
 _UNSET: Any = object()
 
@@ -111,6 +111,7 @@ def _with_tokens(
     host: Any, module: Any, plain: Any, names: tuple[str, ...], frame: Frame, args: tuple, kwargs: dict
 ) -> Any:
     """A backbone's forward, with the positions that `tokens` edits add, and its output cut back to what went in."""
+    args, kwargs = _shift_positions(host, names, frame, args, kwargs)
     if host.anatomy.facts.encoder_decoder or frame.inserted is not None:
         return plain(module, *args, **kwargs)
     stack, ops = _token_ops(host, module, frame)
@@ -128,6 +129,37 @@ def _with_tokens(
     named, where = put_in(host, module, stack, ops, frame, named, names)
     frame.inserted = where
     return _cut_back(plain(module, **named), where)
+
+
+def _shift_positions(
+    host: Any, names: tuple[str, ...], frame: Frame, args: tuple, kwargs: dict
+) -> tuple[tuple, dict]:
+    """Positions that start behind a prefix, where an attention edit says so (prefixes that were served as a cache)."""
+    if "position_ids" not in names or frame.captured.get("shifted") is not None:
+        return args, kwargs
+    offsets: dict[Any, tuple[Any, int]] = {}
+    for ops in frame.program.values():
+        for op in ops.attention:
+            offset = getattr(op.method, "position_offset", 0)
+            if offset:
+                offsets[(id(op.adapter), id(op.rows))] = (op, offset)
+    if not offsets:
+        return args, kwargs
+    frame.captured["shifted"] = True  # type: ignore[assignment]
+    named = _named(names, args, kwargs)
+    given, source = named.get("position_ids"), named.get("input_ids")
+    source = named.get("inputs_embeds") if source is None else source
+    rows, tokens = source.shape[:2]  # type: ignore[union-attr]
+    if given is None:
+        past = _length_of(named.get("past_key_values"))
+        given = torch.arange(past, past + tokens, device=source.device)[None]  # type: ignore[union-attr]
+    shift = torch.zeros(rows, 1, dtype=given.dtype, device=given.device)
+    for op, offset in offsets.values():
+        if op.rows is None:
+            shift = shift + (offset if op.live is None else offset * op.live.long()[:, None])
+        else:
+            shift = op.rows.add(shift, torch.full_like(op.rows.take(shift), offset))
+    return (), {**named, "position_ids": given.expand(rows, -1) + shift}
 
 
 def _token_ops(host: Any, module: nn.Module, frame: Frame) -> tuple[str, list[Any]]:
@@ -168,6 +200,7 @@ def put_in(
         )
     named.pop("cache_position", None)
     frame.at[stack] = extend_facts(frame.at[stack], where, longer.bool())
+    forget_rows(frame)
     return named, where
 
 
@@ -389,7 +422,7 @@ def _collect(host: Any, module: nn.Module, frame: Frame, named: dict, extra: dic
     at = At(
         training=module.training, past=past, mask=now, mask_all=mask,
         prompt=prompt, tasks=extra.get("tasks"), ids=ids if isinstance(ids, Tensor) else None, inputs=extra,
-        added=session.inserted.added if session is not None and session.inserted is not None and past == 0 else None,
+        added=_added(session, total) if past == 0 else None,
         step=host.__dict__.get("step", 0),
     )  # fmt: skip
     frame.at[""] = at
@@ -408,6 +441,14 @@ def _collect(host: Any, module: nn.Module, frame: Frame, named: dict, extra: dic
         )
     if any(ops.exit for ops in frame.program.values()):
         frame.taps = {}
+
+
+def _added(session: Session | None, total: int) -> Tensor | None:
+    """Positions that `generate` put in, for every beam."""
+    if session is None or session.inserted is None:
+        return None
+    added = session.inserted.added
+    return added.repeat_interleave(total // added.shape[0], 0)
 
 
 def _length(named: dict, names: Sequence[str]) -> int:

@@ -33,6 +33,8 @@ class SitePlan:
         if spec.scope == "block":
             stack = f"{self.site.stack}." if self.site.stack else ""
             return f"{stack}block.{self.site.block}"
+        if spec.scope == "stack":
+            return f"{self.site.stack}.shared" if self.site.stack else "shared"
         return "shared"
 
 
@@ -192,7 +194,9 @@ def _sites_of(found: Anatomy, m: Method, exclude: Any, layers: Any, partial: boo
         if port in ("tokens", "exit"):
             chosen += _stream_sites(found, port, selector)
             continue
-        sites = found.select(selector, port=port, exclude=exclude, layers=layers, allow_partial=partial)
+        # A person's list has to match whole; a method's own default says where it would act if it could.
+        loose = partial or selector == _default_sites(m, port)
+        sites = found.select(selector, port=port, exclude=exclude, layers=layers, allow_partial=loose)
         kinds = m.facts.kinds
         wrong = [s for s in sites if kinds and s.kind not in kinds]
         if wrong:
@@ -202,8 +206,19 @@ def _sites_of(found: Anatomy, m: Method, exclude: Any, layers: Any, partial: boo
             )
         if port == "attention":  # the module that makes q, k and v and calls the attention
             sites = [dataclasses.replace(s, module=dict(s.options).get("core", s.module)) for s in sites]
+        if getattr(m, "with_bias", False):
+            biases = {(s.module, s.bias) for s in sites if s.bias} - {(s.module, s.parameter) for s in sites}
+            sites = [*sites, *(s for s in found.parameter_sites() if (s.module, s.parameter) in biases)]
         chosen += [s if s.port == port else s.at(port) for s in sites]
     return chosen
+
+
+def _default_sites(m: Method, port: str) -> Any:
+    for f in dataclasses.fields(m):  # type: ignore[arg-type]
+        if f.name == "sites":
+            made = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            return made.get(port) if isinstance(made, Mapping) else made
+    return None
 
 
 def _stream_sites(found: Anatomy, port: str, selector: Any) -> list[Site]:

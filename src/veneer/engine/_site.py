@@ -21,7 +21,7 @@ from ._frame import Frame, current, entered, local
 from ._program import Op, SiteOps, is_shift
 from ._rows import Rows
 from ._swap import HOST, NAME, kind, kinds_of, twin
-from ._tokens import insert
+from ._tokens import forget_rows, insert
 from ._weights import cut, features, paste, stored
 
 
@@ -124,6 +124,7 @@ def _insert_after(ops: list[Op], frame: Frame, y: Tensor) -> Tensor:
     for stack in ("", ops[0].site.stack):
         if stack in frame.at:
             frame.at[stack] = frame.at[stack].with_(added=where.added, prompt=where.extend(real, fill=False))
+    forget_rows(frame)
     return y
 
 

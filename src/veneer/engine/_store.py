@@ -145,7 +145,7 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(t: Tensor) -> str:
-    return hashlib.sha256(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _digest_all(tensors: Mapping[str, Tensor]) -> str:

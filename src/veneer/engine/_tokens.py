@@ -121,6 +121,12 @@ def extend_facts(at: At, where: Insertion, mask: Tensor | None) -> At:
     return at.with_(**changes)
 
 
+def forget_rows(frame: Frame) -> None:
+    """Facts of row subsets were cut from the shorter stream."""
+    for key in [k for k in frame.captured if isinstance(k, tuple) and k[0] == "rows"]:
+        del frame.captured[key]
+
+
 def extend_mask(mask: Tensor | None, where: Insertion, rows: int, tokens: int, device: Any) -> Tensor:
     """(rows, T) mask, or None -> (rows, T + length) of the mask's own type (int64 where there was none)."""
     if mask is None:
@@ -135,7 +141,8 @@ def extend_positions(given: Tensor | None, mask: Tensor, where: Insertion, offse
         count = mask.to(torch.long).cumsum(1)
         return torch.where(mask.bool(), count - 1 + offset, offset)
     given = given.expand(where.place.shape[0], -1)
-    shifted = given + where.counts[:, None]
+    behind = torch.arange(given.shape[1], device=given.device)[None] >= where.place[:, None]
+    shifted = torch.where(behind, given + where.counts[:, None], given)
     out = where.extend(shifted, fill=0)
     start = given.gather(1, where.place.clamp(max=given.shape[1] - 1)[:, None])
     rank = where.added.long().cumsum(1) - 1
