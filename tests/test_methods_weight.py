@@ -312,6 +312,61 @@ def test_a_fresh_adapter_is_the_identity_bit_for_bit(key, options, site):
         assert torch.equal(y + call(method, "branch", t, {"x": x, "y": y, "at": At()}), y)
 
 
+def bitfit_output(case, through: str):
+    """A case's layer with its bias edited as a vector of its own, or at the matrix."""
+    base, method, b = case["base"], build("bitfit"), case["tensors"]["b"].clone().requires_grad_()
+    x = case["inputs"]["x"].clone().requires_grad_()
+    if through == "matrix":
+        t = Tensors(bias=b)
+        y = x @ base["W"].mT + base["bias"] + method.branch(t, x)
+        close(
+            base["bias"] + method.bias_delta(t).detach(), reference("bitfit").reference(case)["trained_bias"]
+        )
+        return y, b, x
+    bias = base["bias"] + method.delta(Tensors(b=b), base["bias"])
+    if "W" in base:
+        return torch.nn.functional.linear(x, base["W"], bias), b, x
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], base["weight"], bias, base["eps"]), b, x
+
+
+BITFIT = [
+    (c, w)
+    for c in reference("bitfit").cases()
+    for w in ("vector", "matrix")
+    if w == "vector" or "W" in c["base"]
+]
+
+
+@pytest.mark.parametrize(("case", "through"), BITFIT, ids=lambda v: v if isinstance(v, str) else v["name"])
+def test_bitfit_equals_the_reference_at_a_vector_and_at_its_matrix(case, through):
+    y, b, x = bitfit_output(case, through)
+    close(y.detach(), reference("bitfit").reference(case)["output"])
+    (y * case["cotangent"]).sum().backward()
+    gradients = reference("bitfit").gradients(case)
+    close(b.grad, gradients["b"], 1e-7)
+    close(x.grad, gradients["x"], 1e-7)
+    for mistake, _ in reference("bitfit").MUTATIONS:
+        wrong = reference("bitfit").mutated(case, mistake)["output"]
+        assert float((wrong - y.detach()).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("case", reference("full").cases(), ids=lambda c: c["name"])
+def test_full_equals_the_reference(case):
+    base, method, module = case["base"], build("full"), reference("full")
+    t = {n: v.clone().requires_grad_() for n, v in case["tensors"].items()}
+    x = case["inputs"]["x"].clone().requires_grad_()
+    new = {n: None if v is None else method.weight(Tensors(W=t[n]), v) for n, v in base.items()}
+    y = torch.nn.functional.linear(x, new["W"], new["bias"])
+    (y * case["cotangent"]).sum().backward()
+    close(y.detach(), module.reference(case)["output"])
+    close(delta_of(method, Tensors(W=t["W"]), base["W"]).detach(), module.reference(case)["delta"])
+    for name, gradient in module.gradients(case).items():
+        close((x if name == "x" else t[name]).grad, gradient, 1e-7)
+    apart = [float((module.mutated(case, m)["output"] - y.detach()).abs().max()) for m, _ in module.MUTATIONS]
+    assert apart[0] > 1e-3
+    assert apart[2] > 1e-3
+
+
 def test_full_fine_tuning_is_a_copy_that_is_the_weight():
     W = draw(3, 2)
     t = started(build("full"), linear(2, 3), W)
