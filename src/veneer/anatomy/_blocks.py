@@ -48,6 +48,8 @@ def find_stacks(graph: Graph, attention_nodes: set[int]) -> list[Stack]:
         (Stack(blocks) for blocks in stacks),
         key=lambda s: min((order[b] for b in s.blocks if b in order), default=0),
     )
+    for stack in made:
+        stack.callable = not any(block in graph.listed for block in stack.blocks)
     return finder.joined(made)
 
 
@@ -72,11 +74,9 @@ class _Finder:
     def _adds(self, name: str) -> bool:
         if not self.graph.calls.get(name):
             return False
-        region = self.graph.region(self.first(name))
+        listed, region = name in self.graph.listed, self.graph.region(self.first(name))
         matrices = sum(1 for i in region if self.graph.nodes[i].weights)
-        return matrices >= 2 and any(
-            node.index in region and inside(node.module, name) for node in self.merges
-        )
+        return matrices >= 2 and any(n.index in region and (listed or inside(n.module, name)) for n in self.merges)
 
     def blocks_of(self, container: str) -> list[str]:
         blocks = self._candidates(container)
@@ -89,7 +89,7 @@ class _Finder:
 
     def _stage(self, block: str) -> list[str]:
         """The blocks inside of `block`, where it is no more than a list of like blocks; else none."""
-        if not self.graph.calls.get(block):
+        if not self.graph.calls.get(block) or block in self.graph.listed:
             return []
         region = self.graph.region(self.first(block))
         mine = [n for n in self.merges if n.index in region]
@@ -101,8 +101,6 @@ class _Finder:
                 continue
             covered = all(any(inside(n.module, b) for b in inner) for n in mine)
             return inner if covered and self._alike(inner) else []
-        if isinstance(self.graph.model.get_submodule(block), nn.Sequential | nn.ModuleList):
-            return []
         return []
 
     def _alike(self, blocks: list[str]) -> bool:

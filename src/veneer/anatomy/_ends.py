@@ -142,7 +142,7 @@ class _Ends:
 
     def after(self, stack: Stack) -> None:
         call = self._last(stack)
-        stack.final = call.module
+        stack.final = call.module if stack.callable else ""
         if not call.outputs:
             return
         state = call.outputs[0]

@@ -61,6 +61,7 @@ class Stack:
     backbones: tuple[str, ...] = ()
     causal: bool = False
     width: int = 0
+    callable: bool = True  # False: the blocks are lists of sub-layers, no module gives a block's output
     kind: str = ""  # text, image, audio: what the tower reads
 
 

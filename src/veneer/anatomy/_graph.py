@@ -45,8 +45,7 @@ class Graph:
         self.near: list[
             int
         ] = []  # node -> bits of the nearest matrix calls or attentions behind its first output
-        self.attention_ends: int = 0
-        self._barrier: list[bool] = []
+        self.listed: set[str] = set()  # blocks that are mere lists: they have a number, but cannot be called
         for node in self.nodes:
             bits = 1 << node.index
             for i in node.inputs:
@@ -79,6 +78,27 @@ class Graph:
             first, last = min(inner, key=lambda c: c.start), max(inner, key=lambda c: c.stop)
             call = Call(name, first.start, last.stop, first.inputs, last.outputs, first.depth)
             self.calls[name] = [call]
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.ModuleList | nn.ModuleDict) and name not in self.calls:
+                self._lists_in(name, module)
+
+    def _lists_in(self, name: str, module: nn.Module) -> None:
+        """Blocks that are lists of sub-layers, added up by the forward of their owner: a call from list to list."""
+        spans = []
+        for key, child in module.named_children():
+            inner = [c for part, _ in child.named_children() for c in self.calls.get(join(join(name, key), part), [])]
+            if not isinstance(child, nn.ModuleList | nn.ModuleDict) or not inner:
+                return
+            spans.append((join(name, key), min(inner, key=lambda c: c.start), max(inner, key=lambda c: c.stop)))
+        owner = name.rpartition(".")[0]
+        for i, (block, first, last) in enumerate(spans):
+            stop = spans[i + 1][1].start if i + 1 < len(spans) else last.stop
+            while i + 1 == len(spans) and stop < len(self.nodes) and self.nodes[stop].module == owner and self.nodes[stop].name in ADDS:
+                stop += 1
+            if stop < last.stop:
+                return
+            self.calls[block] = [Call(block, first.start, stop, first.inputs, self.nodes[stop - 1].outputs[:1], first.depth)]
+            self.listed.add(block)
 
     def find_near(self, ends: set[int]) -> None:
         """Fills `near`; `ends` are the nodes that finish an attention, which stop the walk as matrix calls do."""

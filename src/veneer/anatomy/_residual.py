@@ -137,25 +137,23 @@ class _Branches:
             if node is None or node.index not in own:
                 break
             if node.weights or node.index in self.attentions:
-                return (
-                    node.module
-                    if node.module != self.block
-                    else graph.weight_key(node)[0]
-                    if node.weights
-                    else ""
-                )
-            # Step to the part that carries the branch: the operand with the branch's own matrices.
-            nexts = [
-                i
-                for i in node.inputs
-                if graph.before_value(i) & self._own(branch, stream) and graph.is_data(i)
-            ]
+                if node.module != self.block:
+                    return node.module
+                return graph.weight_key(node)[0] if node.weights else ""
+            if not self._carries(node):
+                return ""  # put together from several (experts in a loop): no module gives the whole
+            # Step to the operand that carries the branch's own matrices.
+            nexts = [i for i in node.inputs if graph.is_data(i) and graph.before_value(i) & self._own(branch, stream)]
             if not nexts:
                 break
-            if node.name in MULTIPLIES and len(nexts) > 1:
-                nexts = sorted(nexts, key=lambda i: -graph.before_value(i).bit_count())
-            value = nexts[0]
+            value = max(nexts, key=lambda i: graph.before_value(i).bit_count())
         return ""
+
+    def _carries(self, node: Node) -> bool:
+        """Whether a call hands on one state: moved, cast, scaled, biased or normalised."""
+        if node.name in _PASSED | MULTIPLIES | ADDS | {"div", "__truediv__", "where", "masked_fill"}:
+            return True
+        return any(inside(node.module, norm) for norm in self.found.norms)
 
     def _computes(self, call: Call) -> bool:
         """Dropout and norms give a branch as well, but they do not make it."""

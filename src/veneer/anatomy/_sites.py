@@ -78,7 +78,7 @@ def weight_site(
         fields |= {"heads": core.heads, "kv_heads": core.kv_heads, "head_dim": core.head_dim, "cross": core.cross,
                    "options": (("core", core.module),)}  # fmt: skip
     return Site(
-        name=name or join(weight.module, "" if weight.parameter == "weight" else weight.parameter),
+        name=name or join(weight.module, "" if weight.parameter == "weight" else weight.parameter) or "weight",
         role=role, module=weight.module, kind=weight.kind, parameter=weight.parameter, bias=weight.bias, shape=shape,
         ranges=ranges, transposed=weight.transposed, experts=weight.experts, groups=weight.groups,
         n_in=weight.n_in, n_out=n_out, width=n_out, **fields,
@@ -185,7 +185,7 @@ def _sublayer_sites(model: nn.Module, known: dict, found: Findings, places: Plac
             site = _sublayer(sub, sub.role, core, known, found, places)
             sites.append(site if prefix else dataclasses.replace(site, name=f"{core.module}.{sub.role}"))
     for stack in found.stacks:
-        for i, block in enumerate(stack.blocks):
+        for i, block in enumerate(stack.blocks if stack.callable else ()):
             width = _block_width(block, known, found) or stack.width
             sites.append(_plain_site(join(stack.name, f"block.{i}"), "block", block, "block", width, places))
     return sites + _end_sites(model, known, found, places)
@@ -338,10 +338,10 @@ def build_facts(model: nn.Module, known: dict, found: Findings) -> BaseFacts:
     loose = (("", found.loose_embedding),) if found.loose_embedding else ()
     vocabulary = next((w.n_in for w in known.values() if w.module == token and w.kind == "embedding"), 0)
     last = (("", found.loose_final),) if found.loose_final else ()
-    loose_width = found.widths.get(found.loose_final, 0)
+    loose_width = found.widths.get(found.loose_final, 0) if found.loose_final else 0
     width = _block_width(main.blocks[-1], known, found) or main.width if main else loose_width
     return BaseFacts(
-        blocks=tuple((s.name, tuple(s.blocks)) for s in found.stacks),
+        blocks=tuple((s.name, tuple(s.blocks)) for s in found.stacks if s.callable),
         backbones=tuple(backbones),
         embeddings=tuple((s.name, s.embedding) for s in found.stacks if s.embedding) or loose,
         token_embeddings=tuple((s.name, s.token_embedding) for s in found.stacks if s.token_embedding) or loose,
