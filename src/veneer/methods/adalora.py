@@ -80,7 +80,7 @@ class AdaLoRA(WeightMethod):
     def penalty(self, t: Tensors) -> Tensor:
         """How far A's rows and B's columns are from orthonormal, at one site: ()"""
         A, B = t.A.flatten(t.B.dim() - 1), t.B
-        one = torch.eye(B.shape[-1], dtype=B.dtype, device=B.device)
+        one = torch.eye(B.shape[-1]).to(B)
         gaps = [(M - one).square().sum((-2, -1)).sqrt().mean() for M in (A @ A.mT, B.mT @ B)]
         return self.orthogonality * (gaps[0] + gaps[1]) / 2
 

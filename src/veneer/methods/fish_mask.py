@@ -17,7 +17,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from veneer.edits import Site, Sites, Specs, Tensors, WeightMethod, from_base, hyper, method, zeros
@@ -56,8 +55,8 @@ class FishMask(WeightMethod):
                 next_step=f"keep_ratio={1.0 / total:.1e} keeps one",
             )
         found = {}
-        for name, index in zip(sites, largest(scores, k)):
-            found[name] = {"index": index, "values": torch.zeros(len(index), device=index.device)}
+        for (name, site), index in zip(sites.items(), largest(scores, k)):
+            found[name] = {"index": index, "values": site.stats.new_zeros(len(index))}
         return found
 
     def delta(self, t: Tensors, W: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class OFT(WeightMethod):
         """(..., b (b - 1) / 2) -> (..., b, b)"""
         size = (1 + math.isqrt(1 + 8 * Q.shape[-1])) // 2
         S = skew(Q, size)
-        one = torch.eye(size, dtype=Q.dtype, device=Q.device)
+        one = torch.eye(size).to(Q)
         if self.cayley in ("exact", False):
             return torch.linalg.solve(one + S, one - S, left=False)
         R, power = one + (2 * S if self.terms > 1 else 0 * S), S

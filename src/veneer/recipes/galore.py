@@ -25,7 +25,7 @@ from veneer.errors import Unsupported
 from ._recipe import Group, Recipe, View, labels, recipe
 
 
-@recipe("galore", paper="arXiv:2403.03507", rates=(1e-5, 1e-2))
+@recipe("galore", paper="arXiv:2403.03507", rates=(1e-5, 1e-3))
 class GaLore(Recipe):
     rank: int = hyper(128, "width of the projected gradient", at_least=1)
     every: int = hyper(200, "steps from projection to projection", alias="update_proj_gap", at_least=1)

@@ -17,7 +17,7 @@ from veneer.errors import Unsupported
 from ._recipe import Group, Recipe, adamw, labels, recipe
 
 
-@recipe("lora_plus", paper="arXiv:2402.12354")
+@recipe("lora_plus", paper="arXiv:2402.12354", rates=(1e-5, 1e-3))
 class LoRAPlus(Recipe):
     ratio: float = hyper(16.0, "rate of B over rate of A", alias="loraplus_lr_ratio", more_than=0)
 

@@ -25,7 +25,7 @@ from veneer.edits import hyper
 from ._recipe import Group, Recipe, View, recipe
 
 
-@recipe("mezo", paper="arXiv:2305.17333", backward=False, rates=(1e-6, 1e-2))
+@recipe("mezo", paper="arXiv:2305.17333", backward=False, rates=(1e-7, 1e-3))
 class MeZO(Recipe):
     eps: float = hyper(1e-3, "length of the trial steps along z", more_than=0)
     seed: int = hyper(0, "of the directions")
