@@ -95,7 +95,8 @@ class Graph:
             stop = spans[i + 1][1].start if i + 1 < len(spans) else last.stop
             while i + 1 == len(spans) and stop < len(self.nodes) and self.nodes[stop].module == owner and self.nodes[stop].name in ADDS:
                 stop += 1
-            if stop < last.stop:
+            adds = any(n.module == owner and n.name in ADDS for n in self.nodes[first.start : stop])
+            if stop < last.stop or not adds:
                 return
             self.calls[block] = [Call(block, first.start, stop, first.inputs, self.nodes[stop - 1].outputs[:1], first.depth)]
             self.listed.add(block)

@@ -139,7 +139,7 @@ def _match(anatomy: Anatomy, text: str, port: str) -> list[Site]:
     if not text:
         return []
     named = [site for site in anatomy.sites if site.name == text]
-    if named:
+    if named and text not in ROLES:
         return named
     if text in ("all-linear", "linear"):
         return anatomy.linear_sites()
@@ -325,7 +325,7 @@ def _once(sites: list[Site], anatomy: Anatomy) -> list[Site]:
             chosen.setdefault(
                 (site.module, site.parameter, site.ranges, kind), dataclasses.replace(site, port="")
             )
-    return sorted(chosen.values(), key=lambda s: rank.get(s.name, anatomy.order_of(s.module)))
+    return sorted(chosen.values(), key=lambda s: (anatomy.order_of(s.module), rank.get(s.name, len(rank))))
 
 
 # ---------------------------------------------------------------- errors

@@ -217,7 +217,7 @@ def _sublayer(
 def _output_width(sub: SubLayer, known: dict, found: Findings) -> int:
     last = {"attention": "attention.output", "cross_attention": "cross_attention.output"}
     roles = (last.get(sub.role, "mlp.down"), "expert.down", "mixer")
-    mine = [p for p in found.parts if p.block == sub.block and p.role in roles]
+    mine = [p for p in found.parts if p.block == sub.block and p.role in roles and p.key in known]
     below = (
         [p for p in mine if inside(p.key[0], sub.module)] or [p for p in mine if p.role == roles[0]] or mine
     )
