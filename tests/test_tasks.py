@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from training_tiny import WORDS, bert, llama, word_tokenizer
 
+from training_tiny import WORDS, bert, llama, word_tokenizer
 from veneer.errors import BadData, BadOption, UnknownName
 from veneer.tasks import METRICS, TASKS, find_task, make_task, positions, task_from_dict, wants_positions
 from veneer.tasks._collate import pad, text_inputs
@@ -27,9 +27,18 @@ def through(task, rows, model, feeder=TOKENIZER):
 
 def test_tasks_are_those_that_the_documentation_names():
     assert set(TASKS) == {
-        "classify", "multilabel", "regress", "tag", "qa", "rank", "lm", "instruct", "seq2seq", "image-classify",
+        "classify",
+        "multilabel",
+        "regress",
+        "tag",
+        "qa",
+        "rank",
+        "lm",
+        "instruct",
+        "seq2seq",
+        "image-classify",
         "speech",
-    }  # fmt: skip
+    }
     with pytest.raises(UnknownName, match="classify"):
         find_task("clasify")
     with pytest.raises(BadOption, match="max_length"):
@@ -102,7 +111,7 @@ def test_multilabel_scores_the_overlap_of_sets():
 def test_regress_is_the_squared_error():
     rows = [{"text": "good film", "label": 1.5}, {"text": "plot", "label": -1}]
     task = make_task("regress")
-    batch, loss, found = through(task, rows, bert(1, TOKENIZER))
+    _, loss, found = through(task, rows, bert(1, TOKENIZER))
     assert loss == pytest.approx(np.mean([(p["prediction"] - p["label"]) ** 2 for p in found]), rel=1e-5)
     assert found[0]["score"] == pytest.approx(-((found[0]["prediction"] - 1.5) ** 2))
 
@@ -202,9 +211,16 @@ def t5():
 
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=40, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0,
+        vocab_size=40,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        decoder_start_token_id=0,
+        pad_token_id=0,
         eos_token_id=3,
-    )  # fmt: skip
+    )
     return transformers.T5ForConditionalGeneration(config).eval()
 
 
@@ -259,11 +275,24 @@ def whisper():
 
     torch.manual_seed(0)
     config = transformers.WhisperConfig(
-        vocab_size=40, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=16, max_source_positions=50,
-        max_target_positions=32, decoder_start_token_id=2, pad_token_id=0, eos_token_id=3, bos_token_id=2,
-        suppress_tokens=[], begin_suppress_tokens=[],
-    )  # fmt: skip
+        vocab_size=40,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        num_mel_bins=16,
+        max_source_positions=50,
+        max_target_positions=32,
+        decoder_start_token_id=2,
+        pad_token_id=0,
+        eos_token_id=3,
+        bos_token_id=2,
+        suppress_tokens=[],
+        begin_suppress_tokens=[],
+    )
     return transformers.WhisperForConditionalGeneration(config).eval()
 
 
@@ -298,9 +327,14 @@ def test_pictures_are_classified_through_a_processor_and_without_one():
 
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=8,
         num_labels=2,
-    )  # fmt: skip
+    )
     model = transformers.ViTForImageClassification(config).eval()
 
     def processor(images, return_tensors):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from training_tiny import CHATML, WORDS, llama, word_tokenizer
 
+from training_tiny import CHATML, WORDS, llama, word_tokenizer
 from veneer.tasks import IGNORED, make_task
 from veneer.tasks._answers import answer_losses, shifted
 from veneer.tasks._chat import assistant_spans, encode_conversation
@@ -22,16 +22,19 @@ TALK = [
 
 LLAMA2 = (  # the assistant has no header, and there is no generation prompt at all
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
-    "{% elif m['role'] == 'system' %}<<SYS>> {{ m['content'] }} <</SYS>> {% else %} {{ m['content'] }} </s>{% endif %}"
+    "{% elif m['role'] == 'system' %}<<SYS>> {{ m['content'] }} <</SYS>> "
+    "{% else %} {{ m['content'] }} </s>{% endif %}"
     "{% endfor %}"
 )
 THINKING = (  # thoughts are shown in the last turn alone, so that a prefix is no prefix of the whole
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 HEADERS = (  # as Llama 3 writes it
-    "{{ '<s>' }}{% for m in messages %}<|h|>{{ m['role'] }}<|/h|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "{{ '<s>' }}{% for m in messages %}<|h|>{{ m['role'] }}<|/h|>\n\n"
+    "{{ m['content'] | trim }}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|h|>assistant<|/h|>\n\n{% endif %}"
 )
 
@@ -170,9 +173,17 @@ def test_a_model_that_caps_its_logits_gets_its_own():
 
     torch.manual_seed(0)
     config = transformers.Gemma2Config(
-        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, final_logit_softcapping=0.5, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        final_logit_softcapping=0.5,
+        pad_token_id=0,
+    )
     model = transformers.Gemma2ForCausalLM(config).eval()
     inputs, labels = answer_batch(model)
     expected = plain_loss(model, inputs, labels)

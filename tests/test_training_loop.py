@@ -265,9 +265,15 @@ def test_hooks_are_called_where_they_say():
     base = bert_base()
     result = run(model=base, max_steps=4, weight_decay=0.0, hooks=[Watch()])
     assert seen == [
-        "enter one at 0", "gradients 0", "exit one at 1", "enter two at 1", "gradients 1", "gradients 2", "gradients 3",
+        "enter one at 0",
+        "gradients 0",
+        "exit one at 1",
+        "enter two at 1",
+        "gradients 1",
+        "gradients 2",
+        "gradients 3",
         "exit two at 4",
-    ]  # fmt: skip
+    ]
     assert result.steps == 4
 
 
@@ -337,3 +343,60 @@ def test_untrained_is_the_base_as_it_is():
     result = run(method="untrained")
     assert (result.steps, result.trainable_parameters) == (0, 0)
     assert 0 <= result.metrics["validation"]["accuracy"] <= 1
+
+
+def test_a_start_that_needs_data_is_made_from_training_rows():
+    result = run(method="fish_mask", max_steps=2)
+    assert any("64 training rows" in note for note in result.notes)
+    assert result.steps == 2
+
+
+def test_too_little_memory_names_the_settings_that_help():
+    class Full(Hooks):
+        def on_gradients(self, run, step):
+            raise torch.OutOfMemoryError("tried to allocate 3 GiB")
+
+    with pytest.raises(TrainingFailed) as caught:
+        run(hooks=[Full()], accumulate=2)
+    said = str(caught.value)
+    assert "3 GiB" in said
+    for way in ("accumulate=4", "gradient_checkpointing=True", "max_length="):
+        assert way in said
+
+
+def test_lines_of_progress_go_to_standard_error_and_quiet_is_quiet(capsys):
+    run(progress=True, early_stopping=5)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "step 16/16  loss" in said.err
+    assert "validation accuracy" in said.err
+    assert "note: " in said.err
+    run()
+    assert capsys.readouterr().err == ""
+
+
+def test_arms_are_read_as_people_type_them():
+    from veneer.training._arm import parsed, text
+
+    arm = parsed(
+        "loreft:rank=4,positions=prompt[:4] + prompt[-4:],sites=attention.{query,value}+lora_plus:ratio=1e+1"
+    )
+    assert arm.method == (
+        "loreft", {"rank": 4, "positions": "prompt[:4] + prompt[-4:]", "sites": "attention.{query,value}"}
+    )  # fmt: skip
+    assert arm.recipes == (("lora_plus", {"ratio": 10.0}),)
+    assert text(arm.recipes[0]) == "lora_plus:ratio=10.0"
+    with pytest.raises(BadOption, match="option=value"):
+        parsed("lora:rank")
+    with pytest.raises(BadOption, match="one recipe"):
+        run(method="lora+mezo+lora_plus")
+
+
+def test_members_are_combined_and_named_in_the_folder(tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        run(tmp_path / name, method="serial_adapter", max_steps=2, seed=seed)
+    members = {"a": tmp_path / "a", "b": tmp_path / "b"}
+    result = run(tmp_path / "both", method="adapter_fusion", max_steps=2, members=members)
+    assert result.steps == 2
+    opens = json.loads((tmp_path / "both" / "veneer.json").read_text())["opens"]
+    assert opens["members"] == {n: str(p) for n, p in members.items()}

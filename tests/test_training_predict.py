@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from training_tiny import opened, saved_bert, saved_llama, sentences, talks
 
 import veneer.engine as engine
+from training_tiny import opened, saved_bert, saved_llama, sentences, talks
 from veneer.errors import BadData, BadFile, BadOption, Unsupported
 from veneer.training import Chat, Predictor, evaluate, generate, predict, stream, train
 
@@ -21,9 +21,17 @@ def classifier(tmp_path_factory):
     """(folder of the adapter, its result): trained on a base that was opened by its spec."""
     place = tmp_path_factory.mktemp("classifier")
     result = train(
-        model=saved_bert(place / "base"), data=opened(300, 32, 16), method="lora", output=place / "run", epochs=8,
-        learning_rate=2e-2, batch_size=8, progress=False, device="cpu", evaluate_on=("validation", "test"),
-    )  # fmt: skip
+        model=saved_bert(place / "base"),
+        data=opened(300, 32, 16),
+        method="lora",
+        output=place / "run",
+        epochs=8,
+        learning_rate=2e-2,
+        batch_size=8,
+        progress=False,
+        device="cpu",
+        evaluate_on=("validation", "test"),
+    )
     return place / "run", result
 
 

@@ -1,11 +1,13 @@
-"""Models with adapters in transformers' Trainer, and recipes and every kind of method in veneer's own loop."""
+"""Adapters in transformers' Trainer; recipes and every kind of method in veneer's own loop."""
+
+from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from training_tiny import CHATML, bert_base, llama, opened, word_tokenizer
 
 import veneer.engine as engine
+from training_tiny import CHATML, bert_base, llama, opened, word_tokenizer
 from veneer.tasks import IGNORED, make_task
 from veneer.tasks._answers import answer_losses, shifted
 from veneer.training import Callback, train
@@ -25,9 +27,17 @@ def trainer(base, tmp_path, callbacks, steps=6):
         return {**batch.inputs, "labels": batch.labels}
 
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=8, learning_rate=1e-2, report_to=[],
-        use_cpu=True, disable_tqdm=True, save_strategy="no", logging_strategy="no", remove_unused_columns=False,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        remove_unused_columns=False,
+    )
     return transformers.Trainer(
         model=base.model, args=arguments, train_dataset=features, data_collator=collate, callbacks=callbacks
     )
@@ -80,11 +90,18 @@ def test_a_constraint_and_what_is_derived_hold_behind_every_step_of_the_loop():
             run.model.train()
 
     train(
-        model=bert_base(), data=opened(), method="loreft", max_steps=5, batch_size=8, learning_rate=1e-2, progress=False,
-        device="cpu", hooks=[Watch()],
-    )  # fmt: skip
+        model=bert_base(),
+        data=opened(),
+        method="loreft",
+        max_steps=5,
+        batch_size=8,
+        learning_rate=1e-2,
+        progress=False,
+        device="cpu",
+        hooks=[Watch()],
+    )
     assert max(errors) < 1e-5
-    assert all(not torch.equal(a, b) for a, b in zip(fresh[:-1], fresh[1:-1]))
+    assert all(not torch.equal(a, b) for a, b in pairwise(fresh[:-1]))
 
 
 METHODS = [
@@ -104,9 +121,15 @@ METHODS = [
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_of_every_port_train_in_the_loop(method):
     result = train(
-        model=bert_base(), data=opened(), method=method, max_steps=5, batch_size=8, learning_rate=1e-2, progress=False,
+        model=bert_base(),
+        data=opened(),
+        method=method,
+        max_steps=5,
+        batch_size=8,
+        learning_rate=1e-2,
+        progress=False,
         device="cpu",
-    )  # fmt: skip
+    )
     assert result.steps == 5
     assert result.trainable_parameters > 66  # more than the fresh head
     assert all(h["loss"] == h["loss"] for h in result.history)
@@ -116,9 +139,15 @@ def test_a_recipe_sets_the_rates_and_survives_a_stop(tmp_path):
     from test_training_loop import Stop, StopAt
 
     options = {
-        "data": opened(), "max_steps": 8, "batch_size": 8, "learning_rate": 1e-3, "progress": False, "device": "cpu",
-        "save_every": 1, "method": "lora+lora_plus:ratio=4",
-    }  # fmt: skip
+        "data": opened(),
+        "max_steps": 8,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "progress": False,
+        "device": "cpu",
+        "save_every": 1,
+        "method": "lora+lora_plus:ratio=4",
+    }
     rates = []
 
     class Watch:
@@ -206,13 +235,26 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_half_precision_of_the_activations_trains():
     result = train(
-        model=bert_base(), data=opened(), method="lora", max_steps=4, batch_size=8, learning_rate=1e-2, progress=False,
-        device="cpu", mixed_precision="bf16",
-    )  # fmt: skip
-    plain = train(
-        model=bert_base(), data=opened(), method="lora", max_steps=4, batch_size=8, learning_rate=1e-2, progress=False,
+        model=bert_base(),
+        data=opened(),
+        method="lora",
+        max_steps=4,
+        batch_size=8,
+        learning_rate=1e-2,
+        progress=False,
         device="cpu",
-    )  # fmt: skip
+        mixed_precision="bf16",
+    )
+    plain = train(
+        model=bert_base(),
+        data=opened(),
+        method="lora",
+        max_steps=4,
+        batch_size=8,
+        learning_rate=1e-2,
+        progress=False,
+        device="cpu",
+    )
     losses, exact = [h["loss"] for h in result.history], [h["loss"] for h in plain.history]
     assert losses == pytest.approx(exact, abs=0.02)
     assert losses != exact

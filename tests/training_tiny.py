@@ -61,9 +61,16 @@ def bert(num_labels=2, tokenizer=None, seed=0, cls="BertForSequenceClassificatio
 
     torch.manual_seed(seed)
     config = transformers.BertConfig(
-        vocab_size=len(tokenizer or WORDS) + 8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64, num_labels=num_labels, hidden_dropout_prob=0.1, **options,
-    )  # fmt: skip
+        vocab_size=len(tokenizer or WORDS) + 8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        num_labels=num_labels,
+        hidden_dropout_prob=0.1,
+        **options,
+    )
     return getattr(transformers, cls)(config).eval()
 
 
@@ -72,9 +79,18 @@ def llama(vocabulary, seed=0, **options):
 
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=256, pad_token_id=0, bos_token_id=2, eos_token_id=3, **options,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        **options,
+    )
     return transformers.LlamaForCausalLM(config).eval()
 
 

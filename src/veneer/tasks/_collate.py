@@ -1,7 +1,9 @@
-"""Padding: from lists of different lengths to tensors, on either side, with the positions that padding asks for.
+"""Padding: from lists of different lengths to tensors, on either side, with the positions that padding asks
+for.
 
-Positions are given to every model that takes them, so that the same tokens are at the same positions wherever the
-padding is. Models that count positions from the padding token themselves (RoBERTa and its like) are left to it.
+Positions are given to every model that takes them, so that the same tokens are at the same positions
+wherever the padding is. Models that count positions from the padding token themselves (RoBERTa and its
+like) are left to it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a task is: how rows become batches, what is minimised, what is predicted, and how well.
 
-A task is a small value (its labels, its longest input), so that an adapter's folder can hold it and another process
-can predict with it. It never holds a model: every function is given one.
+A task is a small value (its labels, its longest input), so that an adapter's folder can hold it and another
+process can predict with it. It never holds a model: every function is given one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Feature = dict[str, Any]  # of one example: its tensors as lists, "item" (the ro
 class Batch:
     """Inputs of one forward, (rows, ...), and what the loss needs beside them.
 
-    weight: how many things the loss is a mean over (rows, or supervised tokens), so that micro-batches add up to
-    exactly the large batch. tokens: real tokens, without padding. items: row numbers.
+    weight: how many things the loss is a mean over (rows, or supervised tokens), so that micro-batches add
+    up to exactly the large batch. tokens: real tokens, without padding. items: row numbers.
     """
 
     inputs: dict[str, Any]
@@ -44,7 +44,9 @@ class Batch:
 
 @dataclass
 class Encoded:
-    """Features of a split. cut: rows longer than max_length. supervised: trained tokens of each row, if counted."""
+    """Features of a split. cut: rows longer than max_length. supervised: trained tokens of each row, if
+    counted.
+    """
 
     features: list[Feature]
     cut: int = 0
@@ -110,11 +112,15 @@ class Task:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         raise NotImplementedError
 
+    def with_labels(self, batch: Batch) -> dict[str, Any]:
+        """Inputs with labels as transformers' models take them, whose output has `.loss`."""
+        return {**batch.inputs, "labels": batch.labels}
+
     def predict(self, model: nn.Module, batch: Batch) -> list[dict[str, Any]]:
         raise NotImplementedError
 
     def joined(self, predictions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One prediction a row, where a row was cut into several features; predictions come sorted by item."""
+        """One prediction a row, where rows were cut into several features; they come sorted by item."""
         return predictions
 
     def metrics(self, predictions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -187,5 +193,7 @@ def task_from_dict(saved: Mapping[str, Any]) -> Task:
     """The task that `to_dict` wrote; options of a newer version that this one does not know are left out."""
     cls = find_task(saved["name"])
     known = {f.name for f in dataclasses.fields(cls)}
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
+    options: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known
+    }
     return cls(**options)

@@ -225,7 +225,9 @@ class Regress(TextTask):
     about="documents in the order of their fit to a query, read together with it",
 )
 class Rank(Regress):
-    """Pointwise: the logit of relevance is trained with labels in [0, 1]; candidates of one query are compared."""
+    """Pointwise: the logit of relevance is trained with labels in [0, 1]; candidates of one query are
+    compared.
+    """
 
     columns = ("query", "document")
 

@@ -1,7 +1,7 @@
 """Metrics: each is one function of labels and predictions, with the direction that is better.
 
-Where a well-kept library computes a metric, it computes it here; the rest is a few lines and a hand value in the
-tests. `METRICS` is the table that names, directions and errors come from.
+Where a well-kept library computes a metric, it computes it here; the rest is a few lines and a hand value
+in the tests. `METRICS` is the table that names, directions and errors come from.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def log_loss(labels: Sequence[int], probabilities: Sequence[Sequence[float]]) ->
 def calibration_error(
     labels: Sequence[int], probabilities: Sequence[Sequence[float]], bins: int = 15
 ) -> float:
-    """Guo et al., 2017, arXiv:1706.04599: bins (k/n, (k+1)/n] of the winning probability, weighted by count."""
+    """Guo et al., 2017, arXiv:1706.04599: bins (k/n, (k+1)/n] of the winning probability, weighted by
+    count.
+    """
     inside: dict[int, list[tuple[float, bool]]] = collections.defaultdict(list)
     for y, p in zip(labels, probabilities):
         best = max(range(len(p)), key=p.__getitem__)

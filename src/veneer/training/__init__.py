@@ -1,7 +1,8 @@
 """Training: one loop, checkpoints that survive a kill, evaluation, and prediction from an adapter's folder.
 
-Public: `train` and `TrainResult`; `predict`, `evaluate`, `generate`, `stream`, `Chat` and the `Predictor` that they
-open; `Hooks`, `Phase` and `Run` for those that take part in training; `Callback` for transformers' Trainer.
+Public: `train` and `TrainResult`; `predict`, `evaluate`, `generate`, `stream`, `Chat` and the `Predictor`
+that they open; `Hooks`, `Phase` and `Run` for those that take part in training; `Callback` for
+transformers' Trainer.
 """
 
 from typing import Any

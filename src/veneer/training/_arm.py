@@ -21,7 +21,9 @@ class Parsed:
 
 
 def parsed(text: str) -> Parsed:
-    """`lora:rank=16,sites=attention.{query,value}+lora_plus`. Quotes and brackets protect commas and plus signs."""
+    """`lora:rank=16,sites=attention.{query,value}+lora_plus`. Quotes and brackets protect commas and plus
+    signs.
+    """
     method, *recipes = (_part(piece.strip(), text) for piece in _pieces(text, "+"))
     return Parsed(method, tuple(recipes))
 
@@ -44,7 +46,7 @@ def _part(piece: str, whole: str) -> Part:
         key, equals, value = given.partition("=")
         if not equals or key.strip() in options:
             raise BadOption(
-                f"the arm {whole!r} cannot be read: {given.strip()!r} is not option=value, or is given twice.",
+                f"the arm {whole!r} cannot be read: {given.strip()!r} is not option=value, or comes twice.",
                 next_step="write method[:option=value,...][+recipe], as in lora:rank=16+lora_plus",
             )
         options[key.strip()] = _value(value.strip())
@@ -52,7 +54,9 @@ def _part(piece: str, whole: str) -> Part:
 
 
 def _pieces(text: str, at: str) -> Iterator[str]:
-    """Pieces between the characters `at` outside of quotes and brackets; a plus in a value has a blank before it."""
+    """Pieces between the characters `at` outside of quotes and brackets; a plus in a value has a blank
+    before it.
+    """
     piece, depth, quote = "", 0, ""
     for c in text:
         if quote:

@@ -16,8 +16,9 @@ SORTED_TOGETHER = 50  # batches whose rows are sorted by length together; more i
 def epoch_batches(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Indices of one epoch in batches, every row once.
 
-    Rows are shuffled, sorted by length within stretches of 50 batches, cut, and the batches shuffled. The last
-    batch of the shuffled rows may be small; it is not dropped, since small data would lose much of itself.
+    Rows are shuffled, sorted by length within stretches of 50 batches, cut, and the batches shuffled. The
+    last batch of the shuffled rows may be small; it is not dropped, since small data would lose much of
+    itself.
     """
     order = generator(seed, "order", epoch)
     shuffled = torch.randperm(len(lengths), generator=order).tolist()

@@ -1,8 +1,9 @@
 """Checkpoints: any moment is a good moment to be killed.
 
-Tensors are in safetensors and all else in JSON; nothing is pickled. A checkpoint is written beside its place, forced
-to the disk, and renamed, so that the folder of a run holds whole checkpoints only; the last good one stays until
-the next is whole. A lock that the system releases keeps a second run out of the folder.
+Tensors are in safetensors and all else in JSON; nothing is pickled. A checkpoint is written beside its
+place, forced to the disk, and renamed, so that the folder of a run holds whole checkpoints only; the last
+good one stays until the next is whole. A lock that the system releases keeps a second run out of the
+folder.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ Packed = tuple[Any, dict[str, Tensor]]
 
 
 def pack(value: Any) -> Packed:
-    """Nested values as (what JSON holds, tensors by key). Takes dicts, lists, tuples, numbers, text, tensors."""
+    """Nested values as (what JSON holds, tensors by key). Takes dicts, lists, tuples, numbers, text,
+    tensors.
+    """
     tensors: dict[str, Tensor] = {}
     return _pack(value, "", tensors), tensors
 

@@ -12,7 +12,8 @@ from veneer.errors import TrainingFailed
 
 
 def first_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """Run `forward` again and name the first module whose output holds NaN or infinity; None if there is none.
+    """Run `forward` again and name the first module whose output holds NaN or infinity; None if there is
+    none.
 
     The first to return is the innermost: a block returns behind what is in it.
     """
@@ -56,8 +57,10 @@ def not_finite(
     )  # fmt: skip
     stays = f"the last good checkpoint stays: {kept}" if kept else "no checkpoint had been written yet"
     return TrainingFailed(
-        f"{what} is not finite at step {step} (training rows {rows}; learning rate {rate:.3g}); {place}; {stays}.",
-        next_step=f"learning_rate={rate / 10:.1g}, more warmup, or mixed_precision=None; then look at those rows",
+        f"{what} is not finite at step {step} (training rows {rows}; learning rate {rate:.3g}); {place}; "
+        f"{stays}.",
+        next_step=f"learning_rate={rate / 10:.1g}, more warmup, or mixed_precision=None; "
+        "then look at those rows",
     )
 
 
@@ -67,8 +70,8 @@ def out_of_memory(
     """The error of a run that needs more memory than there is, with the settings that would help."""
     first = str(error).splitlines()[0][:160]
     ways = [
-        f"accumulate={accumulate * 2} (the same result; activations halve: {batch_size // (accumulate * 2) or 1} "
-        "rows at a time)",
+        f"accumulate={accumulate * 2} (the same result; activations halve: "
+        f"{batch_size // (accumulate * 2) or 1} rows at a time)",
         f"max_length={max(16, length // 2)} (activations halve, attention's part falls to a quarter)",
     ]
     if not checkpointing:

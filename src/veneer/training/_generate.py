@@ -31,15 +31,15 @@ def generate(
 ) -> str:
     """What the model says behind the prompt.
 
-    adapter: a folder, or an open `Predictor`. prompt: a text or messages. temperature 0 takes the likeliest token;
-    above, tokens are drawn from the seed. chat: through the chat template (None: where the adapter was trained on
-    conversations, or the prompt is messages). on_text: is given every piece as it is said.
+    adapter: a folder, or an open `Predictor`. prompt: a text or messages. temperature 0 takes the likeliest
+    token; above, tokens are drawn from the seed. chat: through the chat template (None: where the adapter
+    was trained on conversations, or the prompt is messages). on_text: is given every piece as it is said.
     """
     opened = adapter if isinstance(adapter, Predictor) else Predictor.open(adapter, **opening)
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise BadOption(
-            f"temperature={temperature!r}, top_p={top_p!r}, max_new_tokens={max_new_tokens!r}: expected at least 0, "
-            "above 0 and up to 1, at least 1."
+            f"temperature={temperature!r}, top_p={top_p!r}, max_new_tokens={max_new_tokens!r}: expected "
+            "at least 0, above 0 and up to 1, at least 1."
         )
     ids = _prompt_ids(opened, prompt, chat)
     drawn: dict[str, Any] = {"do_sample": False}

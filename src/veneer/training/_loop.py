@@ -1,7 +1,7 @@
 """The loop: a step is rows, losses, gradients, an update; all that varies stands in hooks, tasks and recipes.
 
-A `Run` is one training at one moment. Everything that decides its future is in `state()`, and everything random in
-step k comes from (seed, k): so a run that was killed and resumed is the run that was not.
+A `Run` is one training at one moment. Everything that decides its future is in `state()`, and everything
+random in step k comes from (seed, k): so a run that was killed and resumed is the run that was not.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from veneer.training._subject import Subject
 from veneer.training.hooks import AllHooks, Phase, carry_state, forget_state
 
 KEPT_IN_HISTORY = 400  # losses that the history keeps, evenly spread
+SAVED_AT_LEAST_EVERY = 600  # seconds, where nobody says how often
 
 
 class Run:
@@ -72,7 +73,7 @@ class Run:
         self.phase = -1
         self.written: str | None = None
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        self._checked = False
+        self._checked, self._saved = False, time.monotonic()
         self.optimizer = self._make_optimizer()
 
     @property
@@ -83,7 +84,7 @@ class Run:
     def device(self) -> Any:
         return self.accelerator.device
 
-    # -- state --------------------------------------------------------------------------------------------------
+    # -- state -------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """All that decides what comes next, as a checkpoint holds it."""
@@ -124,8 +125,8 @@ class Run:
         if count == 0:
             raise TrainingFailed(
                 "there is nothing to train: the active adapter has no parameter that requires a gradient.",
-                next_step="veneer.trainable(model) lists what is trained; a method with sites, or a fresh head, is "
-                "needed",
+                next_step="veneer.trainable(model) lists what is trained; it needs a method with sites, "
+                "or a fresh head",
             )
         if self.recipe is not None:
             return self.recipe.optimizer(groups, self.learning_rate, self.settings.weight_decay)
@@ -143,7 +144,7 @@ class Run:
         if keep:
             carry_state(old, self.optimizer)
 
-    # -- rows ---------------------------------------------------------------------------------------------------
+    # -- rows --------------------------------------------------------------------------------------
 
     def rows_of(self, step: int) -> list[dict[str, Any]]:
         """The features that step `step` trains on."""
@@ -154,14 +155,16 @@ class Run:
         return [self.rows[i] for i in self._epoch[1][at]]
 
     def batches(self, split: str = "train", batch_size: int = 16, limit: int | None = None) -> list[Batch]:
-        """The first rows of a split in batches, for hooks that read data (a Fisher pass, a start from data)."""
+        """The first rows of a split in batches, for hooks that read data (a Fisher pass, a start from
+        data).
+        """
         rows = self.encoded[split].features[:limit]
         return [self.collate(rows[at : at + batch_size]) for at in range(0, len(rows), batch_size)]
 
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return self.task.collate(rows, self.feeder, self.model).to(self.device)
 
-    # -- the loop -----------------------------------------------------------------------------------------------
+    # -- the loop ----------------------------------------------------------------------------------
 
     def train(self) -> None:
         """All steps that are left."""
@@ -288,7 +291,7 @@ class Run:
         if change == "groups_changed":
             self.rebuild_optimizer()
 
-    # -- phases -------------------------------------------------------------------------------------------------
+    # -- phases ------------------------------------------------------------------------------------
 
     def _phases(self) -> list[tuple[int, Phase]]:
         """(first step, phase), the shares brought to one."""
@@ -316,7 +319,7 @@ class Run:
         if leave is not None:
             leave(self)
 
-    # -- behind a step ------------------------------------------------------------------------------------------
+    # -- behind a step -----------------------------------------------------------------------------
 
     def _note(self, loss: float) -> None:
         rate = self.optimizer.param_groups[0]["lr"]
@@ -332,9 +335,11 @@ class Run:
         by_step = s.evaluate_every is not None and (self.step_now % s.evaluate_every == 0 or at_end)
         if by_epoch or by_step:
             self._look()
-        saves = self.step_now % s.save_every == 0 if s.save_every else ends_epoch
+        long_ago = time.monotonic() - self._saved > SAVED_AT_LEAST_EVERY
+        saves = self.step_now % s.save_every == 0 if s.save_every else ends_epoch or long_ago
         if self.checkpoints is not None and (saves or at_end or self.stopped):
             self.written = str(self.checkpoints.write(self.step_now, self.state()))
+            self._saved = time.monotonic()
 
     def _look(self) -> None:
         """Evaluate on the validation rows, and stop where nothing got better for too long."""
@@ -382,7 +387,7 @@ class Run:
 
 
 def _optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """state_dict without what groups carry for the step alone (views of leaves): it is made anew with them."""
+    """state_dict without what groups carry for the step alone (views of leaves): those are made anew."""
     saved = optimizer.state_dict()
     plain = [{k: v for k, v in g.items() if _is_plain(v)} for g in saved["param_groups"]]
     return {**saved, "param_groups": plain}
@@ -398,7 +403,8 @@ def _load_optimizer(optimizer: Any, saved: Any) -> None:
     now = optimizer.param_groups
     if len(saved["param_groups"]) != len(now):
         raise TrainingFailed(
-            f"the checkpoint's optimizer has {len(saved['param_groups'])} groups of parameters, this one has {len(now)}.",
+            f"the checkpoint's optimizer has {len(saved['param_groups'])} groups of parameters, "
+            f"this one has {len(now)}.",
             next_step="give the run another output, to begin it anew",
         )
     groups = [

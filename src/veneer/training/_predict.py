@@ -46,7 +46,8 @@ class Predictor:
         device: Any = None,
         dtype: Any = None,
     ) -> Predictor:
-        """From a folder that `train` wrote. model: another spec, or an open base, in place of the recorded one.
+        """From a folder that `train` wrote. model: another spec, or an open base, in place of the recorded
+        one.
 
         task: for folders that name none (adapters that were saved by hand, or come from elsewhere).
         """
@@ -61,9 +62,14 @@ class Predictor:
             raise BadFile(
                 f"{folder} does not say which base it is for.", next_step="give it: model=SPEC (--model SPEC)"
             )
-        base = _open.open_model(spec, made, tokenizer=tokenizer, seed=0, dtype=dtype, quantise=None)
+        base = _open.open_model(
+            spec, made, tokenizer=tokenizer, seed=0, dtype=dtype or opens.get("dtype"),
+            quantise=opens.get("quantise"),
+        )  # fmt: skip
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         base.model.to(where)
+        for name, place in (opens.get("members") or {}).items():
+            engine.load(base.model, place, name, activate=False)
         adapter = engine.load(base.model, folder)
         base.model.eval()
         feeder = tokenizer if tokenizer is not None else _open.feeder_of(base, made)
@@ -78,7 +84,9 @@ class Predictor:
         return self._predictions(found, batch_size)
 
     def evaluate(self, data: Any, *, split: str = "test", batch_size: int = 64, **options: Any) -> Evaluation:
-        """Predictions and metrics of one split of `data`; labels are those that the adapter was trained with."""
+        """Predictions and metrics of one split of `data`; labels are those that the adapter was trained
+        with.
+        """
         if self.task.labels:
             options.setdefault("labels", list(self.task.labels))
         rows = _open.open_rows(data, self.task.name, **options).splits
@@ -95,8 +103,8 @@ class Predictor:
             self.model, self.task, encoded, self.feeder, batch_size=batch_size, device=self.device
         )
 
-    def _rows(self, rows: Any, options: dict[str, Any]) -> list[Mapping[str, Any]]:
-        if isinstance(rows, str) and (options or _is_data(rows)) or isinstance(rows, Path):
+    def _rows(self, rows: Any, options: dict[str, Any]) -> Sequence[Mapping[str, Any]]:
+        if (isinstance(rows, str) and (options or _is_data(rows))) or isinstance(rows, Path):
             from veneer import data
 
             return data.read(str(rows), task=self.task.name, labelled=False, **options).test

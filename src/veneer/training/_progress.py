@@ -1,4 +1,6 @@
-"""What a person sees while a run goes: one live line in a terminal, plain lines elsewhere, on standard error."""
+"""What a person sees while a run goes: one live line in a terminal, plain lines elsewhere, on standard
+error.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ class Lines(Progress):
         if now - self.last >= self.every or step == self.total:
             self.last = now
             self.note(
-                f"step {step}/{self.total}  loss {loss:.4f}  rate {rate:.2e}  {tokens_per_second:,.0f} tokens/s"
+                f"step {step}/{self.total}  loss {loss:.4f}  rate {rate:.2e}  "
+                f"{tokens_per_second:,.0f} tokens/s"
             )
 
     def note(self, text: str) -> None:

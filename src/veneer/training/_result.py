@@ -17,7 +17,8 @@ class TrainResult:
 
     metrics: {split: {metric: value}}. predictions: {split: [{"item", "score", "prediction", "label",
     "probabilities"}]}, item being the row's number in its split. step_seconds: the median of a step.
-    peak_memory_bytes: of the device, or of the whole process on the CPU. history: losses and evaluations by step.
+    peak_memory_bytes: of the device, or of the whole process on the CPU. history: losses and evaluations by
+    step.
     """
 
     method: str
@@ -43,7 +44,9 @@ class TrainResult:
         return asdict(self)
 
     def write(self, folder: Path) -> None:
-        """result.json, and one predictions-SPLIT.jsonl a split; result.json is last, and says that all is there."""
+        """result.json, and one predictions-SPLIT.jsonl a split; result.json is last, and says that all is
+        there.
+        """
         for split, found in self.predictions.items():
             lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in found)
             write_bytes(folder / f"predictions-{split}.jsonl", lines.encode())
@@ -79,7 +82,8 @@ class TrainResult:
             shown = ", ".join(f"{k} {v:.4f}" for k, v in found.items())
             lines.append(f"  {split:<10} {shown}")
         lines.append(
-            f"  {self.trainable_parameters:,} trained parameters, {self.bytes_on_disk:,} bytes in {self.folder}; "
+            f"  {self.trainable_parameters:,} trained parameters, {self.bytes_on_disk:,} bytes"
+            f"{f' in {self.folder}' if self.folder else ''}; "
             f"{self.step_seconds * 1000:.1f} ms a step, {self.tokens_per_second:,.0f} tokens a second"
         )
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])

@@ -1,6 +1,7 @@
 """The settings of a run: what decides its result, told apart from what does not.
 
-The hash of the former is the run's identity: the same output with the same settings is resumed, with others refused.
+The hash of the former is the run's identity: the same output with the same settings is resumed, with others
+refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ SILENT = ("evaluate_batch_size", "save_every")  # change nothing of the result
 
 @dataclass(frozen=True)
 class Settings:
-    """batch_size: rows of a step; accumulate: into how many parts they are cut (the same result, less memory)."""
+    """batch_size: rows of a step; accumulate: into how many parts they are cut (the same result, less
+    memory).
+    """
 
     learning_rate: float | None = None
     epochs: float = 3

@@ -1,6 +1,7 @@
 """What the loop trains, as the loop sees it: an adapter on a model, without a word about methods.
 
-`Adapted` stands on the engine. Anything with the same functions can be trained: the loop asks for nothing else.
+`Adapted` stands on the engine. Anything with the same functions can be trained: the loop asks for nothing
+else.
 """
 
 from __future__ import annotations
@@ -89,9 +90,11 @@ class Adapted:
 
 
 def mark_changed(parameters: Iterable[Tensor]) -> None:
-    """Count a change of these tensors: torch's fused optimisers write into them and leave the count as it was.
+    """Count a change of these tensors: torch's fused optimisers write into them and leave the count as it
+    was.
 
-    What is derived from leaves is kept as long as their counts stay, so that a missed one would be a stale value.
+    What is derived from leaves is kept as long as their counts stay, so that a missed one would be a stale
+    value.
     """
     for parameter in parameters:
         torch.autograd.graph.increment_version(parameter)

@@ -22,6 +22,7 @@ from veneer.training._subject import Adapted, Subject
 
 STATE = ("adapter", "optimizer", "own", "position")
 ADAPTER = "trained"  # its name on the model
+STATISTICS_ROWS = 256
 
 
 def train(
@@ -37,6 +38,7 @@ def train(
     data_options: Mapping[str, Any] | None = None,
     task_options: Mapping[str, Any] | None = None,
     whole: Sequence[str] = (),
+    members: Mapping[str, str | Path] | None = None,
     hooks: Sequence[Any] = (),
     tokenizer: Any = None,
     dtype: Any = None,
@@ -49,15 +51,16 @@ def train(
 
     model: a spec ("builtin:minilm", a folder, a hub id, ...), a Base, a module, or (module, tokenizer).
     data: a spec, rows by split, or `veneer.data.read`'s Splits. method: an arm
-    (`method[:option=value,...][+recipe]`), a Method, or "untrained". whole: modules that are trained whole, beside
-    fresh ones. data_options, task_options: for `veneer.data.read` and for the task.
-    Settings: learning_rate (None: from the method's range), epochs=3, max_steps, batch_size=16 rows a
-    step, accumulate=1 parts of it, seed, weight_decay=0.01, warmup=0.06 (a part, or steps from 1 on),
-    schedule="linear"|"cosine"|"constant", clip=1.0, gradient_checkpointing, mixed_precision="bf16"|"fp16",
-    early_stopping (looks without gain), evaluate_every and save_every (steps; None: an epoch),
-    evaluate_on=("validation",), evaluate_batch_size.
-    The same call with the same output goes on where a killed one stopped, bit for bit on the CPU, and returns at
-    once where it is finished. Raises TrainingFailed, BadData, UnknownOption, and what bases and methods raise.
+    (`method[:option=value,...][+recipe]`), a Method, or "untrained". whole: modules that are trained whole,
+    beside fresh ones. members: {name: folder} of adapters that the method combines (adapter_fusion).
+    data_options, task_options: for `veneer.data.read` and for the task. Settings: learning_rate (None: from
+    the method's range), epochs=3, max_steps, batch_size=16 rows a step, accumulate=1 parts of it, seed,
+    weight_decay=0.01, warmup=0.06 (a part, or steps from 1 on), schedule="linear"|"cosine"|"constant",
+    clip=1.0, gradient_checkpointing, mixed_precision="bf16"|"fp16", early_stopping (looks without gain),
+    evaluate_every and save_every (steps; None: an epoch), evaluate_on=("validation",), evaluate_batch_size.
+    The same call with the same output goes on where a killed one stopped, bit for bit on the CPU, and
+    returns at once where it is finished. Raises TrainingFailed, BadData, UnknownOption, and what bases and
+    methods raise.
     """
     check_options(settings, also=("task", "output", "method_options", "data_options", "max_length", "device"))
     if "evaluate_on" in settings:
@@ -70,6 +73,7 @@ def train(
     identity = {
         "method": job.method_text, "recipe": job.recipe_text, "base": str(named), "data": rows.digest,
         "task": made_task.to_dict(), "whole": list(whole), "quantise": quantise,
+        "members": {name: str(place) for name, place in (members or {}).items()},
         "dtype": None if dtype is None else str(dtype),
     }  # fmt: skip
     chosen = Settings(**settings, identity=identity)
@@ -78,7 +82,8 @@ def train(
 
     def go() -> TrainResult:
         return _run(
-            job, rows, made_task, chosen, folder, listener, whole=whole, hooks=hooks, device=device,
+            job, rows, made_task, chosen, folder, listener, whole=whole, members=members or {}, hooks=hooks,
+            device=device, opens={"quantise": quantise, "dtype": identity["dtype"]},
             open_base=lambda: _open.open_model(
                 model, made_task, tokenizer=tokenizer, seed=chosen.seed, dtype=dtype, quantise=quantise
             ),
@@ -134,7 +139,9 @@ class Job:
         return recipes.parse(only[0], **only[1]) if isinstance(only, tuple) else recipes.parse(only)
 
     def rate(self, given: float | None, recipe: Any) -> float:
-        """The given rate, or two thirds up the range (of logarithms) that the recipe or the method declares."""
+        """The given rate, or two thirds up the range (of logarithms) that the recipe or the method
+        declares.
+        """
         if given is not None:
             return given
         low, high = getattr(recipe, "rates", None) or getattr(self.method, "facts", _NoFacts).rates
@@ -170,8 +177,10 @@ def _run(
     listener: Progress,
     *,
     whole: Sequence[str],
+    members: Mapping[str, str | Path],
     hooks: Sequence[Any],
     device: Any,
+    opens: Mapping[str, Any],
     open_base: Any,
 ) -> TrainResult:
     recipe = job.recipe()
@@ -197,7 +206,8 @@ def _run(
         for note in notes:
             listener.note(f"note: {note}")
         seed_all(settings.seed, "attach")
-        subject = _attach(base.model, job, [*fresh, *whole], settings.seed)
+        data = _statistics_data(job, task, encoded["train"], feeder, base.model, accelerator.device, notes)
+        subject = _attach(base.model, job, [*fresh, *whole], settings.seed, members, data)
         if settings.gradient_checkpointing:
             _checkpoint_blocks(base.model)
         checkpoints = None if folder is None else Checkpoints(folder)
@@ -213,15 +223,38 @@ def _run(
         _reset_peak(accelerator.device)
         run.train()
         run.take_best()
-        return _finish(run, base, job, rows, folder, notes)
+        described = {**opens, "members": {n: _lasting(str(p)) for n, p in members.items()}}
+        return _finish(run, base, job, rows, folder, notes, described)
 
 
-def _attach(model: torch.nn.Module, job: Job, whole: Sequence[str], seed: int) -> Subject:
+def _attach(
+    model: torch.nn.Module,
+    job: Job,
+    whole: Sequence[str],
+    seed: int,
+    members: Mapping[str, str | Path],
+    data: list[dict[str, Any]] | None,
+) -> Subject:
     from veneer import engine
 
-    options = {"whole": list(whole)} if whole else {}
+    for name, place in members.items():
+        engine.load(model, place, name, activate=False)
+    given = {"whole": list(whole), "of": list(members), "data": data}
+    options: dict[str, Any] = {k: v for k, v in given.items() if v}
     engine.attach(model, job.method, name=ADAPTER, seed=derived(seed, "attach") % 2**31, **options)
     return Adapted(model, ADAPTER)
+
+
+def _statistics_data(
+    job: Job, task: Task, encoded: Any, feeder: Any, model: torch.nn.Module, device: Any, notes: list[str]
+) -> list[dict[str, Any]] | None:
+    """Batches with labels for methods whose start is made from data: the first training rows, at most 256."""
+    if job.method.facts.data != "squared_gradients":
+        return None
+    rows = encoded.features[:STATISTICS_ROWS]
+    notes.append(f"the start of {job.method.key} is made from {len(rows)} training rows")
+    batches = [task.collate(rows[at : at + 16], feeder, model) for at in range(0, len(rows), 16)]
+    return [task.with_labels(batch.to(device)) for batch in batches]
 
 
 def _checkpoint_blocks(model: torch.nn.Module) -> None:
@@ -235,7 +268,13 @@ def _checkpoint_blocks(model: torch.nn.Module) -> None:
 
 
 def _finish(
-    run: Run, base: Any, job: Job, rows: _open.Rows, folder: Path | None, notes: list[str]
+    run: Run,
+    base: Any,
+    job: Job,
+    rows: _open.Rows,
+    folder: Path | None,
+    notes: list[str],
+    opens: Mapping[str, Any],
 ) -> TrainResult:
     """Evaluate, save, and only then say that the run is finished."""
     peak = _peak(run.device)
@@ -244,26 +283,48 @@ def _finish(
     count = sum(p.numel() for p in run.subject.parameters())
     size = 0
     if folder is not None:
-        size = run.subject.save(folder, _described(run, base, job, rows, metrics))
+        size = run.subject.save(folder, _described(run, base, job, rows, metrics, opens))
     result = TrainResult(
-        method=job.method_text + (f"+{job.recipe_text}" if job.recipe_text else ""), task=run.task.name,
-        primary_metric=run.task.primary_metric, metrics=metrics, predictions=predictions,
-        trainable_parameters=count, bytes_on_disk=size, step_seconds=run.median_step_seconds,
-        tokens_per_second=run.tokens / max(run.seconds, 1e-9), peak_memory_bytes=peak,
-        folder="" if folder is None else str(folder), learning_rate=run.learning_rate, steps=run.step_now,
-        seed=run.settings.seed, train_seconds=run.seconds, trained_tokens=run.tokens, history=run.history, notes=notes,
-    )  # fmt: skip
+        method=job.method_text + (f"+{job.recipe_text}" if job.recipe_text else ""),
+        task=run.task.name,
+        primary_metric=run.task.primary_metric,
+        metrics=metrics,
+        predictions=predictions,
+        trainable_parameters=count,
+        bytes_on_disk=size,
+        step_seconds=run.median_step_seconds,
+        tokens_per_second=run.tokens / max(run.seconds, 1e-9),
+        peak_memory_bytes=peak,
+        folder="" if folder is None else str(folder),
+        learning_rate=run.learning_rate,
+        steps=run.step_now,
+        seed=run.settings.seed,
+        train_seconds=run.seconds,
+        trained_tokens=run.tokens,
+        history=run.history,
+        notes=notes,
+    )
     if folder is not None:
         result.write(folder)
         Checkpoints(folder).clear()
     return result
 
 
-def _described(run: Run, base: Any, job: Job, rows: _open.Rows, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _described(
+    run: Run,
+    base: Any,
+    job: Job,
+    rows: _open.Rows,
+    metrics: Mapping[str, Any],
+    opens: Mapping[str, Any],
+) -> dict[str, Any]:
     """What the adapter's folder says beside the adapter, so that another process can predict with it."""
     return {
         "task": run.task.to_dict(),
-        "opens": {"spec": _lasting(base.spec), "name": base.name, "num_labels": run.task.num_labels, "fresh": list(base.fresh)},
+        "opens": {
+            "spec": _lasting(base.spec), "name": base.name, "fresh": list(base.fresh),
+            **{k: v for k, v in opens.items() if v},
+        },
         "training": {
             "steps": run.step_now, "learning_rate": run.learning_rate, "seed": run.settings.seed,
             "data": rows.spec, "recipe": job.recipe_text, "metrics": dict(metrics),
@@ -298,10 +359,25 @@ def _untrained(
         for s in settings.evaluate_on if s in encoded
     }  # fmt: skip
     result = TrainResult(
-        "untrained", task.name, task.primary_metric, {s: task.metrics(p) for s, p in predictions.items()}, predictions,
-        0, 0, 0.0, 0.0, _peak(accelerator.device), "" if folder is None else str(folder), 0.0, 0, settings.seed,
-        0.0, 0, [], notes,
-    )  # fmt: skip
+        "untrained",
+        task.name,
+        task.primary_metric,
+        {s: task.metrics(p) for s, p in predictions.items()},
+        predictions,
+        0,
+        0,
+        0.0,
+        0.0,
+        _peak(accelerator.device),
+        "" if folder is None else str(folder),
+        0.0,
+        0,
+        settings.seed,
+        0.0,
+        0,
+        [],
+        notes,
+    )
     if folder is not None:
         result.write(folder)
     return result

@@ -11,7 +11,8 @@ from veneer.training._subject import mark_changed
 
 
 class Callback(TrainerCallback):
-    """`Trainer(model, ..., callbacks=[Callback()])`: constraints and schedules of methods, gradients checked once.
+    """`Trainer(model, ..., callbacks=[Callback()])`: constraints and schedules of methods, gradients
+    checked once.
 
     The model is the one that carries the adapters. Losses, penalties and saving need no callback.
     """

@@ -1,8 +1,9 @@
 """Hooks: the six places where a method or a recipe may take part in training.
 
-They are the smallest set that covers the known methods: data passes and stages (`phases`), changes of the support
-(`between_steps`), further losses (`loss_terms`), gradients (`on_gradients`), a step of another kind (`step`), and
-tensors that leave the process (`exchange`). Every one is optional; what does nothing need not be written.
+They are the smallest set that covers the known methods: data passes and stages (`phases`), changes of the
+support (`between_steps`), further losses (`loss_terms`), gradients (`on_gradients`), a step of another kind
+(`step`), and tensors that leave the process (`exchange`). Every one is optional; what does nothing need not
+be written.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Change = Literal["unchanged", "support_changed", "groups_changed"]
 
 @dataclass(frozen=True)
 class Phase:
-    """A stage of training. share: its part of the steps. optimizer: "keep" its state, or "rebuild" it at the start.
+    """A stage of training. share: its part of the steps. optimizer: "keep" its state, or "rebuild" it at
+    the start.
 
     enter(run) and exit(run) may read data (`run.batches`), take and rewind snapshots, and change the adapter.
     """
@@ -63,7 +65,9 @@ class Hooks:
         return None
 
     def exchange(self, run: Run, message: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The gradients of the step by number, sent and received: the one way for tensors to leave the process."""
+        """The gradients of the step by number, sent and received: the one way for tensors to leave the
+        process.
+        """
         return message
 
 
@@ -74,7 +78,9 @@ class AllHooks:
     """The hooks of several objects as one. `has` says which names any of them implements."""
 
     def __init__(self, objects: Iterable[Any] = (), methods: Iterable[Any] = ()) -> None:
-        """methods: their `between_steps` is called by the engine, which knows their tensors; the rest is here."""
+        """methods: their `between_steps` is called by the engine, which knows their tensors; the rest is
+        here.
+        """
         self.has: dict[str, list[Any]] = {name: [] for name in NAMES}
         for of, names in ((objects, NAMES), (methods, [n for n in NAMES if n != "between_steps"])):
             for thing in of:
