@@ -141,5 +141,5 @@ class _Finder:
     def _reads_two(self, stack: Stack) -> bool:
         """Whether a block gets a second hidden state from outside (cross-attention)."""
         call = self.first(stack.blocks[0])
-        states = {self.graph.same(v) for v in call.inputs if self.graph.is_data(v)}
+        states = {self.graph.near_value(v) for v in call.inputs if self.graph.is_data(v)}
         return len(states) > 1

@@ -1,0 +1,103 @@
+"""Forecasts: how much memory a training step will need, before anything runs.
+
+An estimate from formulas, not a measurement: what torch and its kernels keep besides is left out, so that a
+forecast is a lower bound that is usually within a third of the truth for transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from veneer.anatomy._types import BaseFacts
+from veneer.errors import BadOption, nearest
+
+# Bytes a trained number costs in optimiser state, by the name of the optimiser.
+OPTIMISERS = {"sgd": 0, "momentum": 4, "adam": 8, "adamw": 8, "adafactor": 1, "adamw-8bit": 2, "lion": 4}
+
+# Hidden states that one block keeps for its backward, in units of (token, width): the input of each norm, of the
+# projections and of the activation. With an inner width of 4: Korthikanti et al., 2022, arXiv:2205.05198, count
+# 34 bytes a token and width in half precision (17 numbers), dropout masks included; 16 without them.
+KEPT_BY_BLOCK = 16.0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step, by what they hold."""
+
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimiser + self.activations + self.logits
+
+    def to_dict(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_human(n)}" for name, n in asdict(self).items() if n)
+        return f"{_human(self.total)} ({parts})"
+
+
+def memory(
+    facts: BaseFacts,
+    n_parameters: int,
+    trainable: int,
+    batch_size: int = 8,
+    length: int = 256,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bytes_of_weights: int | None = None,
+    trained_dtype: torch.dtype = torch.float32,
+    optimiser: str = "adamw",
+    checkpointing: bool = False,
+    heads: int = 0,
+    fused_attention: bool = True,
+    lowest_block: int = 0,
+) -> Memory:
+    """Bytes of a training step of a base with `n_parameters`, of which (or beside which) `trainable` are trained.
+
+    With B rows, L tokens, width d, n blocks from the lowest trained one up, and b bytes a number:
+
+        activations = n B L d b 16            a block keeps about 16 hidden states for its backward
+                    + n B h L^2 b             the scores, where attention is not fused
+        checkpointed: n B L d b + one block
+        logits      = 2 B L vocabulary 4      the logits in float32 and their gradient; causal models only
+
+    `bytes_of_weights` is what the base really takes (quantised forms); else n_parameters times the size of `dtype`.
+    """
+    for name, value in (("n_parameters", n_parameters), ("trainable", trainable), ("batch_size", batch_size), ("length", length)):
+        if value < 0:
+            raise BadOption(f"{name}={value} is negative.", next_step=f"{name}=0 or more")
+    if optimiser not in OPTIMISERS:
+        raise BadOption(f"optimiser={optimiser!r} is not known to the forecast.", nearest=nearest(optimiser, OPTIMISERS))
+    size, trained_size = dtype.itemsize, trained_dtype.itemsize
+    added = trainable if trainable < n_parameters else 0  # full fine-tuning trains the base's own numbers
+    weights = (n_parameters * size if bytes_of_weights is None else bytes_of_weights) + added * trained_size
+    blocks = max(0, sum(len(names) for _, names in facts.blocks) - lowest_block)
+    state = batch_size * length * facts.width * size
+    block = int(KEPT_BY_BLOCK * state)
+    if not fused_attention:
+        block += batch_size * heads * length * length * size
+    activations = blocks * state + block if checkpointing and blocks else blocks * block
+    logits = 2 * batch_size * length * facts.vocabulary * 4 if facts.causal else 0
+    return Memory(
+        weights=weights,
+        gradients=trainable * trained_size,
+        optimiser=trainable * OPTIMISERS[optimiser],
+        activations=activations if trainable else 0,
+        logits=logits,
+    )
+
+
+def _human(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return ""
