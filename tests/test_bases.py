@@ -131,6 +131,15 @@ def test_a_quantised_base_keeps_its_fresh_head_dense_and_answers_nearly_the_same
     assert not torch.equal(base.model(**x).logits, small.model(**x).logits)
 
 
+def test_a_trained_head_stays_dense_in_a_quantised_base_too(bert_folder, tmp_path):
+    trained = open_base(bert_folder, task="classify", num_labels=2, seed=0)
+    trained.model.save_pretrained(tmp_path)
+    small = open_base(tmp_path, task="classify", num_labels=2, quantise="int8")
+    assert small.fresh == []
+    assert torch.equal(small.model.classifier.weight, trained.model.classifier.weight)
+    assert is_quantised(small.model.bert.pooler.dense)
+
+
 def test_a_folder_without_a_tokenizer_gives_none_and_not_an_empty_one(gpt_folder):
     base = open_base(gpt_folder)
     assert type(base.model).__name__ == "GPT2LMHeadModel"

@@ -310,6 +310,7 @@ def test_rows_that_are_too_long_for_the_model_are_found_with_a_tokenizer():
         ({"question": "a", "answer": "b"}, "instruct"),
         ({"source": "a", "target": "b"}, "seq2seq"),
         ({"article": "a", "highlights": "b"}, "seq2seq"),
+        ({"translation": {"en": "a", "pt": "b"}}, "seq2seq"),
     ],
 )
 def test_columns_and_values_tell_the_task(row, task):
@@ -341,6 +342,8 @@ def test_columns_are_mapped_by_a_dict_or_a_line_and_others_stay_beside():
         data.read(rows, columns="text=body")
     with pytest.raises(BadOption, match="names no column"):
         data.read(rows, columns="text")
+    with pytest.raises(UnknownOption, match=r"no option 'colums'(.|\n)*nearest: columns"):
+        data.read(rows, colums="text=body_html")
     with pytest.raises(UnknownName, match="nearest: classify"):
         data.read(rows, columns="text=body_html", task="classfy")
 

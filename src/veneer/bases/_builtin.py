@@ -7,6 +7,7 @@ network. Folders of transformers models are in that library's own form.
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from veneer.errors import MissingPackage, UnknownName, nearest
 
 # Conversions are kept under this number; raise it when a conversion changes what it writes.
 FORM = 1
+LOGGER = logging.getLogger("veneer")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ def builtin_folder(name: str) -> Path:
     """The folder of a builtin, fetched and converted the first time."""
 
     def make(folder: Path) -> None:
+        LOGGER.info("fetching builtin:%s, once", name)
         with quiet():
             builtin(name).make(folder)
 

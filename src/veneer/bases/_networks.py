@@ -91,8 +91,8 @@ def read_marian(data: bytes) -> dict[str, Tensor]:
     """The tensors of a Marian `.bin` file (version 1) in float32, matrices as (out, in).
 
     u64 version, u64 n; n headers of u64 name length, type, dimensions, bytes; names; i32 shapes; u64 padding
-    and that many bytes; contents. Type 0x404 is float32. Type 0x4101 is 8-bit: the values, then a float32 m, and
-    the weight is value / m; all of these but the embedding are stored transposed.
+    and that many bytes; contents. Type 0x404 is float32. Type 0x4101 is 8-bit: the values, then a float32 m,
+    and the weight is value / m; all of these but the embedding are stored transposed.
     """
     version, count = struct.unpack_from("<2Q", data, 0)
     if version != 1:

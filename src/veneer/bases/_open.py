@@ -241,8 +241,12 @@ def _parameters_of(model: nn.Module, keys: list[str]) -> list[str]:
 
 
 def _heads_of(base: Base) -> tuple[str, ...]:
-    """Modules whose parameters are fresh: a head stays in full precision."""
-    return tuple(sorted({name.rsplit(".", 1)[0] for name in base.fresh if "." in name}))
+    """What stays in full precision: modules with fresh parameters, and all that stands beside the body."""
+    heads = {name.rsplit(".", 1)[0] for name in base.fresh if "." in name}
+    body = getattr(base.model, "base_model_prefix", "")
+    if base.kind == "transformers" and hasattr(base.model, body):
+        heads |= {name for name, _ in base.model.named_children() if name != body}
+    return tuple(sorted(heads | {"classifier"}))
 
 
 def _from_timm(

@@ -8,7 +8,7 @@ the bad rows may be set aside; `check` gives the whole list.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from veneer.data._formats import Raw, read_raw, split_name
 from veneer.data._report import DataReport, Problem, bad_data, count_labels, set_aside, spread
 from veneer.data._rows import cleaned, length_of, text_of, tokens_of
 from veneer.data._splits import SPLITS, Splits, cut, near, parse_sizes, sha1
-from veneer.errors import BadData, UnknownName, nearest
+from veneer.errors import BadData, UnknownName, UnknownOption, nearest
 
 Row = dict[str, Any]
 Part = list[tuple[int, Row]]
@@ -60,7 +60,7 @@ def read(spec: Any, *, skip_bad_rows: str | Path | None = None, **options: Any) 
     (longer rows are bad).
     Raises BadData, UnknownName, UnknownOption, MissingPackage.
     """
-    splits = _prepared(spec, Reading(**options))
+    splits = _prepared(spec, _reading(options))
     report = splits.report
     assert report is not None
     problems = report.problems
@@ -84,16 +84,28 @@ def check(spec: Any, task: str | None = None, **options: Any) -> DataReport:
         named = {role: role for role in spec.columns}
         options = {"labels": spec.labels or None, "columns": named, **options}
         spec, task = {s: rows for s, rows in spec.parts.items() if rows}, spec.task
-    report = _prepared(spec, Reading(task=task, **options)).report
+    report = _prepared(spec, _reading({"task": task, **options})).report
     assert report is not None
     return report
+
+
+def _reading(options: dict[str, Any]) -> Reading:
+    known = [field.name for field in fields(Reading)]
+    for name in options:
+        if name not in known:
+            raise UnknownOption(
+                f"reading data has no option {name!r}.",
+                nearest=nearest(name, known),
+                next_step=", ".join(known),
+            )
+    return Reading(**options)
 
 
 def _prepared(spec: Any, how: Reading) -> Splits:
     """Splits of the good rows, and in their report the problems of the others."""
     name = str(spec) if isinstance(spec, (str, Path)) else f"the given {type(spec).__name__}"
     raw = builtin(name.removeprefix("builtin:")) if name.startswith("builtin:") else read_raw(spec)
-    raw = _picked(raw, how.split, name)
+    raw = _unfolded(_picked(raw, how.split, name))
     rows = [row for part in raw.parts.values() for _, row in part]
     if not rows and raw.problems:
         raise bad_data(name, raw.problems)
@@ -144,6 +156,17 @@ def _picked(raw: Raw, split: str | None, name: str) -> Raw:
         )
     notes = [*raw.notes, *(f"the split {part!r} was left out" for part in strange)]
     return replace(raw, parts={p: rows for p, rows in raw.parts.items() if p in SPLITS}, notes=notes)
+
+
+def _unfolded(raw: Raw) -> Raw:
+    """A column `translation` of {language: text} pairs, as many sets have it, becomes source and target."""
+    for part in raw.parts.values():
+        for at, (line, row) in enumerate(part):
+            pair = row.get("translation")
+            if isinstance(pair, dict) and len(pair) == 2 and "source" not in row:
+                rest = {k: v for k, v in row.items() if k != "translation"}
+                part[at] = (line, {**rest, **dict(zip(("source", "target"), pair.values()))})
+    return raw
 
 
 def _roles(raw: Raw, rows: list[Row], how: Reading) -> tuple[str, dict[str, Any]]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from veneer.bases._packages import Package, cached, unpacked
 from veneer.data._formats import Raw
+
+LOGGER = logging.getLogger("veneer")
 
 
 @dataclass(frozen=True)
@@ -35,5 +38,6 @@ class Builtin:
         return f"{first.name.replace('/', '-').lstrip('@')}-{''.join(p.sha256[:8] for p in self.packages)}"
 
     def _fetch(self, folder: Path) -> None:
+        LOGGER.info("fetching builtin:%s, once", self.name)
         for package in self.packages:
             unpacked(package, folder, self.wanted, nested=self.nested)
