@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.edits import At, call
-from veneer.errors import BadOption, Unsupported, nearest
+from veneer.errors import BadOption, Unsupported
 
 from ._frame import Frame, Names, Session, current, entered, local, opened, session_of
 from ._program import Program, SiteOps, banks_of, build_banked, site_tensors
@@ -247,6 +248,11 @@ def _door(base: type) -> dict[str, Any]:
     made: dict[str, Any] = {"forward": forward}
     if hasattr(base, "generate"):
         made["generate"] = _generating(base)
+    if issubclass(base, nn.Sequential):  # a container runs and counts its children, and the host is none of them
+        made["__iter__"] = lambda self: iter(m for n, m in self._modules.items() if n != "veneer")
+        made["__len__"] = lambda self: len(self._modules) - ("veneer" in self._modules)
+    if hasattr(base, "save_pretrained"):
+        made["save_pretrained"] = _saving(base)
     return made
 
 
@@ -596,6 +602,27 @@ def _generating(base: type) -> Any:
     return generate
 
 
+def _saving(base: type) -> Any:
+    plain = base.save_pretrained  # type: ignore[attr-defined]
+
+    @functools.wraps(plain)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """The base under its own keys, and each adapter in a folder of its own under `veneer/`."""
+        from ._store import save
+
+        host = self.__dict__[HOST]
+        own = kwargs.pop("state_dict", None)
+        own = self.state_dict() if own is None else own
+        kwargs["state_dict"] = {k: v for k, v in own.items() if not k.startswith("veneer.")}
+        result = plain(self, save_directory, *args, **kwargs)
+        for name in host.names:
+            if host.adapter(name).prepared:
+                save(self, name, Path(save_directory) / "veneer" / name)
+        return result
+
+    return save_pretrained
+
+
 @torch.no_grad()
 def _open_generation(host: Any, model: Any, session: Session, kwargs: dict) -> dict:
     """Where the prompt is; prompts put on once, not at each step; conditions made once."""
@@ -636,10 +663,6 @@ def _open_generation(host: Any, model: Any, session: Session, kwargs: dict) -> d
                 named = {**longer, **({} if ids is None or facts.encoder_decoder else {"input_ids": ids})}
                 named.pop("position_ids", None)
     return named
-
-
-def option_error(name: str, valid: Sequence[str]) -> BadOption:
-    return BadOption(f"'{name}' is not accepted.", nearest=nearest(name, valid))
 
 
 __all__ = ["enter", "frame_of", "inspect", "penalty_of", "session_for"]

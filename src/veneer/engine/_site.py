@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.edits import Tensors, delta_of
-from veneer.errors import Unsupported
+from veneer.errors import ShapeDiffers, Unsupported
 
 from ._facts import apply, facts, select, tensors_at
 from ._frame import Frame, current, entered, local
@@ -286,6 +286,7 @@ def _replaced(module: nn.Module, ops: list[Op], frame: Frame) -> dict[str, Tenso
         bare = kept if kept is not None else stored(module, site.parameter)
         alone = kept is None and sum(o.site.parameter == site.parameter for o in ops) == 1
         W = cut(bare, site)
+        _check_shape(op, W)
         t = tensors_at(op, frame, None)
         if alone and "weight" in op.method.arguments and not site.experts:
             replaced[site.parameter] = paste(bare, op.method.weight(t, W), site)
@@ -294,6 +295,17 @@ def _replaced(module: nn.Module, ops: list[Op], frame: Frame) -> dict[str, Tenso
         new = cut(start, site) + dense_delta(op.method, t, W, site).to(start.dtype)
         replaced[site.parameter] = paste(start, new, site)
     return replaced
+
+
+def _check_shape(op: Op, W: Tensor) -> None:
+    """The base may have been resized since the adapter came."""
+    site = op.site
+    shape = (site.experts, *site.shape) if site.experts else site.shape
+    if shape and tuple(W.shape) != tuple(shape):
+        raise ShapeDiffers(
+            f"'{site.name}' was {tuple(shape)} when '{op.adapter.name}' was attached, and is {tuple(W.shape)} now.",
+            next_step="resize the base first, then attach or load the adapter",
+        )
 
 
 def dense_delta(method: Any, t: Tensors, W: Tensor, site: Any) -> Tensor:
