@@ -59,6 +59,7 @@ class FakeTrainer:
             ]
         output = Path(output)
         output.mkdir(parents=True, exist_ok=True)
+        (output / "predictions-test.jsonl").write_text("what must not stay in the open")
         (output / "weights.txt").write_text(f"{arm} {seed} {learning_rate} {weights.tolist()}")
         return SimpleNamespace(
             metrics=metrics,

@@ -111,6 +111,15 @@ def test_only_the_best_folder_of_each_arm_stays(finished):
     assert all(name.startswith("seed-") for name in kept)
 
 
+def test_test_predictions_stay_in_no_folder_but_the_sealed_one(finished):
+    result, _ = finished
+    assert not list(result.folder.rglob("predictions-test.jsonl"))
+    assert len(list((result.folder / "sealed").glob("*/*.json"))) == 4 * 6 + 1
+    ledger = (result.folder / "ledger.jsonl").read_text()
+    assert "test-0" not in ledger
+    assert '"prediction"' not in ledger
+
+
 def test_the_table_prints_and_names_the_budget(finished):
     result, _ = finished
     assert "demonstration budget: a screen, no claims" in result.table

@@ -263,10 +263,11 @@ class Forecast:
             f"{self.confirming_runs} to confirm{time}"
         ]
         if self.smallest_findable is not None:
-            points = 100 * self.smallest_findable
+            found = self.smallest_findable
+            points = "none" if found >= 1 else f"{100 * found:.1f} points"
             lines.append(
                 f"smallest effect it can find (power 0.8, {self.contrasts} corrected contrasts, "
-                f"{self.test_items} test items): {points:.1f} points, if runs of one arm differ by "
+                f"{self.test_items} test items): {points}, if runs of one arm differ by "
                 f"{100 * self.assumed.seed_deviation:g} points and two arms disagree on "
                 f"{100 * self.assumed.disagreement:g} % of items"
             )

@@ -21,8 +21,8 @@ def limits_of(summary: Mapping[str, Any]) -> list[str]:
             "order of methods is a screen and no claim."
         )
     found.append(
-        f"That two arms are tied does not make them equal. Differences below about "
-        f"{scale.size(summary['smallest_effect_found'])} are missed more than one time in five; "
+        "That two arms are tied does not make them equal. More than one time in five it misses "
+        f"{scale.missed(summary['smallest_effect_found'])}; "
         f"{scale.size(summary['smallest_effect_of_interest'])} was named as the smallest that matters."
     )
     if summary["items_only"]:

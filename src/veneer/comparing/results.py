@@ -357,7 +357,7 @@ def _publish_best(
     best, fresh = folder / "best", folder / ".best.new"
     shutil.rmtree(fresh, ignore_errors=True)
     if source is not None and source.is_dir():
-        shutil.copytree(source, fresh)
+        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(".lock", "run.json", "checkpoint*"))
     else:
         fresh.mkdir(parents=True)
     note = {"design": summary["design"], "claim": summary["claim"], **summary["recommendation"]}

@@ -121,13 +121,14 @@ class TrainingRunner:
 
     def constant_guess(self, splits: tuple[str, ...], output: Path) -> Any:
         """The majority class of the training rows, their shares as probabilities; for numbers the mean."""
-        labels = [row["label"] for row in self.data.train]
-        predictions = {}
-        for split in splits:
-            rows = getattr(self.data, split)
-            predictions[split] = [
-                {"item": number, **self._guess(labels, row["label"])} for number, row in enumerate(rows)
+        labels = [self._label(row) for row in self.data.train]
+        predictions = {
+            split: [
+                {"item": number, **self._guess(labels, self._label(row))}
+                for number, row in enumerate(getattr(self.data, split))
             ]
+            for split in splits
+        }
         return SimpleNamespace(
             metrics={split: self.task.metrics(found) for split, found in predictions.items()},
             predictions=predictions,
@@ -138,6 +139,10 @@ class TrainingRunner:
             peak_memory_bytes=None,
             folder=output,
         )
+
+    def _label(self, row: Mapping[str, Any]) -> Any:
+        """The number to predict, or the index of the class."""
+        return float(row["label"]) if self.task.name == "regress" else self.task.index_of(row["label"])
 
     def _guess(self, labels: list[Any], label: Any) -> dict[str, Any]:
         if self.task.name == "regress":

@@ -20,7 +20,16 @@ from typing import Any, Protocol
 from veneer.comparing.arms import Arm
 from veneer.comparing.design import Comparison, canonical_json, duration
 from veneer.comparing.ledger import Ledger, write_atomic
-from veneer.errors import BadData, TrainingFailed, VeneerError
+from veneer.errors import (
+    BadData,
+    BadOption,
+    NoSiteFound,
+    NotPrepared,
+    TrainingFailed,
+    UnknownOption,
+    Unsupported,
+    VeneerError,
+)
 
 COSTS = ("trainable_parameters", "bytes_on_disk", "peak_memory_bytes", "step_seconds", "tokens_per_second")
 
@@ -117,6 +126,7 @@ class Runs:
         if stage == "tune":
             shutil.rmtree(output, ignore_errors=True)
         else:
+            _forget_test(output)
             self._keep_best(arm)
         self._report(line)
         return line
@@ -206,6 +216,12 @@ class Runs:
         )
 
 
+def _forget_test(folder: Path) -> None:
+    """Take out what a trainer wrote of its evaluation: test scores are in the sealed file alone."""
+    for path in (*folder.glob("predictions-*.jsonl"), folder / "result.json"):
+        path.unlink(missing_ok=True)
+
+
 def _reason(error: Exception) -> str:
     first = str(error).split("\n")[0]
     return first if isinstance(error, VeneerError) else f"{type(error).__name__}: {first}"
@@ -218,9 +234,8 @@ def _status(error: Exception) -> str:
         return "diverged"
     if isinstance(error, TrainingFailed):
         return "diverged" if "finite" in text or "nan" in text.split() else "failed"
-    if isinstance(error, VeneerError):
-        return "not_applicable"
-    return "failed"
+    never = (Unsupported, NoSiteFound, NotPrepared, BadOption, UnknownOption)
+    return "not_applicable" if isinstance(error, never) else "failed"
 
 
 def _item_line(line: Mapping[str, Any], arm: Arm) -> dict[str, Any]:

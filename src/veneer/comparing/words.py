@@ -38,6 +38,12 @@ class Scale:
         """The size of a difference, with its unit."""
         return f"{100 * abs(difference):.1f} points" if self.is_share else f"{abs(difference):.3g}"
 
+    def missed(self, difference: float) -> str:
+        """What a design misses that finds no less than `difference`."""
+        if self.is_share and difference >= 1:
+            return "any difference"
+        return f"differences below about {self.size(difference)}"
+
     @property
     def unit(self) -> str:
         return f"{self.metric.replace('_', ' ')}, %" if self.is_share else self.metric.replace("_", " ")
@@ -72,9 +78,7 @@ def conclusion(
             f"{best.arm} has the highest mean, {scale.value(scale.sign * best.interval.estimate)}{percent}."
         )
     over = f"{analysis.items} test items and {analysis.seeds} seed{'s' if analysis.seeds != 1 else ''}"
-    second = (
-        f"With {over}, differences below about {scale.size(analysis.smallest_found)} would usually be missed."
-    )
+    second = f"With {over}, {scale.missed(analysis.smallest_found)} would usually be missed."
     if analysis.seeds == 1:
         second += " One seed: how much a repeated run would differ is unknown."
     third = f" {DEMO[0].upper()}{DEMO[1:]}." if is_demo else ""
