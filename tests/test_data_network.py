@@ -56,7 +56,7 @@ def test_a_set_has_its_task_its_counts_and_nothing_wrong(name):
 
 @pytest.mark.parametrize("name", ["movie-sentences", "dialog", "brown", "quran-en-bn", "amp"])
 def test_no_text_is_in_two_splits(name):
-    from veneer.data._rows import text_of
+    from veneer.data._measures import text_of
     from veneer.data._splits import near
 
     splits = opened(name)

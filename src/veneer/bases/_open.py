@@ -8,7 +8,6 @@ one.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from torch import nn
 from veneer.bases._base import Base
 from veneer.bases._builtin import BUILTINS, builtin, builtin_folder
 from veneer.bases._convert import gguf_options, quiet
+from veneer.bases._others import from_function, from_timm
 from veneer.errors import (
     BadFile,
     BadOption,
-    MissingPackage,
     UnknownName,
     VeneerError,
     missing_package,
@@ -113,9 +112,9 @@ def _by_kind(
         base.notes.extend(row.notes)
         return base
     if prefix == "timm":
-        return _from_timm(spec, rest, task, num_labels, options)
+        return from_timm(spec, rest, task, num_labels, options)
     if prefix == "module":
-        return _from_function(spec, rest, task, options)
+        return from_function(spec, rest, task, options)
     path = Path(spec).expanduser()
     if spec.endswith(".gguf"):
         if not path.is_file():
@@ -247,62 +246,6 @@ def _heads_of(base: Base) -> tuple[str, ...]:
     if base.kind == "transformers" and hasattr(base.model, body):
         heads |= {name for name, _ in base.model.named_children() if name != body}
     return tuple(sorted(heads | {"classifier"}))
-
-
-def _from_timm(
-    spec: str, name: str, task: str | None, num_labels: int | None, options: dict[str, Any]
-) -> Base:
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingPackage(
-            f"opening {spec!r} needs the package 'timm', which is not installed.",
-            next_step="pip install timm",
-        ) from error
-    except Exception as error:  # torchvision wheels that do not fit this torch fail with their own errors
-        raise VeneerError(
-            f"timm is installed but does not import: {error}",
-            next_step="a torchvision wheel of the same build as torch (both CPU, or both CUDA)",
-        ) from error
-    if not timm.is_model(name):
-        raise UnknownName(f"timm has no model {name!r}.", nearest=nearest(name, timm.list_models()))
-    if num_labels is not None:
-        options = {"num_classes": num_labels, **options}
-    options = {"pretrained": True, **options}
-    try:
-        model = timm.create_model(name, **options)
-    except Exception as error:
-        raise VeneerError(
-            f"timm could not open {name!r}: {error}",
-            next_step="pretrained=False opens it with random weights",
-        ) from error
-    fresh = [] if options["pretrained"] else [n for n, _ in model.named_parameters()]
-    return Base(model, name, spec, "timm", task=task, fresh=fresh)
-
-
-def _from_function(spec: str, rest: str, task: str | None, options: dict[str, Any]) -> Base:
-    """module:path.py:function -> the model, or (model, tokenizer), that the user's function returns."""
-    file, _, function = rest.rpartition(":")
-    path = Path(file).expanduser()
-    if not file or not path.is_file():
-        raise BadFile(f"{spec!r} names no Python file; expected module:path.py:function.")
-    loaded = importlib.util.spec_from_file_location(f"veneer_user_{path.stem}", path)
-    assert loaded is not None
-    assert loaded.loader is not None
-    module = importlib.util.module_from_spec(loaded)
-    loaded.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise UnknownName(
-            f"{path.name} has no function {function!r}.", nearest=nearest(function, names) or names
-        )
-    made = getattr(module, function)(**options)
-    model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
-        raise BadOption(
-            f"{spec!r} returned {type(made).__name__}; expected a torch.nn.Module or (module, tokenizer)."
-        )
-    return Base(model, f"{path.stem}:{function}", spec, "function", tokenizer=tokenizer, task=task)
 
 
 def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from veneer.bases._packages import Package, cached, unpacked
 from veneer.data._formats import Raw
@@ -41,3 +42,22 @@ class Builtin:
         LOGGER.info("fetching builtin:%s, once", self.name)
         for package in self.packages:
             unpacked(package, folder, self.wanted, nested=self.nested)
+
+
+def class_rows(rows: list[dict[str, Any]], labels: list[str], size: int, group: str | None = None) -> Raw:
+    """Rows of text and label, `size` of them for validation and as many for the test."""
+    return Raw(
+        {"": list(enumerate(rows, 1))}, columns={"text": "text", "label": "label"}, task="classify",
+        labels={"label": labels}, group=group, sizes={"validation": size, "test": size},
+    )  # fmt: skip
+
+
+def translations(rows: list[dict[str, Any]], group: str | None, size: int) -> Raw:
+    """Rows of source and target, `size` of them for validation and as many for the test."""
+    columns = {"source": "source", "target": "target"}
+    sizes: dict[str, float] = {"validation": size, "test": size}
+    return Raw({"": list(enumerate(rows, 1))}, columns=columns, task="seq2seq", group=group, sizes=sizes)
+
+
+def ends_with(*endings: str) -> Callable[[str], bool]:
+    return lambda path: path.endswith(endings)
