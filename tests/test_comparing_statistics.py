@@ -177,6 +177,19 @@ def test_groups_are_runs_of_arms_that_no_pair_of_which_is_separable():
     }
 
 
+def test_where_nothing_beats_the_untrained_base_the_conclusion_says_so():
+    from veneer.comparing.words import Scale, conclusion
+
+    scores = made([1.0, 1.0])
+    names = {"arm0": "untrained", "arm1": "lora"}
+    renamed = Scores(
+        {names[n]: of for n, of in scores.of.items()}, dict.fromkeys(names.values(), (1,) * 6), scores.items
+    )
+    costs = {"untrained": {"trainable_parameters": 0}, "lora": {"trainable_parameters": 9}}
+    said = conclusion(analyse(renamed, costs), Scale("accuracy", 1.0, True), costs, False)
+    assert said.startswith("Nothing that was tried is shown to be better than the untrained base")
+
+
 def test_planned_contrasts_are_corrected_for_their_own_number_alone():
     scores = made([0.5, 1.0, 1.2, 1.1])
     planned = analyse(scores, COSTS, [("arm1", "arm0")])

@@ -64,7 +64,12 @@ def conclusion(
     price = "" if trained is None else f" with {count(trained)} trained parameters"
     tied = [arm.arm for arm in analysis.arms if arm.tied_with_best]
     best = analysis.arm(analysis.best)
-    if len(tied) == 1:
+    if chosen.arm == "untrained":
+        first = f"Nothing that was tried is shown to be better than the untrained base: {result}. "
+        first += (
+            f"{best.arm} has the highest mean, {scale.value(scale.sign * best.interval.estimate)}{percent}."
+        )
+    elif len(tied) == 1:
         first = f"{chosen.arm} is better than all others: {result}{price}."
     elif chosen.arm == best.arm:
         first = (
