@@ -1,0 +1,247 @@
+"""A converter: what one type of HF PEFT is here. Its fields, its options, its tensors, in both directions.
+
+A new type is one class with `@converter`: a table of fields, `options` (config -> hyperparameters), `take` (file
+tensors -> a site's tensors) and their inverses `fields_of` and `give`. Reading and writing, the modules that are
+trained whole, missing and unexpected tensors are the same for all and live in `peft`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.anatomy import Anatomy, Site
+from veneer.engine import Adapter, Host
+from veneer.engine._plan import Plan, SitePlan
+from veneer.errors import ShapeDiffers, Unsupported
+
+from . import _targets
+from ._config import TARGETS, Config, Field
+
+PREFIX = "base_model.model."
+
+
+class _Missed(Exception):
+    """A tensor is missing or has another shape; what it was for is left out, and the rest is looked at."""
+
+
+class Tensorfile:
+    """The file's tensors, each taken once. What is missing, of another shape, or left over is told together."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], what: str) -> None:
+        self._left, self._what = dict(tensors), what
+        self.missing: list[str] = []
+        self.wrong: list[str] = []
+        self.taken = 0
+
+    def has(self, key: str) -> bool:
+        return key in self._left
+
+    def keys(self) -> list[str]:
+        return list(self._left)
+
+    def pop(self, key: str) -> Tensor | None:
+        return self._left.pop(key, None)
+
+    def take(self, key: str, *shapes: tuple[int, ...]) -> Tensor:
+        """The tensor of this name, of one of these shapes."""
+        value = self._left.pop(key, None)
+        if value is None:
+            self.missing.append(key)
+            raise _Missed
+        self.taken += 1
+        if tuple(value.shape) not in shapes:
+            expected = " or ".join(map(str, shapes))
+            self.wrong.append(f"'{key}' is {tuple(value.shape)}, expected {expected}")
+            raise _Missed
+        return value
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Inside, a tensor that is not as it should be ends the block, not the reading."""
+        try:
+            yield
+        except _Missed:
+            pass
+
+    def check(self, base: str) -> None:
+        """Raise ShapeDiffers with everything that does not fit."""
+        if not (self.missing or self.wrong or self._left):
+            return
+        lines = [f"missing '{k}'" for k in self.missing[:3]]
+        lines += [f"unexpected '{k}'" for k in sorted(self._left)[:3]] + self.wrong[:3]
+        raise ShapeDiffers(
+            f"{self._what} does not fit this {base}: {len(self.missing)} tensors are missing, {len(self._left)} are "
+            f"unexpected, {len(self.wrong)} have another shape: {'; '.join(lines)}.",
+            next_step="load it on the base, and with the config, that it was trained with",
+        )
+
+
+@dataclass
+class Reading:
+    """One folder on its way in."""
+
+    model: nn.Module
+    host: Host
+    config: Config
+    file: Tensorfile
+    nested: dict[tuple[str, str], str] = field(
+        default_factory=dict
+    )  # edited parameters without a module of their own
+    rows: dict[str, list[int]] = field(default_factory=dict)  # module -> rows of it that were trained
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return self.host.anatomy
+
+
+@dataclass
+class Request:
+    """What `attach` is asked for: a method, its options, and those of the engine."""
+
+    method: str
+    options: dict[str, Any]
+    places: set[tuple[str, str]] = field(
+        default_factory=set
+    )  # (module, parameter): edited, no more and no fewer
+    total_steps: int | None = None
+    rows: dict[str, list[int]] = field(default_factory=dict)
+
+
+@dataclass
+class Writing:
+    """One adapter on its way out."""
+
+    host: Host
+    adapter: Adapter
+    options: dict[str, Any]  # of the call
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def plan(self) -> Plan:
+        return self.adapter.plan
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def values(self) -> list[dict[str, Tensor]]:
+        """For each site plan: its tensors by name, cut to their declared shapes."""
+        found = {**self.adapter.named(), **self.adapter.frozen(self.host.shared)}
+        out = []
+        for sp, keys in zip(self.plan.sites, self.plan.keys):
+            mine = {}
+            for name, key in keys.items():
+                value, shape = found[key], sp.specs[name].shape
+                if sp.specs[name].scope != "site" and tuple(value.shape) != shape:
+                    value = value[tuple(slice(0, n) for n in shape)]
+                mine[name] = value
+            out.append(mine)
+        return out
+
+
+class Converter:
+    """Base of all converters; the defaults serve weight edits that are named by target_modules."""
+
+    peft_type = ""
+    methods: tuple[str, ...] = ()  # veneer's keys
+    kinds: tuple[str, ...] = ("linear", "conv1d")  # of site, that HF PEFT can hold this type at
+    fields: Mapping[str, Field] = TARGETS
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def request(self, job: Reading) -> Request:
+        """Config -> what to attach."""
+        modules = _targets.target_modules(job.model, job.anatomy, job.config)
+        if job.config["target_modules"] is None:
+            modules = self.modules_in(job)
+        self.check_sites(job, modules)
+        options = self.options(job)
+        options["sites"] = _targets.selector(job.anatomy, modules, job.config["target_modules"])
+        return Request(self.methods[0], options, {(m, "weight") for m in modules})
+
+    def options(self, job: Reading) -> dict[str, Any]:
+        """Config -> hyperparameters of the method."""
+        raise NotImplementedError
+
+    def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
+        """File tensors -> the site's tensors, by the names of the method. prefix: "base_model.model.a.b."."""
+        raise NotImplementedError
+
+    def modules_in(self, job: Reading) -> list[str]:
+        """The modules that the file's tensors name, for a config that does not say its targets."""
+        names = {k.removeprefix(PREFIX) for k in job.file.keys() if k.startswith(PREFIX)}
+        return [m for m in job.anatomy.module_names if any(n.startswith(m + "." + self.stem) for n in names)]
+
+    stem = "lora_"  # what the type's tensors are called
+
+    def check_sites(self, job: Reading, modules: list[str]) -> None:
+        known = {s.module: s for s in job.anatomy.whole_sites() if s.parameter == "weight"}
+        for name in modules:
+            site = known.get(name)
+            if site is None or site.kind not in self.kinds:
+                what = f"of kind '{site.kind}'" if site else f"a {type(job.host.module(name)).__name__}"
+                raise Unsupported(
+                    f"{self.peft_type} edits '{name}', which is {what}; veneer reads it at {', '.join(self.kinds)}.",
+                    next_step="veneer anatomy MODEL    shows every module that can be edited",
+                )
+
+    # -- writing ------------------------------------------------------------------------------------------------
+
+    def write(self, job: Writing) -> dict[str, Any]:
+        """Fill job.tensors; return the config's own fields, those at HF PEFT's default left out."""
+        raise NotImplementedError
+
+
+_CONVERTERS: dict[str, Converter] = {}
+
+
+def converter(cls: type[Converter]) -> type[Converter]:
+    """Register a converter by its type; a later one of the same type replaces it."""
+    _CONVERTERS[cls.peft_type] = cls()
+    return cls
+
+
+def converters() -> dict[str, Converter]:
+    """Type of HF PEFT -> its converter."""
+    from . import _context, _lora, _weights  # noqa: F401  # they register themselves
+
+    return dict(_CONVERTERS)
+
+
+def writer_for(key: str) -> Converter:
+    """The converter that writes a method. Raises Unsupported with the methods that can be written."""
+    found = {m: c for c in converters().values() for m in c.methods}
+    if key not in found:
+        raise Unsupported(
+            f"HF PEFT has no form for '{key}' that veneer writes.",
+            nearest=sorted(found),
+            next_step="veneer.save(model, name, folder)    keeps veneer's own form",
+        )
+    return found[key]
+
+
+def beside_default(fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields whose value says something."""
+    return {k: v for k, v in values.items() if k not in fields or v != fields[k].default}
+
+
+def whole(site: Site, host: Host, part: Tensor, fill: float = 0.0) -> Tensor:
+    """Rows of a fused projection put where they belong in all of its rows: (n, ...) -> (all, ...)."""
+    if not site.ranges:
+        return part
+    from veneer.engine._weights import features
+
+    rows = next(
+        s.n_out
+        for s in host.anatomy.whole_sites()
+        if (s.module, s.parameter) == (site.module, site.parameter)
+    )
+    out = torch.full((rows, *part.shape[1:]), fill, dtype=part.dtype, device=part.device)
+    return out.index_copy(0, features(site, part.device), part)
