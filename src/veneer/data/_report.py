@@ -125,7 +125,7 @@ def bad_data(spec: str, problems: list[Problem]) -> BadData:
         f"{spec} has {count:,} row{'s' * (count != 1)} that cannot be trained on:",
         *_problem_lines(problems),
     ]
-    steps = [REMEDIES[kind] for kind in kinds if kind in REMEDIES][:2]
+    steps = list(dict.fromkeys(REMEDIES[kind] for kind in kinds if kind in REMEDIES))[:2]
     return BadData(
         "\n".join(what),
         next_step="; or ".join([*steps, "--skip-bad-rows FILE sets them aside there and goes on"]),
