@@ -42,6 +42,9 @@ def test_2_parametrized_modules_see_the_edited_weight(normalise):
     before = model(x)
     add(model, "full", "a", sites=["0"], size=0.1)
     edited = model(x)
+    W = dict(veneer.trainable(model).items())["a.0/W"]
+    linear = nn.functional.linear(x, W, model[0].bias)
+    torch.testing.assert_close(edited, model[2](linear.relu()))
     assert (edited - before).abs().max() > 1e-3
     veneer.detach(model, "a")
     assert torch.equal(model(x), before)

@@ -269,7 +269,7 @@ def enter(
     if torch.compiler.is_compiling():
         # Names would be guarded one by one; slots are tensors, so one graph serves every switch.
         banks = host.banks if session is None or session.banks is None else session.banks
-        rows, program = (), build_banked(host, banks or (), module.training)
+        rows, program = (), build_banked(host, banks or (), total, module.training)
         return _run(host, module, run, names, Frame(host, program, session), named, extra, total, rows, args, kwargs)
     rows = host.rows_for(session, total)
     if module.training:

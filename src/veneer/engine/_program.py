@@ -147,8 +147,8 @@ def banks_of(host: Any, rows: Any) -> list[tuple[list[str], Tensor]]:
     return banks
 
 
-def build_banked(host: Any, banks: Sequence[tuple[list[str], Tensor]], training: bool) -> Program:
-    """The program in the banked form: all rows run, and `live` chooses."""
+def build_banked(host: Any, banks: Sequence[tuple[list[str], Tensor]], total: int, training: bool) -> Program:
+    """The program in the banked form: all `total` rows run, and `live` chooses."""
     program: Program = {}
     levels = max([0, *[slots.shape[0] for _, slots in banks]])
     read = []
@@ -158,6 +158,7 @@ def build_banked(host: Any, banks: Sequence[tuple[list[str], Tensor]], training:
     for level in range(levels):
         for adapters, tensors, slots in read:
             mine = slots[level]
+            mine = mine.expand(total) if mine.shape[0] == 1 else mine.repeat_interleave(total // mine.shape[0])
             for i, sp in enumerate(adapters[0].plan.sites):
                 if _broadcasts_at(sp):
                     t = gather([t[i] for t in tensors], (mine - 1).clamp(min=0))

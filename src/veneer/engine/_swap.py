@@ -121,8 +121,7 @@ def twin(module: nn.Module, replaced: dict[str, Tensor | None]) -> nn.Module:
     """
     base = plain_class(module)
     if parametrize.is_parametrized(module):
-        base = parametrize.type_before_parametrizations(module)
-        base = getattr(base, PLAIN, base)
+        base = base.__bases__[0]  # torch puts the parametrized class right above the plain one
     made = object.__new__(base)
     state = dict(module.__dict__)
     own = {k: v for k, v in replaced.items() if "." not in k}
