@@ -7,11 +7,11 @@ import time
 
 import pytest
 import torch
-from anatomy_tools import output, projections, randomise, rename, rows, seen_by
 from torch import nn
-from zoo import zoo
 
+from anatomy_tools import output, projections, randomise, rename, rows, seen_by
 from veneer.anatomy import Anatomy, Site, read
+from zoo import zoo
 
 ZOO = zoo()
 _CACHE: dict[str, tuple] = {}
@@ -113,7 +113,19 @@ def _roles(anatomy: Anatomy, old: dict[str, str]) -> list[tuple]:
         return old.get(new, new)
 
     return [
-        (s.role, name(s.module), s.ranges, s.shape, s.block, s.stack, name(s.source), name(s.norm), s.heads, s.kv_heads, s.causal)
+        (
+            s.role,
+            name(s.module),
+            s.ranges,
+            s.shape,
+            s.block,
+            s.stack,
+            name(s.source),
+            name(s.norm),
+            s.heads,
+            s.kv_heads,
+            s.causal,
+        )
         for s in anatomy.sites
     ]
 
@@ -187,7 +199,11 @@ def test_a_sublayer_site_gives_what_is_added_to_the_stream(family):
         handles, caught = [], []
         for site in [s for s in subs if s.stack == stack]:
             handles.append(model.get_submodule(site.module).register_forward_hook(_zero))
-        handles.append(model.get_submodule(block).register_forward_hook(lambda m, a, kw, o: caught.append((a, kw, o)), with_kwargs=True))
+        handles.append(
+            model.get_submodule(block).register_forward_hook(
+                lambda m, a, kw, o: caught.append((a, kw, o)), with_kwargs=True
+            )
+        )
         try:
             with torch.no_grad():
                 model(**arguments)
@@ -210,7 +226,13 @@ def test_widths_and_shapes_are_those_of_the_forward(family):
 
     def keep(name):
         def hook(module, args, out):
-            first = out[0] if isinstance(out, tuple | list) else next(iter(out.values())) if isinstance(out, dict) else out
+            first = (
+                out[0]
+                if isinstance(out, tuple | list)
+                else next(iter(out.values()))
+                if isinstance(out, dict)
+                else out
+            )
             seen.setdefault(name, first.shape)
 
         return hook
@@ -221,7 +243,12 @@ def test_widths_and_shapes_are_those_of_the_forward(family):
     for handle in handles:
         handle.remove()
     for site in anatomy.sites:
-        if site.module in seen and not site.ranges and site.kind not in ("recurrent", "parameter", "experts") and site.role != "norm":
+        if (
+            site.module in seen
+            and not site.ranges
+            and site.kind not in ("recurrent", "parameter", "experts")
+            and site.role != "norm"
+        ):
             shape = seen[site.module]
             assert site.width in (shape[-1], shape[1]), site.name
         if site.parameter and site.kind in ("linear", "conv1d"):
@@ -237,7 +264,11 @@ def by_name(family: str) -> dict[str, Site]:
 
 def test_fused_projections_are_split_into_their_rows():
     gpt2 = by_name("gpt2")
-    assert [gpt2[f"block.1.attention.{r}"].ranges for r in ("query", "key", "value")] == [((0, 32),), ((32, 64),), ((64, 96),)]
+    assert [gpt2[f"block.1.attention.{r}"].ranges for r in ("query", "key", "value")] == [
+        ((0, 32),),
+        ((32, 64),),
+        ((64, 96),),
+    ]
     assert gpt2["block.0.attention.query"].transposed
     assert gpt2["block.0.attention.query"].shape == (32, 32)
     neox = by_name("gpt_neox")  # each head has its query, key and value beside one another
@@ -254,7 +285,13 @@ def test_fused_projections_are_split_into_their_rows():
 def test_experts_are_matrices_with_a_leading_axis():
     sites = by_name("mixtral")
     up, gate, down = (sites[f"block.0.expert.{r}"] for r in ("up", "gate", "down"))
-    assert (up.kind, up.parameter, up.experts, up.shape, up.ranges) == ("experts", "gate_up_proj", 4, (48, 32), ((48, 96),))
+    assert (up.kind, up.parameter, up.experts, up.shape, up.ranges) == (
+        "experts",
+        "gate_up_proj",
+        4,
+        (48, 32),
+        ((48, 96),),
+    )
     assert gate.ranges == ((0, 48),)
     assert (down.shape, down.transposed) == ((32, 48), False)
     assert sites["block.0.router"].shape == (4, 32)
@@ -264,8 +301,15 @@ def test_bert_has_its_sublayers_in_two_modules():
     sites = by_name("bert")
     attention, mlp = sites["block.0.attention"], sites["block.0.mlp"]
     layer = "bert.encoder.layer.0"
-    assert (attention.module, attention.source) == (f"{layer}.attention.output.dense", f"{layer}.attention.self")
-    assert (mlp.module, mlp.source, mlp.norm) == (f"{layer}.output.dense", f"{layer}.intermediate", f"{layer}.output.LayerNorm")
+    assert (attention.module, attention.source) == (
+        f"{layer}.attention.output.dense",
+        f"{layer}.attention.self",
+    )
+    assert (mlp.module, mlp.source, mlp.norm) == (
+        f"{layer}.output.dense",
+        f"{layer}.intermediate",
+        f"{layer}.output.LayerNorm",
+    )
     assert dict(attention.options)["core"] == f"{layer}.attention.self"
 
 
@@ -295,7 +339,13 @@ def test_heads_masks_and_cross_attention_are_read_off_the_call():
 )
 def test_facts_of_the_whole(family, causal, positions, place, class_token, head):
     f = made(family)[2].facts
-    assert (f.causal, f.positions, f.norm_place, f.class_token, f.head) == (causal, positions, place, class_token, head)
+    assert (f.causal, f.positions, f.norm_place, f.class_token, f.head) == (
+        causal,
+        positions,
+        place,
+        class_token,
+        head,
+    )
 
 
 def test_ends_of_the_stacks():
@@ -305,15 +355,28 @@ def test_ends_of_the_stacks():
     assert t5.encoder_decoder
     assert ("shared.weight", "lm_head.weight") in t5.tied
     bert = made("bert")[2].facts
-    assert (bert.embeddings, bert.pooler, bert.width, bert.vocabulary) == ((("", "bert.embeddings"),), "bert.pooler", 32, 64)
+    assert (bert.embeddings, bert.pooler, bert.width, bert.vocabulary) == (
+        (("", "bert.embeddings"),),
+        "bert.pooler",
+        32,
+        64,
+    )
     assert [stack for stack, _ in made("clip")[2].facts.blocks] == ["image", "text"]
 
 
 def test_torch_attention_is_a_site_of_the_module_that_uses_the_weight():
     sites = by_name("torch_transformer")
     query, last = sites["encoder.block.0.attention.query"], sites["encoder.block.0.attention.output"]
-    assert (query.module, query.parameter, query.ranges) == ("encoder.layers.0.self_attn", "in_proj_weight", ((0, 32),))
-    assert (last.module, last.parameter, last.bias) == ("encoder.layers.0.self_attn", "out_proj.weight", "out_proj.bias")
+    assert (query.module, query.parameter, query.ranges) == (
+        "encoder.layers.0.self_attn",
+        "in_proj_weight",
+        ((0, 32),),
+    )
+    assert (last.module, last.parameter, last.bias) == (
+        "encoder.layers.0.self_attn",
+        "out_proj.weight",
+        "out_proj.bias",
+    )
 
 
 def test_every_parameter_is_a_site_once_and_tied_ones_once():
@@ -386,7 +449,9 @@ def test_a_quantised_weight_keeps_its_true_shape():
 def test_reading_thirty_blocks_is_fast():
     import transformers
 
-    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=30, num_attention_heads=4, intermediate_size=48)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=30, num_attention_heads=4, intermediate_size=48
+    )
     model = transformers.LlamaForCausalLM(config)
     read(model)
     times = []
@@ -409,4 +474,6 @@ def test_the_dictionary_is_plain_data():
 
     data = json.loads(json.dumps(made("t5")[2].to_dict()))
     assert data["facts"]["encoder_decoder"] is True
-    assert data["roles"]["cross_attention.query"] == [f"decoder.block.{i}.layer.1.EncDecAttention.q" for i in (0, 1)]
+    assert data["roles"]["cross_attention.query"] == [
+        f"decoder.block.{i}.layer.1.EncDecAttention.q" for i in (0, 1)
+    ]

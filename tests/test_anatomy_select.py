@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from zoo import zoo
 
 from veneer.anatomy import Anatomy, Site, read
 from veneer.errors import BadOption, NoSiteFound, VeneerError
+from zoo import zoo
 
 
 @functools.cache
@@ -32,13 +32,19 @@ def modules(sites: list[Site]) -> list[str]:
 
 
 def test_a_role_names_its_sites_in_the_order_of_the_model():
-    assert names(anatomy("llama").select("attention.query")) == ["block.0.attention.query", "block.1.attention.query"]
+    assert names(anatomy("llama").select("attention.query")) == [
+        "block.0.attention.query",
+        "block.1.attention.query",
+    ]
 
 
 def test_braces_are_a_union():
     a = anatomy("llama")
     assert a.select("attention.{query,value}") == a.select(["attention.query", "attention.value"])
-    assert names(a.select("{attention.query,mlp.up}", layers=0)) == ["block.0.attention.query", "block.0.mlp.up"]
+    assert names(a.select("{attention.query,mlp.up}", layers=0)) == [
+        "block.0.attention.query",
+        "block.0.mlp.up",
+    ]
 
 
 def test_a_site_named_twice_comes_once():
@@ -64,8 +70,12 @@ def test_blocks_are_sliced_as_python_lists(selector, blocks):
 
 def test_a_stack_can_be_named():
     a = anatomy("t5")
-    assert names(a.select("encoder.attention.query")) == [f"encoder.block.{i}.attention.query" for i in (0, 1)]
-    assert names(a.select("decoder.block[1].cross_attention.value")) == ["decoder.block.1.cross_attention.value"]
+    assert names(a.select("encoder.attention.query")) == [
+        f"encoder.block.{i}.attention.query" for i in (0, 1)
+    ]
+    assert names(a.select("decoder.block[1].cross_attention.value")) == [
+        "decoder.block.1.cross_attention.value"
+    ]
     assert len(a.select("attention.query")) == 4
 
 
@@ -115,7 +125,9 @@ def test_all_linear_is_every_linear_layer_but_the_head():
     for family in ("llama", "gpt2", "bert", "t5"):
         model = zoo()[family]()[0]
         kinds = (nn.Linear, transformers.pytorch_utils.Conv1D)
-        expected = [n for n, m in model.named_modules() if isinstance(m, kinds) and n not in ("lm_head", "classifier")]
+        expected = [
+            n for n, m in model.named_modules() if isinstance(m, kinds) and n not in ("lm_head", "classifier")
+        ]
         assert modules(anatomy(family).select("all-linear")) == expected
         assert anatomy(family).select("linear") == anatomy(family).select("all-linear")
     assert modules(anatomy("mlp").select("all-linear")) == ["first", "second", "third"]
@@ -127,7 +139,9 @@ def test_bias_and_parameter_name_parameters():
     assert names(a.select("bias")) == [n for n, _ in model.named_parameters() if n.endswith("bias")]
     assert names(a.select("all")) == names(a.select("parameter")) == [n for n, _ in model.named_parameters()]
     assert all(site.block == 1 for site in a.select("block[1].bias"))
-    assert not [n for n in names(a.select("all", exclude=["norm", "head"])) if "LayerNorm" in n or "classifier" in n]
+    assert not [
+        n for n in names(a.select("all", exclude=["norm", "head"])) if "LayerNorm" in n or "classifier" in n
+    ]
 
 
 # ---------------------------------------------------------------- options
@@ -138,7 +152,9 @@ def test_exclude_takes_any_selector():
     assert modules(a.select("all-linear", exclude=["mlp.{up,gate,down}", "o_proj"], layers=0)) == [
         f"model.layers.0.self_attn.{p}_proj" for p in "qkv"
     ]
-    assert names(a.select("attention.query", exclude="block[0].attention.query")) == ["block.1.attention.query"]
+    assert names(a.select("attention.query", exclude="block[0].attention.query")) == [
+        "block.1.attention.query"
+    ]
     # A sub-layer leaves out all weights below it.
     assert {s.role.split(".")[0] for s in a.select("all-linear", exclude="mlp")} == {"attention", ""} - {""}
 
@@ -177,7 +193,10 @@ def test_a_port_decides_what_can_be_selected(selector, port, kind, count):
 
 
 def test_the_width_follows_the_port():
-    up = {port: anatomy("llama").select("block[0].mlp.up", port=port)[0].width for port in ("input", "output", "weight")}
+    up = {
+        port: anatomy("llama").select("block[0].mlp.up", port=port)[0].width
+        for port in ("input", "output", "weight")
+    }
     assert up == {"input": 32, "output": 48, "weight": 48}
 
 
@@ -238,7 +257,9 @@ def test_nothing_left_after_exclude_is_an_error():
     assert message("llama", "mlp.up", exclude="mlp.upp").startswith("exclude=['mlp.upp'] matches nothing")
 
 
-@pytest.mark.parametrize("selector", ["", [], "  ", [""], None, 3, ["q_proj", 3], "block[", "a{b,c", "(", "{", "[]", "block[].x"])
+@pytest.mark.parametrize(
+    "selector", ["", [], "  ", [""], None, 3, ["q_proj", 3], "block[", "a{b,c", "(", "{", "[]", "block[].x"]
+)
 def test_odd_selectors_are_refused_in_words(selector):
     with pytest.raises(VeneerError):
         anatomy("llama").select(selector)
@@ -282,7 +303,13 @@ def test_a_selector_gives_sites_or_an_error_of_veneer(selector, port, exclude, l
 
 
 @settings(max_examples=100, deadline=None)
-@given(members=st.lists(st.sampled_from(["attention.query", "mlp.down", "q_proj", "block[0].mlp.up", "lm_head"]), min_size=1, max_size=4))
+@given(
+    members=st.lists(
+        st.sampled_from(["attention.query", "mlp.down", "q_proj", "block[0].mlp.up", "lm_head"]),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_a_list_is_the_union_of_its_members(members):
     a = anatomy("llama")
     union = {site.name for member in members for site in a.select(member)}
@@ -293,7 +320,9 @@ def test_names_of_blocks_do_not_match_by_prefix():
     """'block.1' is no prefix of 'block.10', and a suffix is a whole path component."""
     import transformers
 
-    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=11, num_attention_heads=4, intermediate_size=48)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=11, num_attention_heads=4, intermediate_size=48
+    )
     a = read(transformers.LlamaForCausalLM(config))
     assert names(a.select("mlp.up", layers=1)) == ["block.1.mlp.up"]
     assert names(a.select("all-linear", exclude="block.1.mlp", layers=[1, 10])) == [

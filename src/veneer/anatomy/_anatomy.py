@@ -178,11 +178,16 @@ def read(model: nn.Module, *, probe: Mapping[str, Any] | torch.Tensor | None = N
 def _find(model: nn.Module, probe: Mapping[str, Any] | torch.Tensor | None) -> Findings:
     known = known_weights(model)
     tape, arguments, notes = run_probe(model, probe)
-    if tape is None:
+    found = None
+    if tape is not None:
+        try:
+            found = read_trace(model, tape, known)
+        except Exception as problem:  # a forward stranger than any that was tried must not stop the user
+            notes = [f"the traced forward could not be read ({type(problem).__name__}: {problem}): names decide"]
+    if found is None or tape is None:
         found = read_names(model, known)
         found.notes = notes + found.notes
         return found
-    found = read_trace(model, tape, known)
     if not found.cores and causal_by_trial(model, arguments):
         found.causal = True
         for stack in found.stacks:

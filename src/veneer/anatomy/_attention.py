@@ -109,7 +109,9 @@ def _from_softmax(graph: Graph, node: Node) -> list[Attention]:
             and graph.before[step.index] >> scores.index & 1
         ):
             others = [i for i in step.inputs if not graph.before_value(i) >> scores.index & 1]
-            biased = biased or any(_is_bias(graph.values[i].tensor) or graph.parameter_made(i) for i in others)
+            biased = biased or any(
+                _is_bias(graph.values[i].tensor) or graph.parameter_made(i) for i in others
+            )
     return [
         Attention(
             scores.index,

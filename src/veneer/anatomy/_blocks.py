@@ -76,7 +76,9 @@ class _Finder:
             return False
         listed, region = name in self.graph.listed, self.graph.region(self.first(name))
         matrices = sum(1 for i in region if self.graph.nodes[i].weights)
-        return matrices >= 2 and any(n.index in region and (listed or inside(n.module, name)) for n in self.merges)
+        return matrices >= 2 and any(
+            n.index in region and (listed or inside(n.module, name)) for n in self.merges
+        )
 
     def blocks_of(self, container: str) -> list[str]:
         blocks = self._candidates(container)

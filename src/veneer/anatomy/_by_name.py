@@ -6,6 +6,7 @@ Decisions made here are guesses, and `Anatomy.notes` says that they were.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from torch import nn
@@ -239,14 +240,21 @@ def _split(model: nn.Module, weight: Weight, leaf: str) -> list[tuple[tuple[int,
 
 
 def _heads(model: nn.Module, width: int) -> tuple[int, int, int]:
+    """(query heads, key and value heads, size of a head) as the config says; 0 where it says nothing."""
     config: Any = getattr(model, "config", None)
-    heads = 0
-    for name in ("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"):
-        value = getattr(config, name, None)
-        heads = heads or (value if isinstance(value, int) else 0)
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = getattr(config, "head_dim", None) or (width // heads if heads else 0)
-    return heads, kv_heads if isinstance(kv_heads, int) else heads, size if isinstance(size, int) else 0
+
+    def setting(*names: str) -> int:
+        for name in names:
+            # Some configs refuse a setting that differs from layer to layer.
+            with contextlib.suppress(Exception):
+                value = getattr(config, name, None)
+                if isinstance(value, int) and value:
+                    return value
+        return 0
+
+    heads = setting("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads")
+    size = setting("head_dim") or (width // heads if heads else 0)
+    return heads, setting("num_key_value_heads") or heads, size
 
 
 def _mlp_part(weight: Weight, leaf: str, above: str, block: str, found: Findings) -> None:

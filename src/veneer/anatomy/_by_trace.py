@@ -7,6 +7,7 @@ Names come in only between `gate` and `up` where the forward treats them alike.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from veneer.anatomy._attention import Attention, find_attentions, heads_of, projections
@@ -16,7 +17,7 @@ from veneer.anatomy._findings import Core, Findings, Key, Part, Ranges
 from veneer.anatomy._graph import ACTIVATIONS, ADDS, MULTIPLIES, NORM_CALLS, Graph, ranges_of
 from veneer.anatomy._residual import find_sublayers
 from veneer.anatomy._structure import Weight, inside, is_norm, join, output_projection, parent
-from veneer.anatomy._trace import CONVOLUTION_CALLS, RECURRENT_CALLS, Call, Node, Tape
+from veneer.anatomy._trace import CONVOLUTION_CALLS, MATRIX_CALLS, RECURRENT_CALLS, Call, Node, Ref, Tape
 
 _PICKS = {"topk", "argmax", "argsort", "sort"}
 
@@ -97,6 +98,7 @@ class _Reader:
     def _usage(self) -> None:
         """How bare matrices are used: orientation, and weights that another module's forward uses."""
         self._problems = []
+        self._norm_set = set(self.found.norms)
         self._crossing: dict[int, bool] = {}
         self._cores: dict[int, str] = {}
         for node in self.graph.nodes:
@@ -112,16 +114,8 @@ class _Reader:
                 continue
             if weight.kind in ("experts", "parameter"):
                 self.found.transposed.setdefault(key, self.graph.is_transposed(node))
-            elif (
-                weight.kind in ("linear", "conv1d")
-                and node.module != key[0]
-                and key[0] not in self.graph.calls
-            ):
-                if inside(key[0], node.module):
-                    self.found.rehomed[key] = (
-                        node.module,
-                        join(key[0][len(node.module) :].lstrip("."), key[1]),
-                    )
+            elif weight.kind in ("linear", "conv1d"):
+                self._rehome(key, node)
 
     def _regions(self) -> list[tuple[str, Call]]:
         """First call of each block; the whole forward where there is no block."""
@@ -214,11 +208,13 @@ class _Reader:
                 continue
             node, ranges, count = made[0]
             counts[role] = sum(m[2] for m in made) if len(made) > 1 else count
-            if ranges is None:
-                ranges = ()
-                if len(shared[node.index]) > 1:
+            if ranges is None and len(shared[node.index]) > 1:
+                ranges = self._the_rest(node, role, sources)
+                if ranges is None:
                     name = join(*graph.weight_key(node))
                     self._problems.append(f"{name}: its rows for {prefix}.{role} could not be told apart")
+                    continue
+            ranges = ranges or ()
             self._add(node, f"{prefix}.{role}", block, ranges, core)
         heads, kv_heads, size = heads_of(graph, attention, counts)
         self._output(attention, prefix, block, region, core)
@@ -226,6 +222,15 @@ class _Reader:
             self.found.cores.append(
                 Core(core, block, heads, kv_heads, size, attention.causal and not cross, cross)
             )
+
+    def _the_rest(self, node: Node, role: str, sources: dict[str, list]) -> Ranges | None:
+        """The rows of a fused projection that its other parts leave over (queries that are pooled: Hiera)."""
+        others = [m[1] for r, made in sources.items() for m in made[:1] if r != role and m[0] is node]
+        if len(others) != 2 or any(not o for o in others):
+            return None
+        size = self.graph.shape(node.outputs[0])[self.graph.feature_axis(node)]
+        taken = {i for ranges in others for a, b in ranges for i in range(a, b)}
+        return ranges_of(torch.tensor([i for i in range(size) if i not in taken] or [-1]), size)
 
     def _output(self, attention: Attention, prefix: str, block: str, region: range, core: str) -> None:
         """The first matrix call that takes the attention's output, before anything else is added to it."""
@@ -281,6 +286,7 @@ class _Reader:
     def _multihead(self, attention: Attention, prefix: str, block: str, cross: bool) -> None:
         module = self.model.get_submodule(attention.core)
         if not isinstance(module, nn.MultiheadAttention):
+            self._functional(attention, prefix, block, cross)
             return
         width, core = module.embed_dim, attention.core
         for i, role in enumerate(("query", "key", "value")):
@@ -294,6 +300,28 @@ class _Reader:
         self.found.cores.append(
             Core(core, block, heads, heads, module.head_dim, attention.causal and not cross, cross)
         )
+
+    def _functional(self, attention: Attention, prefix: str, block: str, cross: bool) -> None:
+        """torch's attention function, called with the weights of other modules (WavLM)."""
+        node, core = attention.end, attention.core
+        names = {r: node.kwargs.get(f"{r[0]}_proj_weight") for r in ("query", "key", "value")}
+        names["output"] = node.args[11] if len(node.args) > 11 else node.kwargs.get("out_proj_weight")
+        for role, ref in names.items():
+            if isinstance(ref, Ref) and self.graph.values[ref.value].parameters:
+                module, _, parameter = self.graph.tape.parameter_name(ref.value, node.module).rpartition(".")
+                self._part(Part((module, parameter), f"{prefix}.{role}", (), block, core))
+                self._rehome((module, parameter), node)
+        self.taken[attention.end.index] = prefix
+        heads = node.args[4] if len(node.args) > 4 else 1
+        size = self.graph.shape(attention.query)[-1] // heads
+        self.found.cores.append(Core(core, block, heads, heads, size, attention.causal and not cross, cross))
+
+    def _rehome(self, key: Key, node: Node) -> None:
+        """A weight that a function uses while its own module's forward is never called is a site of the user."""
+        module = key[0]
+        if module not in self.graph.calls and module != node.module and inside(module, node.module):
+            below = module[len(node.module) :].lstrip(".")
+            self.found.rehomed[key] = (node.module, join(below, key[1]))
 
     def _part(self, part: Part) -> None:
         self.keys.setdefault(part.key, []).append(part)
@@ -344,8 +372,9 @@ class _Reader:
         prefix = "expert" if self._is_expert(down, block, routed) else "mlp"
         product = self._product(between, near)
         acts = any(self._activates(n) for n in between)
-        if product is None and not acts:
-            return
+        mixed = any(n.name in MATRIX_CALLS or n.name.startswith(("cum", "fft")) for n in between)
+        if mixed or (product is None and not acts):
+            return  # tokens are mixed on the way: no MLP
         if len(near) == 2:
             if product is None:
                 return
@@ -368,14 +397,22 @@ class _Reader:
             for user in self.graph.consumers.get(value, []):
                 if user.weights:
                     return False
-                if user.name in ADDS and len(user.inputs) > 1 and all(self.graph.is_state(i) for i in user.inputs[:2]):
+                if (
+                    user.name in ADDS
+                    and len(user.inputs) > 1
+                    and all(self.graph.is_state(i) for i in user.inputs[:2])
+                ):
                     continue
                 todo += user.outputs
         return not todo
 
     def _through(self, node: Node) -> Node:
         """The matrix call before a depthwise convolution (SegFormer has one between the halves of its MLP)."""
-        weight = self.weights.get(self.graph.weight_key(node)) if node.name in CONVOLUTION_CALLS and node.weights else None
+        weight = (
+            self.weights.get(self.graph.weight_key(node))
+            if node.name in CONVOLUTION_CALLS and node.weights
+            else None
+        )
         if weight is None or weight.groups == 1 or weight.groups != weight.n_out:
             return node
         value = self.graph.data_input(node)
@@ -383,9 +420,8 @@ class _Reader:
         return before[0] if len(before) == 1 else node
 
     def _activates(self, node: Node) -> bool:
-        if node.name in ACTIVATIONS or node.name == "opaque" and not node.weights:
-            return True
-        return False
+        opaque = node.name == "opaque" and not node.weights
+        return opaque or (node.name in ACTIVATIONS and node.module not in self._norm_set)
 
     def _product(self, between: list[Node], near: list[Node]) -> tuple | None:
         """(gate, up): indices into `near`, or ranges of rows where both are halves of one matrix."""

@@ -31,7 +31,9 @@ def find_ends(graph: Graph, found: Findings, attentions: list[Attention]) -> Non
     ends.stack_names()
     if not found.stacks:
         ends.embedding_alone()
-    last = [s for s in found.stacks if not any(ends.feeds(s, other) for other in found.stacks if other is not s)]
+    last = [
+        s for s in found.stacks if not any(ends.feeds(s, other) for other in found.stacks if other is not s)
+    ]
     found.causal = bool(last) and all(s.causal for s in last)
     found.encoder_decoder = {s.name for s in found.stacks} >= {"encoder", "decoder"}
     ends.head()
@@ -297,7 +299,9 @@ class _Ends:
     def _rotates(self, attention: Attention) -> bool:
         """Queries are multiplied by something with a row for each position that no token made."""
         graph = self.graph
-        near = sum(1 << n.index for n in graph.each(graph.near_value(attention.query)) if n.name != "embedding")
+        near = sum(
+            1 << n.index for n in graph.each(graph.near_value(attention.query)) if n.name != "embedding"
+        )
         start = (near & -near).bit_length()
         tokens = graph.shape(attention.query)[-2:-1]
         for node in graph.each(graph.before_value(attention.query) >> start << start):
@@ -305,7 +309,12 @@ class _Ends:
                 continue
             for i in node.inputs:
                 shape = graph.shape(i)
-                if len(shape) >= 2 and shape[-1] > 1 and tokens[0] in shape[:-1] and not graph.before_value(i) & near:
+                if (
+                    len(shape) >= 2
+                    and shape[-1] > 1
+                    and tokens[0] in shape[:-1]
+                    and not graph.before_value(i) & near
+                ):
                     if not self._from_input(i) and not graph.values[i].parameters:
                         return True
         return False

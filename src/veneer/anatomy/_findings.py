@@ -111,7 +111,9 @@ class Findings:
         for stack in other.stacks:
             changes = {f: maybe(getattr(stack, f)) for f in ("embedding", "token_embedding", "final")}
             backbones = tuple(there(b) for b in stack.backbones)
-            self.stacks.append(replace(stack, blocks=[there(b) for b in stack.blocks], backbones=backbones, **changes))
+            self.stacks.append(
+                replace(stack, blocks=[there(b) for b in stack.blocks], backbones=backbones, **changes)
+            )
         for part in other.parts:
             key = (there(part.key[0]), part.key[1])
             self.parts.append(replace(part, key=key, block=maybe(part.block), core=maybe(part.core)))

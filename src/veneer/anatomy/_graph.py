@@ -27,7 +27,7 @@ RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 ACTIVATIONS = {
     "relu", "relu_", "relu6", "gelu", "silu", "silu_", "swish", "mish", "elu", "celu", "selu", "leaky_relu", "tanh", "sigmoid",
     "hardswish", "hardsigmoid", "hardtanh", "softplus", "erf", "prelu", "logsigmoid", "softsign", "glu", "relu_squared", "threshold",
-    "sin", "cos", "clamp_min", "rrelu",
+    "sin", "cos", "clamp_min", "rrelu", "exp", "expm1", "log1p", "maximum", "minimum",
 }  # fmt: skip
 NORM_CALLS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "rsqrt", "local_response_norm",
               "native_layer_norm", "var", "std", "linalg_norm", "vector_norm", "norm", "normalize"}  # fmt: skip
@@ -86,19 +86,32 @@ class Graph:
         """Blocks that are lists of sub-layers, added up by the forward of their owner: a call from list to list."""
         spans = []
         for key, child in module.named_children():
-            inner = [c for part, _ in child.named_children() for c in self.calls.get(join(join(name, key), part), [])]
+            inner = [
+                c
+                for part, _ in child.named_children()
+                for c in self.calls.get(join(join(name, key), part), [])
+            ]
             if not isinstance(child, nn.ModuleList | nn.ModuleDict) or not inner:
                 return
-            spans.append((join(name, key), min(inner, key=lambda c: c.start), max(inner, key=lambda c: c.stop)))
+            spans.append(
+                (join(name, key), min(inner, key=lambda c: c.start), max(inner, key=lambda c: c.stop))
+            )
         owner = name.rpartition(".")[0]
         for i, (block, first, last) in enumerate(spans):
             stop = spans[i + 1][1].start if i + 1 < len(spans) else last.stop
-            while i + 1 == len(spans) and stop < len(self.nodes) and self.nodes[stop].module == owner and self.nodes[stop].name in ADDS:
+            while (
+                i + 1 == len(spans)
+                and stop < len(self.nodes)
+                and self.nodes[stop].module == owner
+                and self.nodes[stop].name in ADDS
+            ):
                 stop += 1
             adds = any(n.module == owner and n.name in ADDS for n in self.nodes[first.start : stop])
             if stop < last.stop or not adds:
                 return
-            self.calls[block] = [Call(block, first.start, stop, first.inputs, self.nodes[stop - 1].outputs[:1], first.depth)]
+            self.calls[block] = [
+                Call(block, first.start, stop, first.inputs, self.nodes[stop - 1].outputs[:1], first.depth)
+            ]
             self.listed.add(block)
 
     def find_near(self, ends: set[int]) -> None:
@@ -226,7 +239,11 @@ class Graph:
         if node.name.startswith("conv"):
             return 1
         matrices = [i for i in node.inputs if self.values[i].tensor.ndim >= 2]
-        left = node.name in ("bmm", "matmul", "__matmul__", "mm") and bool(matrices) and matrices[0] in node.weights
+        left = (
+            node.name in ("bmm", "matmul", "__matmul__", "mm")
+            and bool(matrices)
+            and matrices[0] in node.weights
+        )
         return -2 if left else -1
 
     # ------------------------------------------------------------ rows of a projection
@@ -287,7 +304,11 @@ class Graph:
             if made is None or made.name not in MOVES or made.func is None or len(write.inputs) < 2:
                 return None
             view = made.func(out, *made.args[1:], **made.kwargs)
-        source = write.inputs[1] if node.name == "write_view" else next((a.value for a in write.args[2:] if isinstance(a, Ref)), None)
+        source = (
+            write.inputs[1]
+            if node.name == "write_view"
+            else next((a.value for a in write.args[2:] if isinstance(a, Ref)), None)
+        )
         rows = self._rows(source, origin, seen) if source is not None else None
         if before is None and rows is None:
             return None

@@ -67,8 +67,11 @@ def run_probe(
 ) -> tuple[Tape | None, Any, list[str]]:
     """(tape of a probe forward or None, its arguments, notes that say why there is none)"""
     if any(p.device.type == "meta" for p in model.parameters()):
-        return None, None, ["parameters are on the meta device: no probe could run, roles come from names and structure"
-        ]
+        return (
+            None,
+            None,
+            ["parameters are on the meta device: no probe could run, roles come from names and structure"],
+        )
     given = probe is not None
     guesses = [_as_arguments(probe)] if given else list(_guesses(model))
     problems: list[str] = []
@@ -85,7 +88,11 @@ def run_probe(
             next_step="probe=dict(name=tensor, ...) with arguments that model(**probe) accepts",
         )
     why = problems[0] if problems else "no input could be made for its forward"
-    return None, None, [f"no probe forward ran ({why}): roles come from names and structure; pass probe=dict(...)"]
+    return (
+        None,
+        None,
+        [f"no probe forward ran ({why}): roles come from names and structure; pass probe=dict(...)"],
+    )
 
 
 def causal_by_trial(model: nn.Module, arguments: dict[str, Any] | tuple) -> bool:
@@ -155,7 +162,10 @@ def _setting(config: Any, *names: str, default: Any = None) -> Any:
     ]
     for part in parts:
         for name in names:
-            value = part.get(name) if isinstance(part, dict) else getattr(part, name, None)
+            try:
+                value = part.get(name) if isinstance(part, dict) else getattr(part, name, None)
+            except Exception:  # a setting that differs from layer to layer refuses to be one number
+                continue
             if value is not None and not callable(value):
                 return value
     return default
@@ -164,16 +174,27 @@ def _setting(config: Any, *names: str, default: Any = None) -> Any:
 def _ids(config: Any, device: torch.device, length: int = TOKENS) -> Tensor:
     """Distinct token ids that are not special, the last one the end of the text (heads look for it)."""
     size = int(_setting(config, "vocab_size", default=32))
-    special = {
-        _setting(config, n)
-        for n in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "image_token_id")
-    }
-    usable = [i for i in range(3, size) if i not in special] or list(range(size))
+    named = ("pad", "bos", "eos", "decoder_start", "image", "video", "audio")
+    special: set[int] = set()
+    for name in named:
+        value = _setting(config, f"{name}_token_id")
+        special |= set(value) if isinstance(value, tuple | list) else {value}
+    usable = [i for i in range(3, min(size, 1000)) if i not in special] or list(range(size))
     ids = [usable[i % len(usable)] for i in range(length)]
     end = _setting(config, "eos_token_id")
+    end = end[0] if isinstance(end, tuple | list) and end else end
     if isinstance(end, int) and 0 <= end < size:
         ids[-1] = end
     return torch.tensor([ids], device=device)
+
+
+def _grid(config: Any, name: str, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Patches of one 4 x 4 image, flattened, as the vision towers of Qwen-VL and its kin take them."""
+    patch = int(_setting(config, "patch_size", default=14))
+    depth = int(_setting(config, "temporal_patch_size", default=1))
+    channels = int(_setting(config, "in_channels", "num_channels", "in_chans", default=3))
+    patches = _noise(16, channels * depth * patch * patch, device=device, dtype=dtype)
+    return {name: patches, "grid_thw": torch.tensor([[1, 4, 4]], device=device)}
 
 
 def _from_config(
@@ -189,6 +210,8 @@ def _from_config(
     inputs: list[dict[str, Any]] = []
     images = _images(config, device, dtype) if "pixel_values" in names else []
     text = {"input_ids": _ids(config, device)} if "input_ids" in names else {}
+    if "grid_thw" in names:
+        inputs.append(_grid(config, next(iter(names)), device, dtype))
     if images and text:
         inputs += [text | image for image in images]
     if text:

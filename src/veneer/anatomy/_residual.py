@@ -49,7 +49,12 @@ class _Branches:
         return self._adds(node) and not self._is_term(node.outputs[0])
 
     def _adds(self, node: Node | None) -> bool:
-        if node is None or node.name not in ADDS or len(node.inputs) < 2 or not self.call.start <= node.index < self.call.stop:
+        if (
+            node is None
+            or node.name not in ADDS
+            or len(node.inputs) < 2
+            or not self.call.start <= node.index < self.call.stop
+        ):
             return False
         return all(self.graph.is_state(i) for i in node.inputs[:2])
 
@@ -80,13 +85,25 @@ class _Branches:
         """One sum: the term that others were made from is the stream, those others are branches."""
         terms = self._terms(node.outputs[0], first=True)
         for stream in terms:
-            source = self.graph.same(stream)
+            source = self._unscaled(stream)
             branches = [t for t in terms if t != stream and self.graph.made_from(t, source)]
             branches = [b for b in branches if self._has_matrix(b, source)]
             if branches:
                 for branch in branches:
                     self._branch(branch, source, node)
                 return
+
+    def _unscaled(self, value: int) -> int:
+        """The state behind dropout, casts and a scale that no state made (learned weights of a residual)."""
+        while True:
+            value = self.graph.same(value)
+            node = self.graph.producer(value)
+            if node is None or node.name not in MULTIPLIES or len(node.inputs) > 2:
+                return value
+            states = [i for i in node.inputs if self.graph.is_state(i)]
+            if len(states) != 1:
+                return value
+            value = states[0]
 
     def _own(self, branch: int, stream: int) -> int:
         """Nodes that only the branch needs."""
@@ -143,7 +160,11 @@ class _Branches:
             if not self._carries(node):
                 return ""  # put together from several (experts in a loop): no module gives the whole
             # Step to the operand that carries the branch's own matrices.
-            nexts = [i for i in node.inputs if graph.is_data(i) and graph.before_value(i) & self._own(branch, stream)]
+            nexts = [
+                i
+                for i in node.inputs
+                if graph.is_data(i) and graph.before_value(i) & self._own(branch, stream)
+            ]
             if not nexts:
                 break
             value = max(nexts, key=lambda i: graph.before_value(i).bit_count())
@@ -199,7 +220,12 @@ class _Branches:
         """(norm, its output): the norm that reads the stream and that only this branch goes through."""
         own, norms = {n.index for n in nodes}, set(self.found.norms)
         for call in self.graph.tape.calls:
-            if call.module in norms and self.call.start <= call.start < self.call.stop and call.inputs and call.outputs:
+            if (
+                call.module in norms
+                and self.call.start <= call.start < self.call.stop
+                and call.inputs
+                and call.outputs
+            ):
                 made = self.graph.values[call.outputs[0]].producer
                 if made in own and self.graph.same(call.inputs[0]) == stream:
                     return call.module, call.outputs[0]
@@ -210,7 +236,12 @@ class _Branches:
         norms = set(self.found.norms)
         after, users = {self.graph.same(v) for v in add.outputs}, self._users(add.outputs[0])
         for call in self.graph.tape.calls:
-            if call.module in norms and call.inputs and call.start >= add.index and self.graph.same(call.inputs[0]) in after:
+            if (
+                call.module in norms
+                and call.inputs
+                and call.start >= add.index
+                and self.graph.same(call.inputs[0]) in after
+            ):
                 if inside(call.module, self.block) and all(call.start <= n.index < call.stop for n in users):
                     return call.module, "post"
         for call in self.graph.made_by(self.graph.same(branch)):

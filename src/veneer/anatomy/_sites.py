@@ -360,6 +360,20 @@ def known_weights(model: nn.Module, found: Findings | None = None) -> dict[tuple
     experts = {part.key for part in found.parts if part.role.startswith("expert.")}
     for key in [k for k, w in known.items() if w.kind == "experts" and k not in experts]:
         del known[key]  # three axes that are no experts (heads apart, as in XLNet): no matrix of any port
+    for key, (module, parameter) in found.rehomed.items():
+        old = known.get(key)
+        if old is None:
+            continue
+        bias = join(parameter.rpartition(".")[0], old.bias) if old.bias else ""
+        # In the place of the old one: the order of the sites stays that of the modules.
+        known = {
+            (module, parameter) if k == key else k: dataclasses.replace(
+                w, module=module, parameter=parameter, bias=bias, kind="parameter"
+            ) if k == key else w
+            for k, w in known.items()
+        }
+        for part in found.parts:
+            part.key = (module, parameter) if part.key == key else part.key
     for key, transposed in found.transposed.items():
         weight = known.get(key)
         if weight is not None and transposed != weight.transposed and weight.kind in ("experts", "parameter"):

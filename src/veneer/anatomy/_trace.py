@@ -239,7 +239,17 @@ class Tape(TorchFunctionMode):
         return (exact or below or names or [""])[0]
 
 
-_CREATES = {"empty_like", "new_empty", "zeros_like", "new_zeros", "ones_like", "new_ones", "full_like", "new_full", "new_tensor"}
+_CREATES = {
+    "empty_like",
+    "new_empty",
+    "zeros_like",
+    "new_zeros",
+    "ones_like",
+    "new_ones",
+    "full_like",
+    "new_full",
+    "new_tensor",
+}
 _IN_PLACE = {"__iadd__", "__imul__", "__isub__", "__itruediv__", "__iand__", "__ior__"}
 
 

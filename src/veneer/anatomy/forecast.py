@@ -71,11 +71,18 @@ def memory(
 
     `bytes_of_weights` is what the base really takes (quantised forms); else n_parameters times the size of `dtype`.
     """
-    for name, value in (("n_parameters", n_parameters), ("trainable", trainable), ("batch_size", batch_size), ("length", length)):
+    for name, value in (
+        ("n_parameters", n_parameters),
+        ("trainable", trainable),
+        ("batch_size", batch_size),
+        ("length", length),
+    ):
         if value < 0:
             raise BadOption(f"{name}={value} is negative.", next_step=f"{name}=0 or more")
     if optimiser not in OPTIMISERS:
-        raise BadOption(f"optimiser={optimiser!r} is not known to the forecast.", nearest=nearest(optimiser, OPTIMISERS))
+        raise BadOption(
+            f"optimiser={optimiser!r} is not known to the forecast.", nearest=nearest(optimiser, OPTIMISERS)
+        )
     size, trained_size = dtype.itemsize, trained_dtype.itemsize
     added = trainable if trainable < n_parameters else 0  # full fine-tuning trains the base's own numbers
     weights = (n_parameters * size if bytes_of_weights is None else bytes_of_weights) + added * trained_size
