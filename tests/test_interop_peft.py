@@ -4,8 +4,6 @@ outputs after writing. Every tensor is random first, since an update of zero agr
 from __future__ import annotations
 
 import copy
-import json
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +11,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import zoo
 from torch import Tensor, nn
 
 import veneer
+import zoo
 
 peft = pytest.importorskip("peft")
 torch.set_num_threads(1)
@@ -24,8 +22,11 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def base_of(family: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A tiny base in float64, the same one at each call."""
-    model, kwargs = (NETS.get(family) or zoo.zoo()[family])()
+    """A tiny base, the same one at each call: in float64, or as it is where the name ends in "32"."""
+    name = family.removesuffix("32")
+    model, kwargs = (NETS.get(name) or zoo.zoo()[name])()
+    if name != family:
+        return model, kwargs
     return model.double(), {k: v.double() if v.is_floating_point() else v for k, v in kwargs.items()}
 
 
@@ -83,6 +84,35 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "lora of Conv1D layers": ("gpt2", lora(target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)),
     "lora of an encoder-decoder": ("t5", lora(target_modules=["q", "v", "wo"])),
+
+    "rank and alpha by pattern, rank-stabilised": (
+        "llama",
+        lora(target_modules=["q_proj", "k_proj", "up_proj"], use_rslora=True,
+             rank_pattern={"k_proj": 2, r"layers\.1\.mlp\..*": 3}, alpha_pattern={"model.layers.0.self_attn.q_proj": 5}),
+    ),
+    "an expression, some layers of a list, exclusion": (
+        "llama", lora(target_modules=r".*\.(q|v)_proj", exclude_modules=["model.layers.0.self_attn.v_proj"]),
+    ),
+    "layers_to_transform": ("gpt2", lora(target_modules=["c_attn"], layers_to_transform=[1], layers_pattern="h")),
+    "all-linear": ("llama", lora(target_modules="all-linear")),
+    "bias lora_only": ("bert", lora(target_modules=["query", "intermediate.dense"], bias="lora_only")),
+    "bias all and a head": ("bert", lora(target_modules=["query"], bias="all", modules_to_save=["classifier"])),
+    "bias of B": ("gpt2", lora(target_modules=["c_fc"], lora_bias=True, bias="lora_only")),
+    "a head of Conv1D layers and norms": ("gpt2", lora(target_modules=["c_fc"], modules_to_save=["ln_f", "h.1.attn.c_proj"])),
+    "convolution, embedding, linear": ("net", lora(target_modules=["table", "patch", "middle"])),
+    "bias all on a plain network": ("net", lora(target_modules=["patch", "middle"], bias="all")),
+    "dora": ("llama", lora(target_modules=["q_proj", "down_proj"], use_dora=True, use_rslora=True)),
+    "dora of Conv1D layers": ("gpt2", lora(target_modules=["c_attn", "c_fc"], use_dora=True)),
+    "dora of a convolution": ("net", lora(target_modules=["patch", "middle"], use_dora=True)),
+    "dora with a head": ("bert", lora(target_modules=["value"], use_dora=True, task_type="SEQ_CLS")),
+    "experts": ("mixtral32", lora(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
+    "experts of one parameter, and attention": (
+        "mixtral32", lora(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"], rank_pattern={"q_proj": 2}),
+    ),
+    "the weight of a linear layer by its name": ("net", lora(target_modules=[], target_parameters=["middle.weight"])),
+    "pissa": ("llama32", lora(target_modules=["q_proj", "down_proj"], init_lora_weights="pissa")),
+    "olora, rank-stabilised": ("llama32", lora(target_modules=["v_proj"], init_lora_weights="olora", use_rslora=True)),
+    "gaussian": ("net", lora(target_modules=["middle"], init_lora_weights="gaussian")),
 }
 
 
@@ -134,22 +164,23 @@ def test_a_folder_of_hf_peft_reads_to_the_same_outputs_and_gradients_and_is_writ
     model, kwargs = base_of(family)
     adapter = veneer.load(model, tmp_path / "theirs", "mine")
     found = output(model, kwargs)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    close = 1e-5 if expected.dtype == torch.float32 else 1e-10
+    torch.testing.assert_close(found, expected, rtol=0, atol=close)
 
     loss_of(expected).backward()
     loss_of(found).backward()
-    compare_gradients(model, adapter, adapted, config, tmp_path)
+    compare_gradients(model, adapter, adapted, close, tmp_path)
 
     report = veneer.export(model, "mine", tmp_path / "ours", format="peft", probe=kwargs)
-    assert report.largest_difference == pytest.approx(0, abs=1e-10)
+    assert report.largest_difference == pytest.approx(0, abs=close)
     bare, _ = base_of(family)
     again = peft.PeftModel.from_pretrained(bare, tmp_path / "ours").eval()
     with torch.no_grad():
         tokens = expected.shape[1] if config.is_prompt_learning else None
-        torch.testing.assert_close(output(again, kwargs, tokens), expected.detach(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(output(again, kwargs, tokens), expected.detach(), rtol=0, atol=close)
 
 
-def compare_gradients(model: nn.Module, adapter: Any, adapted: nn.Module, config: Any, folder: Path) -> None:
+def compare_gradients(model: nn.Module, adapter: Any, adapted: nn.Module, close: float, folder: Path) -> None:
     """Gradients are read like tensors: whatever a tensor's name and layout become, its gradient's become too."""
     (folder / "grads").mkdir()
     text = (folder / "theirs" / "adapter_config.json").read_text()
@@ -163,6 +194,9 @@ def compare_gradients(model: nn.Module, adapter: Any, adapted: nn.Module, config
               for n, k in keys.items() if n == "base_bias"}  # fmt: skip
     assert set(found) == set(wanted)
     for key, value in wanted.items():
+        # Parts of one parameter have copies of one A: its gradient is the sum of theirs.
+        copies = [k for k in wanted if k.endswith("/A") and key.endswith("/A") and torch.equal(wanted[k], value)]
+        got = sum((found[k] for k in copies), torch.zeros_like(value)) if copies else found[key]
         value = value + biases[key] if key in biases else value  # a file holds the bias, not its change
-        torch.testing.assert_close(found[key], value, rtol=1e-8, atol=1e-10, msg=lambda m, k=key: f"{k}: {m}")
+        torch.testing.assert_close(got, value, rtol=10 * close, atol=close, msg=lambda m, k=key: f"{k}: {m}")
     veneer.detach(model, "gradients")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from veneer.anatomy import Anatomy, Site
 from veneer.engine import Adapter, Host
 from veneer.engine._plan import Plan, SitePlan
+from veneer.engine._weights import features
 from veneer.errors import ShapeDiffers, Unsupported
 
 from . import _targets
@@ -94,6 +95,7 @@ class Reading:
         default_factory=dict
     )  # edited parameters without a module of their own
     rows: dict[str, list[int]] = field(default_factory=dict)  # module -> rows of it that were trained
+    pairs: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # what parts of one parameter share
 
     @property
     def anatomy(self) -> Anatomy:
@@ -236,8 +238,6 @@ def whole(site: Site, host: Host, part: Tensor, fill: float = 0.0) -> Tensor:
     """Rows of a fused projection put where they belong in all of its rows: (n, ...) -> (all, ...)."""
     if not site.ranges:
         return part
-    from veneer.engine._weights import features
-
     rows = next(
         s.n_out
         for s in host.anatomy.whole_sites()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from veneer.anatomy import Site
 from veneer.engine._plan import SitePlan
+from veneer.engine._weights import features
 from veneer.errors import BadFile, NoSiteFound, ShapeDiffers, Unsupported, nearest
 
 from . import _targets
@@ -79,23 +80,21 @@ class Lora(Converter):
                 f"'{config.path}' names no module, and the file holds no tensor that names one."
             )
         options = self.options(job)
-        sites: list[str] = []
+        keys = [(m, _targets.exact(job.anatomy, m)) for m in modules]
         own: Any = _targets.selector(job.anatomy, modules, config["target_modules"]) if modules else []
         if parameters:
-            sites, exclude = _select_parameters(job, parameters)
-            own = ([own] if isinstance(own, str) else list(own)) + sites
-            if exclude:
-                options["exclude"] = exclude
+            chosen = _select_parameters(job, parameters)
+            keys += [(name, word) for name, words in chosen for word in words]
+            own = ([own] if isinstance(own, str) else list(own)) + [w for _, words in chosen for w in words]
+            own = list(dict.fromkeys(own))
             if config["lora_dropout"] or config["lora_bias"] or config["use_dora"]:
                 raise BadFile(
                     f"'{config.path}': target_parameters goes with neither dropout, lora_bias nor use_dora."
                 )
         options["sites"] = own
-        keys = [(m, _targets.exact(job.anatomy, m)) for m in modules]
-        keys += [(f"{s.module}.{s.parameter}", name) for s, name in zip(parameters, sites)]
         options["patterns"] = _patterns(config, keys)
         places = {(m, "weight") for m in modules} | {(s.module, s.parameter) for s in parameters}
-        job.nested = _nesting(parameters)
+        job.nested = _nesting(job.host, parameters)
         return Request(self.method_of(config), options, places, rows=_token_rows(job))
 
     def method_of(self, config: Config) -> str:
@@ -164,7 +163,7 @@ class Lora(Converter):
         out["target_modules"] = _targets.words_for(job.host, modules, job.plan.whole) if modules else []
         if any(p.is_parameter for p in pairs):
             out["target_parameters"] = [p.name for p in pairs if p.is_parameter]
-        nested = _nesting([p.site for p in pairs if p.is_parameter])
+        nested = _nesting(job.host, [p.site for p in pairs if p.is_parameter])
         for pair in pairs:
             pair.give(job, nested)
         return out
@@ -240,32 +239,38 @@ def _parameter_sites(job: Reading) -> list[Site]:
     return found
 
 
-def _select_parameters(job: Reading, sites: list[Site]) -> tuple[list[str], list[str]]:
-    """Selectors for whole parameters, and what to leave out where a module's name would take in others."""
-    plain = {(s.module, s.parameter): s.name for s in job.anatomy.sites if s.parameter and not s.ranges}
+def _select_parameters(job: Reading, sites: list[Site]) -> list[tuple[str, list[str]]]:
+    """For each parameter its name and its selectors: one, or one for each part where the base fuses several.
+
+    A fused parameter whose module holds others that are not edited has no name of its own.
+    """
     chosen = {(s.module, s.parameter) for s in sites}
-    words, exclude = [], []
+    found = []
     for s in sites:
-        known = plain.get((s.module, s.parameter))
-        if known:
-            words.append(known)
-            continue
-        words.append(_targets.exact(job.anatomy, s.module))
-        others = [
-            o
-            for o in job.anatomy.whole_sites()
-            if o.module == s.module and (o.module, o.parameter) not in chosen
-        ]
-        exclude += [plain[o.module, o.parameter] for o in others if (o.module, o.parameter) in plain]
-    return words, list(dict.fromkeys(exclude))
+        known = [o for o in job.anatomy.sites if (o.module, o.parameter) == (s.module, s.parameter)]
+        alone = all((o.module, o.parameter) in chosen for o in job.anatomy.whole_sites() if o.module == s.module)
+        if alone and any(o.ranges for o in known):
+            words = [_targets.exact(job.anatomy, s.module)]
+        else:
+            words = [o.name for o in known] or [s.name]
+        if len(words) > 1:
+            warnings.warn(
+                f"'{job.config.path}': '{s.module}.{s.parameter}' is read as {len(words)} edits of its parts, each with "
+                "a copy of A: the outputs are the same, further training moves the copies apart.",
+                stacklevel=6,
+            )
+        found.append((f"{s.module}.{s.parameter}", words))
+    return found
 
 
-def _nesting(sites: list[Site]) -> dict[tuple[str, str], str]:
-    """(module, parameter) -> "" or "base_layer." as often as other parameters of the module are wrapped around it."""
+def _nesting(host: Any, sites: list[Site]) -> dict[tuple[str, str], str]:
+    """(module, parameter) -> "base_layer." as often as later parameters of the module are wrapped around it."""
     found = {}
-    for i, s in enumerate(sites):
-        around = sum(later.module == s.module for later in sites[i + 1 :])
-        found[s.module, s.parameter] = "base_layer." * around
+    edited = {(s.module, s.parameter) for s in sites}
+    for module in dict.fromkeys(s.module for s in sites):
+        names = [n for n, _ in host.module(module).named_parameters(recurse=False) if (module, n) in edited]
+        for i, name in enumerate(names):
+            found[module, name] = "base_layer." * (len(names) - 1 - i)
     return found
 
 
@@ -276,19 +281,25 @@ def _is_swapped(host: Any, site: Site) -> bool:
 
 
 def _take_parameter(job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
-    site, rank = sp.site, sp.method.rank
-    prefix += job.nested[site.module, site.parameter]
-    swapped, experts = _is_swapped(job.host, site), max(1, site.experts)
-    n_out, n_in = (site.shape[1], site.shape[0]) if swapped else site.shape
-    A = job.file.take(f"{prefix}lora_A.weight", (experts * rank, n_in)).view(experts, rank, n_in)
-    B = (
-        job.file.take(f"{prefix}lora_B.weight", (n_out, rank * experts))
-        .view(n_out, rank, experts)
-        .permute(2, 0, 1)
-    )
-    if swapped:
-        A, B = B.mT, A.mT
+    site, rank, place = sp.site, sp.method.rank, (sp.site.module, sp.site.parameter)
+    if place not in job.pairs:
+        job.pairs[place] = _whole_parameter(job, site, rank, prefix + job.nested[place])
+    A, B = job.pairs[place]
+    if site.ranges:
+        B = B.index_select(-2, features(site, B.device))
     return {"A": A, "B": B} if site.experts else {"A": A[0], "B": B[0]}
+
+
+def _whole_parameter(job: Reading, site: Site, rank: int, prefix: str) -> tuple[Tensor, Tensor]:
+    """A (experts, rank, in) and B (experts, out, rank) of the whole parameter."""
+    swapped, experts = _is_swapped(job.host, site), max(1, site.experts)
+    n_out, n_in = job.host.bare(site).shape[-2:]
+    if site.transposed != swapped:
+        n_out, n_in = n_in, n_out
+    A = job.file.take(f"{prefix}lora_A.weight", (experts * rank, n_in)).view(experts, rank, n_in)
+    B = job.file.take(f"{prefix}lora_B.weight", (n_out, rank * experts))
+    B = B.view(n_out, rank, experts).permute(2, 0, 1)
+    return (B.mT, A.mT) if swapped else (A, B)
 
 
 # -- trained rows of the token table ------------------------------------------------------------------------------
@@ -417,6 +428,8 @@ def _pair(job: Writing, parts: list[tuple[SitePlan, dict[str, Tensor]]]) -> _Pai
             )
         if sp.site.ranges:
             job.note("parts of fused projections are written as edits of the whole, with zero rows elsewhere")
+    if len(As) > 1 and not any("A0" in t for _, t in parts) and all(torch.equal(As[0], A) for A in As[1:]):
+        As, Bs = As[:1], [sum(Bs[1:], Bs[0])]  # copies of one A: the edit of the whole that they were read from
     alone = len(As) == 1
     axis = 1 if site.experts else 0
     m = parts[0][0].method
@@ -448,8 +461,6 @@ def _magnitude(job: Writing, parts: list[tuple[SitePlan, dict[str, Tensor]]]) ->
     W = job.host.bare(site).detach()
     W = W.mT if site.transposed else W
     m = W.to(parts[0][1]["magnitude"].dtype).flatten(1).norm(dim=1)
-    from veneer.engine._weights import features
-
     for sp, t in parts:
         m = m.index_copy(0, features(sp.site, m.device), t["magnitude"])
     return m
