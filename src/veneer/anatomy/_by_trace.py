@@ -372,7 +372,7 @@ class _Reader:
         prefix = "expert" if self._is_expert(down, block, routed) else "mlp"
         product = self._product(between, near)
         acts = any(self._activates(n) for n in between)
-        mixed = any(n.name in MATRIX_CALLS or n.name.startswith(("cum", "fft")) for n in between)
+        mixed = any((n.name in MATRIX_CALLS and not n.weights) or n.name.startswith(("cum", "fft")) for n in between)
         if mixed or (product is None and not acts):
             return  # tokens are mixed on the way: no MLP
         if len(near) == 2:
