@@ -400,3 +400,104 @@ def test_members_are_combined_and_named_in_the_folder(tmp_path):
     assert result.steps == 2
     opens = json.loads((tmp_path / "both" / "veneer.json").read_text())["opens"]
     assert opens["members"] == {n: str(p) for n, p in members.items()}
+
+
+def test_a_budget_of_tokens_is_real_tokens_and_the_same_for_every_method():
+    one, two = (run(max_tokens=900, method=m) for m in ("lora", "ia3"))
+    assert one.steps == two.steps
+    assert one.trained_tokens == two.trained_tokens
+    lengths = [len(r["text"].split()) + 2 for r in opened().train]  # [CLS] and [SEP]
+    assert 900 <= one.trained_tokens < 900 + 8 * max(lengths)
+    assert one.history[-1]["learning_rate"] < 2e-3  # the schedule ends where the budget does
+    with pytest.raises(BadOption, match="give one"):
+        run(max_tokens=900, max_steps=3)
+
+
+def test_an_optimizer_that_lost_the_adapter_is_not_trained_on_in_silence():
+    class Replace(Hooks):
+        """Sorts the adapter's tensors into new leaves, and says nothing of it."""
+
+        def __init__(self, said):
+            self.said = said
+
+        def between_steps(self, run, step):
+            import veneer.engine as engine
+
+            if step == 3:
+                engine.relayout(run.model, "trained", lambda site, name, spec: (name, 1.0))
+                return self.said
+            return None
+
+    with pytest.raises(TrainingFailed, match="groups_changed"):
+        run(hooks=[Replace(None)])
+    # The optimizer's memory goes along: the run is the one that was not sorted anew.
+    exact = {"clip": None, "schedule": "constant"}
+    moved, plain = run(hooks=[Replace("groups_changed")], **exact), run(**exact)
+    assert [h["loss"] for h in moved.history] == pytest.approx([h["loss"] for h in plain.history], abs=1e-6)
+    assert plain.history[0]["loss"] != plain.history[-1]["loss"]
+
+
+def test_rows_with_arrays_have_a_digest_of_every_value():
+    import numpy as np
+
+    from veneer.training._open import Rows
+
+    one, two = np.zeros((40, 40)), np.zeros((40, 40))
+    two[20, 20] = 1
+    digests = {Rows({"train": [{"image": a}]}, "image-classify", [], "").digest for a in (one, two)}
+    assert len(digests) == 2
+
+
+def test_a_split_that_is_not_there_is_named_and_an_empty_one_is_said():
+    with pytest.raises(BadOption, match="validaton"):
+        run(max_steps=1, evaluate_on="validaton")
+    data = opened(16, 0, 0)
+    result = train(model=bert_base(), data=data, method="lora", max_steps=1, **QUIET)
+    assert result.metrics == {}
+    assert "there are no validation rows, so that nothing is measured on them" in result.notes
+
+
+def test_the_live_bar_takes_steps_and_notes(capsys):
+    from veneer.training._progress import Live
+
+    bar = Live()
+    bar.begin(3)
+    bar.step(1, 0.5, 1e-3, 100.0)
+    bar.note("note: [brackets] stay")
+    bar.evaluated(1, "validation", {"accuracy": 0.5})
+    bar.end()
+    said = capsys.readouterr()
+    assert "[brackets] stay" in said.err
+    assert said.out == ""
+
+
+def test_a_full_disk_is_said_and_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    class Fill(Hooks):
+        def between_steps(self, run, step):
+            if step == 5:
+                monkeypatch.setattr(os, "fsync", full)
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(TrainingFailed, match="No space left"):
+        run(tmp_path / "one", save_every=2, hooks=[Fill()])
+    monkeypatch.undo()
+    folder = tmp_path / "one" / "checkpoints"
+    assert [p.name for p in folder.iterdir()] == ["step-00000004"]
+    whole = run(tmp_path / "whole", save_every=2)
+    assert run(tmp_path / "one", save_every=2).predictions == whole.predictions
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "prefix_tuning"])
+def test_a_base_in_bfloat16_trains_and_resumes(tmp_path, method):
+    def options():
+        base = bert_base()
+        base.model.to(torch.bfloat16)
+        return {"model": base, "method": method, "save_every": 1, "max_steps": 6}
+
+    whole = run(tmp_path / "whole", **options())
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", hooks=[StopAt(3)], **options())
+    assert run(tmp_path / "cut", **options()).history == whole.history
+    assert len({h["loss"] for h in whole.history}) > 3

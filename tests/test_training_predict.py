@@ -56,6 +56,7 @@ def test_a_fresh_head_is_found_trained_saved_and_said(classifier):
     assert result.metrics["test"]["accuracy"] > 0.9
 
 
+@pytest.mark.slow
 def test_a_new_process_predicts_what_training_saw(classifier):
     folder, result = classifier
     code = (

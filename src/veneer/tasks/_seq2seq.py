@@ -4,8 +4,10 @@ generation.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,13 +56,26 @@ class GenerationTask(Task):
         ]
 
     def generate(self, model: nn.Module, batch: Batch) -> list[str]:
-        ids = model.generate(  # type: ignore[operator]
-            **batch.inputs, max_new_tokens=self.max_target_length, num_beams=self.beams, do_sample=False
-        )
+        with _without_advice():
+            ids = model.generate(  # type: ignore[operator]
+                **batch.inputs, max_new_tokens=self.max_target_length, num_beams=self.beams, do_sample=False
+            )
         return [t.strip() for t in batch.extra["decode"](ids)]
 
     def score(self, label: str, prediction: str) -> float:
         raise NotImplementedError
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """transformers' warnings about options that its own saved settings set."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> Tensor:
@@ -103,6 +118,7 @@ class Seq2Seq(GenerationTask):
                 target = str(row["target"])
                 said = feeder(text_target=target, truncation=True, max_length=self.max_target_length)
                 feature["labels"], feature["target"] = said["input_ids"], target
+                feature["tokens"] = feature["length"] + len(feature["labels"])
                 supervised.append(len(feature["labels"]))
             features.append(feature)
         return Encoded(features, cut, supervised)

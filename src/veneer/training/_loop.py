@@ -59,11 +59,8 @@ class Run:
         self.rows = encoded["train"].features
         self.lengths = [f["length"] for f in self.rows]
         self.steps_an_epoch = math.ceil(len(self.rows) / settings.batch_size)
-        self.total_steps = (
-            settings.max_steps
-            if settings.max_steps is not None
-            else math.ceil(settings.epochs * self.steps_an_epoch)
-        )
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+        self.total_steps = self._count_steps()
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.step_now, self.seconds, self.tokens = 0, 0.0, 0
         self.step_seconds: list[float] = []
@@ -72,7 +69,6 @@ class Run:
         self.stopped = False
         self.phase = -1
         self.written: str | None = None
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
         self._checked, self._saved = False, time.monotonic()
         self.optimizer = self._make_optimizer()
 
@@ -128,6 +124,7 @@ class Run:
                 next_step="veneer.trainable(model) lists what is trained; it needs a method with sites, "
                 "or a fresh head",
             )
+        self._views = {p: g.get("views", ()) for g in groups for p in g["params"]}
         if self.recipe is not None:
             return self.recipe.optimizer(groups, self.learning_rate, self.settings.weight_decay)
         from veneer.recipes import adamw
@@ -140,9 +137,22 @@ class Run:
 
     def rebuild_optimizer(self, keep: bool = True) -> None:
         """A new optimizer over the parameters of now; `keep` moves the state of those that stay."""
-        old, self.optimizer = self.optimizer, self._make_optimizer()
+        old, views = self.optimizer, self._views
+        self.optimizer = self._make_optimizer()
         if keep:
-            carry_state(old, self.optimizer)
+            carry_state(old, self.optimizer, views, self._views)
+
+    def _count_steps(self) -> int:
+        s = self.settings
+        if s.max_steps is not None:
+            return s.max_steps
+        if s.max_tokens is None:
+            return math.ceil(s.epochs * self.steps_an_epoch)
+        steps = tokens = 0
+        while tokens < s.max_tokens:
+            tokens += sum(f.get("tokens", f["length"]) for f in self.rows_of(steps))
+            steps += 1
+        return steps
 
     # -- rows --------------------------------------------------------------------------------------
 
@@ -152,7 +162,21 @@ class Run:
         if self._epoch[0] != epoch:
             batches = epoch_batches(self.lengths, self.settings.batch_size, self.settings.seed, epoch)
             self._epoch = (epoch, batches)
+            self._hold_trained()
         return [self.rows[i] for i in self._epoch[1][at]]
+
+    def _hold_trained(self) -> None:
+        """The optimizer updates what the adapter trains: asked at every epoch, since it fails silently."""
+        if not hasattr(self, "optimizer"):
+            return
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        missed = sum(id(p) not in held for p in self.subject.parameters())
+        if missed:
+            raise TrainingFailed(
+                f"at step {self.step_now} the optimizer no longer holds {missed} of the adapter's "
+                "parameters.",
+                next_step='a hook that changes them returns "groups_changed" from between_steps',
+            )
 
     def batches(self, split: str = "train", batch_size: int = 16, limit: int | None = None) -> list[Batch]:
         """The first rows of a split in batches, for hooks that read data (a Fisher pass, a start from

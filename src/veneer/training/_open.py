@@ -39,7 +39,8 @@ class Rows:
 
 
 def _digest_of(value: Any) -> str:
-    data = value if isinstance(value, bytes) else repr(value).encode()
+    # The text of an array leaves most of it out.
+    data = value if isinstance(value, bytes) else getattr(value, "tobytes", repr(value).encode)()
     return hashlib.sha256(data).hexdigest()
 
 
@@ -112,9 +113,13 @@ def encode_splits(
     model: nn.Module,
 ) -> tuple[dict[str, Encoded], list[str]]:
     """{split: Encoded} and what to know of it. Rows without anything to train are refused."""
-    encoded, notes = {}, []
+    encoded: dict[str, Encoded] = {}
+    notes: list[str] = []
     for split in dict.fromkeys(["train", *wanted]):
-        if not splits.get(split):
+        if split not in splits:
+            raise BadOption(f"the data has no split {split!r} to evaluate on.", nearest=list(splits))
+        if not splits[split]:
+            notes.append(f"there are no {split} rows, so that nothing is measured on them")
             continue
         found = task.encode(splits[split], feeder, model)
         encoded[split] = found

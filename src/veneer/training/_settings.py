@@ -28,6 +28,7 @@ class Settings:
     learning_rate: float | None = None
     epochs: float = 3
     max_steps: int | None = None
+    max_tokens: int | None = None
     batch_size: int = 16
     accumulate: int = 1
     seed: int = 0
@@ -54,7 +55,9 @@ class Settings:
             ("weight_decay", 0),
         ):
             _at_least(name, getattr(self, name), least)
-        for name in ("max_steps", "early_stopping", "evaluate_every", "save_every"):
+        if self.max_steps is not None and self.max_tokens is not None:
+            raise BadOption("max_steps and max_tokens are both given; give one.")
+        for name in ("max_steps", "max_tokens", "early_stopping", "evaluate_every", "save_every"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0 if name == "max_steps" else 1)
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):

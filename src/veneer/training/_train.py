@@ -203,6 +203,9 @@ def _run(
             notes.append(
                 f"the file has no values for {', '.join(fresh)}: trained whole, and saved in the adapter"
             )
+        loose = [n for n in base.fresh if "." not in n]
+        if loose:
+            notes.append(f"the file has no values for {', '.join(loose)}, which no module holds: not trained")
         for note in notes:
             listener.note(f"note: {note}")
         seed_all(settings.seed, "attach")

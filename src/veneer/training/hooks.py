@@ -8,10 +8,11 @@ be written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -123,15 +124,47 @@ def _implements(thing: Any, name: str) -> bool:
     return callable(getattr(thing, name, None)) and own is not getattr(Hooks, name)
 
 
-def carry_state(old: Any, new: Any) -> int:
-    """Move the optimizer state of every parameter that both have; returns how many. Rates and steps go on."""
-    kept = 0
-    for group in new.param_groups:
-        for parameter in group["params"]:
-            if parameter in old.state:
-                new.state[parameter] = old.state[parameter]
-                kept += 1
-    return kept
+Views = Mapping[
+    Tensor, Sequence[tuple[str, Any, int, int]]
+]  # leaf -> (label, shape, start, stop) of its parts
+
+
+def carry_state(old: Any, new: Any, before: Views | None = None, after: Views | None = None) -> None:
+    """Move what an optimizer remembers to another, which may hold the same tensors in other leaves.
+
+    A parameter that both have keeps its state. Of another the parts are gathered by their labels; a new
+    part begins at zero. Step counts come from the first part that was there.
+    """
+    places = {label: (leaf, a, b) for leaf, views in (before or {}).items() for label, _, a, b in views}
+    for parameter in (p for group in new.param_groups for p in group["params"]):
+        if parameter in old.state:
+            new.state[parameter] = old.state[parameter]
+            continue
+        views = (after or {}).get(parameter, ())
+        found = [places[label] for label, *_ in views if label in places and old.state.get(places[label][0])]
+        if found and _is_by_entry(old.state[found[0][0]], found[0][0]):
+            new.state[parameter] = _gathered(old.state, parameter, views, places, found[0][0])
+
+
+def _is_by_entry(state: Mapping[str, Any], leaf: Tensor) -> bool:
+    """Every tensor of the state is a number, or has one value for each entry of the leaf."""
+    tensors = [v for v in state.values() if isinstance(v, Tensor)]
+    return all(v.numel() == 1 or v.shape == leaf.shape for v in tensors)
+
+
+def _gathered(states: Any, parameter: Tensor, views: Any, places: Any, first: Tensor) -> dict[str, Any]:
+    """The state of a leaf, from the states of the leaves that its parts were in."""
+    state: dict[str, Any] = {}
+    for key, value in states[first].items():
+        if not isinstance(value, Tensor) or value.shape != first.shape:
+            state[key] = value.clone() if isinstance(value, Tensor) else value
+            continue
+        state[key] = torch.zeros_like(parameter, dtype=value.dtype)
+        for label, _, start, stop in views:
+            leaf, a, b = places.get(label, (None, 0, 0))
+            if leaf is not None and key in states.get(leaf, ()) and b - a == stop - start:
+                state[key][start:stop] = states[leaf][key][a:b]
+    return state
 
 
 def forget_state(optimizer: Any, parameter: Tensor, index: Tensor | None = None) -> None:
