@@ -106,10 +106,16 @@ def merge(
             raise Unsupported(f"adapter '{n}' does not merge: its weights depend on the rows.")
     before = _outputs(model, host, names, probe)
     report = MergeReport(names)
-    rest = tuple(n for n in host.active if n not in names)
-    host.set_active(rest)
+    active, kept, codes = host.active, dict(host.kept), dict(host.kept_codes)
+    host.set_active(tuple(n for n in active if n not in names))
     host.merged += names
-    _write(host, report, requantise)
+    try:
+        _write(host, report, requantise)
+    except Exception:  # nothing was written yet: weights change after all of them are formed
+        host.merged = [n for n in host.merged if n not in names]
+        host.kept, host.kept_codes = kept, codes
+        host.set_active(active)
+        raise
     if before is not None:
         after = _outputs(model, host, [], probe)
         report.max_abs_error = float((after - before).abs().max())

@@ -123,7 +123,10 @@ def _insert_after(ops: list[Op], frame: Frame, y: Tensor) -> Tensor:
         frame.key_mask[ops[0].site.stack] = where.extend(real, fill=False, at_added=True)
     for stack in ("", ops[0].site.stack):
         if stack in frame.at:
-            frame.at[stack] = frame.at[stack].with_(added=where.added, prompt=where.extend(real, fill=False))
+            seen = where.extend(real, fill=False, at_added=True)
+            frame.at[stack] = frame.at[stack].with_(
+                added=where.added, prompt=where.extend(real, fill=False), mask=seen, mask_all=seen
+            )
     forget_rows(frame)
     return y
 
@@ -208,8 +211,8 @@ def _back(new: Tensor, mine: Tensor, like: Tensor, op: Op) -> Tensor:
 
 def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: tuple, kwargs: dict) -> Any:
     """The base's output under weight edits: dense ones through W', factored ones added to the output."""
-    factored = [op for op in ops if _is_factored(op)]
-    dense = [op for op in ops if not _is_factored(op)]
+    factored = [op for op in ops if _is_factored(op, frame)]
+    dense = [op for op in ops if not _is_factored(op, frame)]
     chosen_later = [op for op in dense if op.live is not None]
     whole = [op for op in dense if op.rows is None and op.live is None]
     parts = [op for op in dense if op.rows is not None]
@@ -269,9 +272,14 @@ def _spread_rows(total: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return tuple(spread(v) for v in args), {k: spread(v) for k, v in kwargs.items()}
 
 
-def _is_factored(op: Op) -> bool:
+def _is_factored(op: Op, frame: Frame) -> bool:
+    """Whether the edit adds its own change to the output. One that reads the bare output cannot while another
+    adapter is merged into the weight: there is no bare output then, and it goes by `delta` on the kept weight."""
     if is_shift(op.plan):
         return True
+    reads_output = "y" in op.method.arguments.get("branch", ())
+    if reads_output and (op.site.module, op.site.parameter) in frame.host.kept:
+        return False
     return op.site.kind in ("linear", "conv1d") and "branch" in op.method.arguments and not op.site.experts
 
 

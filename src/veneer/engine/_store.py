@@ -294,7 +294,7 @@ def _compare(host: Host, record: dict[str, Any], found: Any, values: dict[str, T
     from ._plan import is_saved
 
     wanted = {e.key: e.shape for e in found.entries if is_saved(e.spec)}
-    fluid = {e.key for e in found.entries if getattr(found.sites[e.first].method, "shapes_from_data", False)}
+    fluid = {e.key for e in found.entries if found.sites[e.first].method.facts.data}  # data chose their shapes
     missing = sorted(set(wanted) - set(values))
     extra = sorted(set(values) - {e.key for e in found.entries})
     base = record.get("base", {}).get("fingerprint", {}).get("class", "another base")

@@ -120,6 +120,12 @@ def twin(module: nn.Module, replaced: dict[str, Tensor | None]) -> nn.Module:
     Thread-safe, since the module itself is untouched, and traced by dynamo.
     """
     base = plain_class(module)
+    if "weight" in replaced and hasattr(module, "dense_weight"):  # a quantised form reads its codes, not a weight
+        made = object.__new__(nn.Linear)
+        made.__dict__.update(module.__dict__)
+        made.__dict__["_parameters"] = {"bias": getattr(module, "bias", None), **replaced}
+        made.__dict__["_buffers"] = {}
+        return made
     if parametrize.is_parametrized(module):
         base = base.__bases__[0]  # torch puts the parametrized class right above the plain one
     made = object.__new__(base)
