@@ -1,0 +1,112 @@
+"""Runs of a comparison in worker processes, begun before they are asked for.
+
+`compare` asks for one run after the other. While it waits for the runs of one arm, the workers go on with what
+the design says will be asked next: the rates of the next arm, the other seeds of this one. What a run gives
+does not depend on when or where it ran.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from veneer.comparing.arms import Arm
+from veneer.comparing.ledger import Ledger
+
+_runner: Any = None
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _open(runner: Any) -> None:
+    global _runner
+    import torch
+
+    from veneer.cli._common import still
+
+    torch.set_num_threads(1)  # as many runs at once as there are processors
+    still()
+    _runner = runner
+
+
+def _run(arguments: dict[str, Any]) -> Any:
+    return _runner(**arguments)
+
+
+class Ahead:
+    """A trainer for `compare` over a trainer. Used as a context: leaving it ends the workers."""
+
+    def __init__(
+        self,
+        runner: Any,
+        folder: Path,
+        rates: dict[str, Sequence[float]],
+        arms: Sequence[Arm],
+        tuning_seeds: Sequence[int],
+        seeds: Sequence[int],
+        workers: int,
+    ) -> None:
+        self.runner, self.folder, self.rates, self.seeds = runner, folder, rates, seeds
+        self.tuning_seeds, self.arms = tuning_seeds, [arm for arm in arms if arm.is_trained]
+        lines = Ledger(folder).of_kind("run") if (folder / "ledger.jsonl").is_file() else []
+        self.done = {(x["stage"], x["arm"], x["seed"], x["learning_rate"]) for x in lines if x["status"] != "failed"}
+        self.begun: dict[tuple[Any, ...], Future[Any]] = {}
+        self.tuned = 0
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers, which are new processes
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(workers, context, initializer=_open, initargs=(runner,))
+
+    def __enter__(self) -> Ahead:
+        self._tune_until(2)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.pool.shutdown(wait=error[0] is None, cancel_futures=True)
+        if error[0] is not None:
+            for process in list(getattr(self.pool, "_processes", None) or {}):
+                os.kill(process, 15)
+
+    def __call__(
+        self, *, arm: Arm, seed: int, learning_rate: float | None, splits: tuple[str, ...], output: Path
+    ) -> Any:
+        if not arm.is_trained:
+            return self.runner(arm=arm, seed=seed, learning_rate=learning_rate, splits=splits, output=output)
+        stage = "confirm" if "test" in splits else "tune"
+        if stage == "confirm":
+            for each in self.seeds:
+                self._begin("confirm", arm, each, learning_rate)
+        self._tune_until(self._place(arm) + 3)
+        return self._begin(stage, arm, seed, learning_rate, again=True).result()
+
+    def _place(self, arm: Arm) -> int:
+        return next((i for i, each in enumerate(self.arms) if str(each) == str(arm)), 0)
+
+    def _tune_until(self, count: int) -> None:
+        for arm in self.arms[self.tuned : count]:
+            for rate in self.rates[str(arm)]:
+                for seed in self.tuning_seeds:
+                    self._begin("tune", arm, seed, rate)
+        self.tuned = max(self.tuned, min(count, len(self.arms)))
+
+    def _begin(self, stage: str, arm: Arm, seed: int, rate: float | None, again: bool = False) -> Any:
+        """The run, begun now unless it is already; one that the ledger holds only when it is asked for."""
+        key = (stage, str(arm), seed, rate)
+        if key in self.begun:
+            return self.begun[key]
+        if key in self.done and not again:
+            return None
+        name = f"seed-{seed}" if stage == "confirm" else f"tune-seed-{seed}-rate-{rate:g}"
+        given = {
+            "arm": arm, "seed": seed, "learning_rate": rate,
+            "splits": ("validation", "test") if stage == "confirm" else ("validation",),
+            "output": self.folder / "runs" / arm.slug / name,
+        }  # fmt: skip
+        self.begun[key] = self.pool.submit(_run, given)
+        return self.begun[key]

@@ -1,0 +1,162 @@
+"""`veneer compare`: several methods alike, one table with intervals, a report."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from veneer.cli._common import OPEN, AsJson, Columns, Debug, Device, Dtype, Quiet, extra_options, note, result, still
+from veneer.errors import BadOption, UnknownOption, nearest
+
+EXAMPLES = (
+    "veneer compare --model builtin:minilm --data reviews.csv --methods lora,dora:rank=4,loreft --output runs/which",
+    "veneer compare --from scores.jsonl --metric accuracy --output runs/theirs",
+)
+SETTINGS = OPEN
+
+
+def compare(
+    ctx: typer.Context,
+    model: Annotated[str | None, typer.Option("--model", help="folder, hub id, file.gguf, builtin:NAME, module:PATH:FUNCTION")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="CSV, TSV, JSONL, Parquet, a folder, a hub id, builtin:NAME")] = None,
+    methods: Annotated[str, typer.Option(help="arms separated by commas, families, or all")] = "",
+    output: Annotated[str | None, typer.Option("--output", help="the folder of the comparison; the same command goes on in it")] = None,
+    from_file: Annotated[str | None, typer.Option("--from", help="results made elsewhere: a line an item, with arm, seed, item, score")] = None,
+    task: Annotated[str | None, typer.Option(help="default: found from the data")] = None,
+    metric: Annotated[str | None, typer.Option(help="default: the task's")] = None,
+    lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="for results made elsewhere")] = False,
+    budget: Annotated[str, typer.Option(help="published, demo, examples=N, tokens=N, minutes=N")] = "published",
+    seeds: Annotated[int, typer.Option(help="runs of each arm")] = 6,
+    trials: Annotated[int | None, typer.Option(help="learning rates of each arm; default 7")] = None,
+    contrast: Annotated[list[str] | None, typer.Option(help="a planned pair, lora,dora; default: all against the best")] = None,
+    correction: Annotated[str, typer.Option(help="holm (planned) or fdr_bh (screens)")] = "holm",
+    smallest_effect: Annotated[float, typer.Option(help="the smallest difference that would matter")] = 0.01,
+    extend: Annotated[bool, typer.Option("--extend", help="add arms or seeds to a comparison that is there")] = False,
+    columns: Columns = None,
+    group: Annotated[str | None, typer.Option(help="a column whose rows stay in one split")] = None,
+    sizes: Annotated[str | None, typer.Option(help="of the splits: validation=500,test=0.1")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare methods on the same data with the same budget, and say how sure the answer is.
+
+    The untrained base, a trained head alone and full fine-tuning are always among the arms. Other options are
+    those of training, the same for all arms: --max-length 64 --batch-size 8
+    """
+    from veneer.cli._table import terminal_width
+
+    pairs = [_pair(text) for text in contrast or ()]
+    if from_file is not None:
+        from veneer.comparing import from_results
+
+        if model or data or methods:
+            raise BadOption("--from analyses results that are there; --model, --data and --methods make new ones.",
+                            next_step="give the one or the other")  # fmt: skip
+        found = from_results(
+            from_file, output=output, metric=metric or "score", higher_is_better=not lower_is_better, contrasts=pairs,
+            correction=correction, smallest_effect=smallest_effect,
+        )  # fmt: skip
+        result(found, text_of(found, terminal_width()))
+        return
+    missing = [f"--{n}" for n, v in (("model", model), ("data", data), ("methods", methods), ("output", output)) if not v]
+    if missing:
+        raise BadOption(f"veneer compare needs {', '.join(missing)}.", next_step="veneer compare --help")
+    from veneer.comparing import compare as run_comparison
+    from veneer.comparing.runs import print_progress
+
+    options = training_options(extra_options(ctx.args, "compare"), [o for p in ctx.command.params for o in p.opts])
+    given = {"columns": columns, "group": group, "sizes": sizes, "device": device, "dtype": dtype}
+    options |= {k: v for k, v in given.items() if v is not None}
+    still()
+    found = run_comparison(
+        model, data, methods, output=str(output), task=task, metric=metric, budget=budget, seeds=seeds, trials=trials,
+        contrasts=pairs, correction=correction, smallest_effect=smallest_effect, extend=extend,
+        progress=None if quiet else print_progress, **options,
+    )  # fmt: skip
+    finish(found)
+    result(found, text_of(found, terminal_width()))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    from veneer.comparing.arms import split_arms
+
+    pair = split_arms(text)
+    if len(pair) != 2:
+        raise BadOption(f"--contrast {text!r} is not a pair of arms.", next_step="--contrast lora,dora")
+    return pair[0], pair[1]
+
+
+def training_options(given: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+    """Options of every training, after their names were looked up."""
+    from veneer.training import Settings
+
+    taken = {"seed", "learning_rate", "identity", "evaluate_on"}  # the design's own
+    known = {*Settings.__dataclass_fields__, "max_length", "quantise", "whole"} - taken
+    for name in given:
+        if name not in known:
+            typed = "--" + name.replace("_", "-")
+            names = [*flags, *("--" + n.replace("_", "-") for n in sorted(known))]
+            raise UnknownOption(
+                f"veneer compare has no option '{typed}'.", nearest=nearest(typed, names),
+                next_step="options of a method belong to its arm: --methods lora:rank=16,dora",
+            )  # fmt: skip
+    if isinstance(given.get("whole"), str):
+        given["whole"] = [given["whole"]]
+    return given
+
+
+def finish(found: Any) -> None:
+    """The card of the winner."""
+    from veneer.cli._card import write_card
+
+    if found.best_folder is not None and (found.best_folder / "veneer.json").is_file():
+        write_card(found.best_folder)
+    else:
+        note("note: the winner has no adapter to keep")
+
+
+def text_of(found: Any, width: int) -> str:
+    """The conclusion, the table as wide as the terminal, and where the report is."""
+    import textwrap
+
+    from veneer.cli._table import table
+    from veneer.comparing.words import Scale, bytes_text, count, p_text, seconds_text
+
+    summary = found.to_dict()
+    scale = Scale(summary["analysed"], 1.0 if summary["higher_is_better"] else -1.0, summary["in_percent"])
+    recommended = summary["recommendation"]["arm"]
+    rows = [
+        (
+            arm["arm"] + (" *" if arm["arm"] == recommended else ""),
+            scale.value(arm["mean"]),
+            f"{scale.value(arm['low'])} to {scale.value(arm['high'])}",
+            "yes" if arm["tied_with_best"] else "no",
+            p_text(arm["p_adjusted"]),
+            count(arm["trainable_parameters"]),
+            bytes_text(arm["bytes_on_disk"]),
+            seconds_text(arm["step_seconds"]),
+        )
+        for arm in summary["arms"]
+    ]
+    head = ("arm", scale.unit, "95 % interval", "tied", "p", "trained", "on disk", "step")
+    lines = [
+        *textwrap.wrap(found.sentence, width),
+        "",
+        table(head, rows, width=width, drop=("on disk", "p", "step", "tied", "trained"), right=head[1:]),
+        "",
+        *textwrap.wrap("* the cheapest arm that cannot be told apart from the best; tied: not separable from the best; "
+                       "p: of being the best, corrected for all arms", width, subsequent_indent="  "),
+    ]  # fmt: skip
+    for other in summary["not_measured"]:
+        lines += textwrap.wrap(f"{other['arm']}: {other['status'].replace('_', ' ')} ({other['reason']})", width,
+                               subsequent_indent="  ")  # fmt: skip
+    if summary["claim"]:
+        lines.append(summary["claim"])
+    lines += ["", f"report: {found.report}"]
+    if found.best_folder is not None:
+        lines.append(f"winner: {found.best_folder}")
+    return "\n".join(lines)

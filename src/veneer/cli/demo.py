@@ -1,0 +1,85 @@
+"""`make demo`: which method, for a small encoder and a few film sentences? A whole comparison in minutes.
+
+The budget is small on purpose, and the result is a screen: 190 sentences to train on, twice; 200 to choose
+rates on, 300 to test on; three rates an arm, six seeds. `make study` asks the same question in earnest.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+MODEL, DATA = "builtin:minilm", "builtin:movie-sentences"
+ARMS = (
+    "lora", "dora", "vera", "oft", "bitfit", "fish_mask", "serial_adapter", "ia3", "loreft", "prefix_tuning",
+    "prompt_tuning", "unipelt", "ladder_side_tuning",
+)  # fmt: skip
+SEEDS, TRIALS = 6, 3
+# Four rows a step: 190 rows give 96 steps, enough for a rate schedule to matter.
+OPTIONS = {"batch_size": 4, "max_length": 48, "device": "cpu"}
+OUTPUT = Path("runs/demo")
+SENTENCES = ("a warm, funny film that stays with you", "two hours of noise and not one idea")
+
+
+def run(
+    output: Path = OUTPUT,
+    model: Any = MODEL,
+    data: Any = DATA,
+    arms: tuple[str, ...] = ARMS,
+    seeds: int = SEEDS,
+    workers: int | None = None,
+) -> Any:
+    """The comparison; returns its result. A run that was stopped goes on."""
+    from veneer.comparing import compare, parse_arms, parse_budget
+    from veneer.comparing.design import choose_seeds
+    from veneer.comparing.rates import grids
+    from veneer.comparing.runner import default_runner
+    from veneer.tasks import find_metric
+
+    from veneer.cli._ahead import Ahead, processors
+
+    runner = default_runner(model, data, task=None, budget=parse_budget("demo"), options=OPTIONS)
+    parsed = parse_arms(arms, runner.families, runner.recipes, runner.families)
+    rates = grids(parsed, TRIALS, None, runner.ranges, runner.families)
+    output.mkdir(parents=True, exist_ok=True)
+    with Ahead(
+        runner, output, rates, parsed, (0,), choose_seeds(seeds), workers or min(4, processors())
+    ) as ahead:
+        return compare(
+            model, data, parsed, output=output, task=runner.data.task, metric=runner.task.primary_metric,
+            higher_is_better=find_metric(runner.task.primary_metric).greater_is_better, budget="demo", seeds=seeds,
+            trials=TRIALS, rates=rates, correction="fdr_bh", run_arm=ahead, known_methods=runner.families,
+            known_recipes=runner.recipes, families=runner.families, sizes=runner.sizes,
+            data_sha256=runner.data_sha256, **runner.options,
+        )  # fmt: skip
+
+
+def main(output: Path = OUTPUT) -> None:
+    from veneer.cli._common import say, still
+    from veneer.cli._table import terminal_width
+    from veneer.cli.compare import finish, text_of
+
+    began = time.monotonic()
+    fresh = "--again" in sys.argv
+    if fresh:
+        shutil.rmtree(output, ignore_errors=True)
+    say(f"{len(ARMS)} methods and three controls, on {DATA} with {MODEL}. A screen of some minutes; stop it at any moment, it goes on.")
+    still()
+    found = run(output)
+    finish(found)
+    print(text_of(found, terminal_width()))
+    command = [sys.executable, "-m", "veneer", "predict", "--adapter", str(found.best_folder), *SENTENCES]
+    print(f"\nthe winner, in a process of its own:\n  veneer predict --adapter {found.best_folder} {SENTENCES[0]!r} {SENTENCES[1]!r}", flush=True)
+    subprocess.run(command, check=True)
+    print(
+        f"\n{time.monotonic() - began:.0f} s. A screen of a small budget, no claims: see {found.report}.\n"
+        "Give the same command again and it ends at once; python -m veneer.cli.demo --again begins anew."
+    )
+
+
+if __name__ == "__main__":
+    main()
