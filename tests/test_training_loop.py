@@ -501,3 +501,29 @@ def test_a_base_in_bfloat16_trains_and_resumes(tmp_path, method):
         run(tmp_path / "cut", hooks=[StopAt(3)], **options())
     assert run(tmp_path / "cut", **options()).history == whole.history
     assert len({h["loss"] for h in whole.history}) > 3
+
+
+def test_two_trainings_on_one_open_base_are_those_of_two_bases():
+    import veneer.engine as engine
+
+    base = bert_base()
+    first, second = run(model=base, max_steps=6), run(model=base, max_steps=6, method="ia3")
+    assert list(engine.adapters(base.model)) == ["trained", "trained-2"]
+    assert first.history == run(max_steps=6).history
+    assert second.history == run(max_steps=6, method="ia3").history
+
+
+def test_a_training_that_fails_leaves_the_model_as_it_was():
+    import veneer.engine as engine
+
+    base = bert_base()
+    before = {n: p.clone() for n, p in base.model.state_dict().items()}
+    flags = {n: p.requires_grad for n, p in base.model.named_parameters()}
+    with pytest.raises(Stop):
+        run(model=base, hooks=[StopAt(3)], gradient_checkpointing=True)
+    assert engine.adapters(base.model) == {}
+    assert base.model.state_dict().keys() == before.keys()
+    assert all(torch.equal(p, before[n]) for n, p in base.model.state_dict().items())
+    assert {n: p.requires_grad for n, p in base.model.named_parameters()} == flags
+    assert not base.model.is_gradient_checkpointing
+    assert run(model=base, max_steps=4).history == run(max_steps=4).history

@@ -277,3 +277,44 @@ def test_conversations_train_in_the_loop_and_report_their_trained_tokens():
     # <|im_start|> user : good film <|im_end|> <|im_start|> assistant : bad plot <|im_end|>
     assert "train: 24 of 96 tokens are the assistant's, and are trained" in result.notes
     assert result.history[-1]["loss"] < 0.9 * result.history[0]["loss"]
+
+
+@pytest.mark.slow
+def test_trls_trainer_trains_a_model_with_an_adapter(tmp_path):
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    tokenizer = word_tokenizer(["user", "assistant", ":"], ["<|im_start|>", "<|im_end|>"], pair=False)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = CHATML
+    model = llama(len(tokenizer))
+    bare = {n: p.clone() for n, p in model.named_parameters()}
+    engine.attach(model, "lora", name="one")
+    rows = [
+        {"messages": [{"role": "user", "content": "good film"}, {"role": "assistant", "content": "bad plot"}]}
+    ] * 16
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=5,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        max_length=32,
+        gradient_checkpointing=False,
+    )
+    before = [p.detach().clone() for g in engine.parameters(model) for p in g["params"]]
+    trl.SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[Callback()],
+    ).train()
+    after = [p for g in engine.parameters(model) for p in g["params"]]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after))
+    now = dict(model.named_parameters())
+    assert all(torch.equal(p, now[n]) for n, p in bare.items())

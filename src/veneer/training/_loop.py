@@ -6,7 +6,6 @@ random in step k comes from (seed, k): so a run that was killed and resumed is t
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -17,14 +16,16 @@ from torch import Tensor, nn
 
 from veneer.errors import TrainingFailed
 from veneer.tasks import Batch, Encoded, Task
-from veneer.training._batches import epoch_batches, parts
+from veneer.training._batches import Plan, parts
 from veneer.training._checkpoint import Checkpoints, to_device
 from veneer.training._evaluate import predictions_of
-from veneer.training._failures import first_not_finite, not_finite, out_of_memory
+from veneer.training._failures import out_of_memory
+from veneer.training._optimizer import load_optimizer, make_optimizer, optimizer_state, views_of
 from veneer.training._progress import Progress
 from veneer.training._schedule import rate_factor, set_rates, warmup_steps
 from veneer.training._seeds import own_randomness, seed_all
 from veneer.training._settings import Settings
+from veneer.training._step import update
 from veneer.training._subject import Subject
 from veneer.training.hooks import AllHooks, Phase, carry_state, forget_state
 
@@ -57,10 +58,8 @@ class Run:
         self.hooks = AllHooks([*hooks, recipe], methods=[method])
         self.progress = progress or Progress()
         self.rows = encoded["train"].features
-        self.lengths = [f["length"] for f in self.rows]
-        self.steps_an_epoch = math.ceil(len(self.rows) / settings.batch_size)
-        self._epoch: tuple[int, list[list[int]]] = (-1, [])
-        self.total_steps = self._count_steps()
+        self.plan = Plan(self.rows, settings)
+        self.steps_an_epoch, self.total_steps = self.plan.steps_an_epoch, self.plan.total_steps
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
         self.step_now, self.seconds, self.tokens = 0, 0.0, 0
         self.step_seconds: list[float] = []
@@ -69,7 +68,7 @@ class Run:
         self.stopped = False
         self.phase = -1
         self.written: str | None = None
-        self._checked, self._saved = False, time.monotonic()
+        self.checked, self._saved = False, time.monotonic()
         self.optimizer = self._make_optimizer()
 
     @property
@@ -95,7 +94,7 @@ class Run:
         if scaler is not None:
             own["scaler"] = scaler.state_dict()
         return {
-            "adapter": self.subject.state(), "optimizer": _optimizer_state(self.optimizer), "own": own,
+            "adapter": self.subject.state(), "optimizer": optimizer_state(self.optimizer), "own": own,
             "position": position,
         }  # fmt: skip
 
@@ -104,7 +103,7 @@ class Run:
         position = saved["position"]
         self.subject.restore(to_device(saved["adapter"], self.device))
         self.optimizer = self._make_optimizer()
-        _load_optimizer(self.optimizer, to_device(saved["optimizer"], self.device))
+        load_optimizer(self.optimizer, to_device(saved["optimizer"], self.device))
         for name, value in saved["own"].items():
             owner = self.recipe if name == "recipe" else self.accelerator.scaler
             owner.load_state_dict(value)
@@ -116,20 +115,8 @@ class Run:
 
     def _make_optimizer(self) -> Any:
         groups = self.subject.groups(self.learning_rate, self.settings.weight_decay, self.recipe)
-        groups = [g for g in groups if g["params"]]
-        count = sum(p.numel() for g in groups for p in g["params"] if p.requires_grad)
-        if count == 0:
-            raise TrainingFailed(
-                "there is nothing to train: the active adapter has no parameter that requires a gradient.",
-                next_step="veneer.trainable(model) lists what is trained; it needs a method with sites, "
-                "or a fresh head",
-            )
-        self._views = {p: g.get("views", ()) for g in groups for p in g["params"]}
-        if self.recipe is not None:
-            return self.recipe.optimizer(groups, self.learning_rate, self.settings.weight_decay)
-        from veneer.recipes import adamw
-
-        return adamw(groups, self.learning_rate)
+        self._views = views_of(groups)
+        return make_optimizer(groups, self.recipe, self.learning_rate, self.settings.weight_decay)
 
     def forget(self, parameter: Tensor, index: Tensor | None = None) -> None:
         """Drop the optimizer's state of a parameter, or of some of its entries."""
@@ -142,33 +129,14 @@ class Run:
         if keep:
             carry_state(old, self.optimizer, views, self._views)
 
-    def _count_steps(self) -> int:
-        s = self.settings
-        if s.max_steps is not None:
-            return s.max_steps
-        if s.max_tokens is None:
-            return math.ceil(s.epochs * self.steps_an_epoch)
-        steps = tokens = 0
-        while tokens < s.max_tokens:
-            tokens += sum(f.get("tokens", f["length"]) for f in self.rows_of(steps))
-            steps += 1
-        return steps
-
     # -- rows --------------------------------------------------------------------------------------
 
     def rows_of(self, step: int) -> list[dict[str, Any]]:
         """The features that step `step` trains on."""
-        epoch, at = divmod(step, self.steps_an_epoch)
-        if self._epoch[0] != epoch:
-            batches = epoch_batches(self.lengths, self.settings.batch_size, self.settings.seed, epoch)
-            self._epoch = (epoch, batches)
-            self._hold_trained()
-        return [self.rows[i] for i in self._epoch[1][at]]
+        return [self.rows[i] for i in self.plan.indices(step)]
 
     def _hold_trained(self) -> None:
         """The optimizer updates what the adapter trains: asked at every epoch, since it fails silently."""
-        if not hasattr(self, "optimizer"):
-            return
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         missed = sum(id(p) not in held for p in self.subject.parameters())
         if missed:
@@ -212,13 +180,15 @@ class Run:
             self.model.eval()
 
     def _one_step(self) -> None:
+        if self.step_now % self.steps_an_epoch == 0:
+            self._hold_trained()
         began, rows = time.perf_counter(), self.rows_of(self.step_now)
         micro = [self.collate(part) for part in parts(rows, self.settings.accumulate)]
         set_rates(
             self.optimizer, rate_factor(self.settings.schedule, self.step_now, self.total_steps, self.warmup)
         )
         try:
-            loss = self._update(micro)
+            loss = update(self, micro)
         except torch.OutOfMemoryError as error:
             longest = max(f["length"] for f in rows)
             s = self.settings
@@ -234,82 +204,6 @@ class Run:
         self.step_seconds.append(took)
         self.tokens += sum(b.tokens for b in micro)
         self._note(loss)
-
-    def _update(self, micro: list[Batch]) -> float:
-        """Loss, gradients and one update. Returns the loss of the step, penalties included."""
-        total = sum(b.weight for b in micro)
-
-        def closure(backward: bool = True) -> Tensor:
-            # The same draws at each call: what evaluates a step twice compares like with like.
-            seed_all(self.settings.seed, "step", self.step_now)
-            whole = torch.zeros((), device=self.device)
-            for at, batch in enumerate(micro):
-                with self.accelerator.autocast():
-                    loss = self.task.loss(self.model, batch) * (batch.weight / total)
-                for term in self._terms(batch) if at == 0 else ():
-                    loss = loss + term
-                if backward:
-                    self.accelerator.backward(loss)
-                whole += loss.detach()
-            return whole
-
-        loss = self.hooks.step(self, closure, self.step_now)
-        if loss is None:
-            loss = self._ordinary(closure, micro)
-        value = float(loss)
-        if not math.isfinite(value):
-            self._fail("the loss", micro)
-        return value
-
-    def _ordinary(self, closure: Any, micro: list[Batch]) -> Tensor:
-        if getattr(self.recipe, "backward", True) is False:
-            with torch.no_grad():
-                return self.optimizer.step(lambda: closure(backward=False))
-        loss = closure()
-        if not math.isfinite(float(loss)):
-            self._fail("the loss", micro)  # before the update: what is trained stays finite
-        if not self._checked:
-            self.subject.check_gradients()
-            self._checked = True
-        if self.hooks.has["exchange"]:
-            self._exchange()
-        scaler = getattr(self.accelerator, "scaler", None)
-        if scaler is not None:
-            scaler.unscale_(self.optimizer)
-        self.hooks.on_gradients(self, self.step_now)
-        trained = [p for g in self.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip or math.inf)
-        if scaler is not None:
-            scaler.step(self.optimizer)
-            scaler.update()
-            return loss
-        if not math.isfinite(float(norm)):
-            self._fail("the gradient", micro)
-        self.optimizer.step()
-        return loss
-
-    def _terms(self, batch: Batch) -> list[Tensor]:
-        penalty = self.subject.penalty()
-        found = [] if penalty is None else [penalty]
-        return [*found, *self.hooks.loss_terms(self, batch).values()]
-
-    def _exchange(self) -> None:
-        trained = self.subject.parameters()
-        sent = {str(i): p.grad for i, p in enumerate(trained) if p.grad is not None}
-        for name, gradient in self.hooks.exchange(self, sent).items():
-            trained[int(name)].grad = gradient
-
-    def _fail(self, what: str, micro: list[Batch]) -> None:
-        """Raise the error of a step that diverged, with the module that overflowed first."""
-
-        def again() -> None:
-            seed_all(self.settings.seed, "step", self.step_now)
-            for batch in micro:
-                self.task.loss(self.model, batch)
-
-        rate = max(g["lr"] for g in self.optimizer.param_groups)
-        items = [i for b in micro for i in b.items]
-        raise not_finite(what, self.step_now, items, first_not_finite(self.model, again), rate, self.written)
 
     def _changed(self, change: str | None) -> None:
         if change == "groups_changed":
@@ -408,30 +302,3 @@ class Run:
     @property
     def median_step_seconds(self) -> float:
         return statistics.median(self.step_seconds) if self.step_seconds else 0.0
-
-
-def _optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """state_dict without what groups carry for the step alone (views of leaves): those are made anew."""
-    saved = optimizer.state_dict()
-    plain = [{k: v for k, v in g.items() if _is_plain(v)} for g in saved["param_groups"]]
-    return {**saved, "param_groups": plain}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _load_optimizer(optimizer: Any, saved: Any) -> None:
-    now = optimizer.param_groups
-    if len(saved["param_groups"]) != len(now):
-        raise TrainingFailed(
-            f"the checkpoint's optimizer has {len(saved['param_groups'])} groups of parameters, "
-            f"this one has {len(now)}.",
-            next_step="give the run another output, to begin it anew",
-        )
-    groups = [
-        {**{k: v for k, v in n.items() if k != "params"}, **s} for n, s in zip(now, saved["param_groups"])
-    ]
-    optimizer.load_state_dict({**saved, "param_groups": groups})
