@@ -25,12 +25,19 @@ def rename(model: nn.Module, seed: int = 0) -> dict[str, str]:
     def word() -> str:
         return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(8))
 
-    modules = [m for m in model.modules() if m._modules and not isinstance(m, nn.ModuleList | nn.Sequential | nn.ModuleDict)]
+    modules = [
+        m
+        for m in model.modules()
+        if m._modules and not isinstance(m, nn.ModuleList | nn.Sequential | nn.ModuleDict)
+    ]
     for module in modules:
         table = tables.setdefault(type(module), {})
         for key in module._modules:
             table.setdefault(key, word())
-    classes = {cls: type(word(), (cls,), {k: _alias(k, n) for k, n in table.items()}) for cls, table in tables.items()}
+    classes = {
+        cls: type(word(), (cls,), {k: _alias(k, n) for k, n in table.items()})
+        for cls, table in tables.items()
+    }
     for module in modules:
         table = tables[type(module)]
         children = {table[key]: child for key, child in module._modules.items()}
@@ -70,7 +77,9 @@ def rows(model: nn.Module, site: Site, change: Callable[[torch.Tensor], torch.Te
 def seen_by(model: nn.Module, module: str, arguments: dict[str, Any]) -> torch.Tensor:
     """The first input of a module during a forward."""
     caught: list[torch.Tensor] = []
-    handle = model.get_submodule(module).register_forward_pre_hook(lambda m, args: caught.append(args[0].detach().clone()))
+    handle = model.get_submodule(module).register_forward_pre_hook(
+        lambda m, args: caught.append(args[0].detach().clone())
+    )
     try:
         with torch.no_grad():
             model(**arguments)
@@ -97,4 +106,8 @@ def randomise(model: nn.Module) -> None:
 
 def projections(anatomy: Anatomy, core: str) -> dict[str, Site]:
     """role's last word -> site, of the attention whose core this is."""
-    return {s.role.rpartition(".")[2]: s for s in anatomy.sites if dict(s.options).get("core") == core and s.parameter}
+    return {
+        s.role.rpartition(".")[2]: s
+        for s in anatomy.sites
+        if dict(s.options).get("core") == core and s.parameter
+    }

@@ -10,9 +10,9 @@ import copy
 
 import pytest
 import torch
-from anatomy_tools import projections, randomise, rename, rows, seen_by
 from torch import nn
 
+from anatomy_tools import projections, randomise, rename, rows, seen_by
 from veneer.anatomy import Anatomy, read
 
 transformers = pytest.importorskip("transformers")

@@ -15,18 +15,12 @@ from torch import nn
 
 from veneer.anatomy._by_name import read_names
 from veneer.anatomy._by_trace import read_trace
+from veneer.anatomy._facts import bias_names, build_facts, known_weights, parameter_sites
 from veneer.anatomy._findings import Findings
 from veneer.anatomy._probe import causal_by_trial, run_probe
+from veneer.anatomy._quantised import dense_stand_ins
 from veneer.anatomy._select import Selector, select
-from veneer.anatomy._sites import (
-    Places,
-    bias_names,
-    build_facts,
-    build_sites,
-    known_weights,
-    parameter_sites,
-    weight_site,
-)
+from veneer.anatomy._sites import Places, build_sites, weight_site
 from veneer.anatomy._structure import inside, join
 from veneer.anatomy._types import BaseFacts, Site
 from veneer.errors import BadOption
@@ -172,7 +166,8 @@ def read(model: nn.Module, *, probe: Mapping[str, Any] | torch.Tensor | None = N
         raise BadOption(
             f"{type(model).__name__} is no torch.nn.Module.", next_step="veneer.anatomy(model) with a module"
         )
-    return Anatomy(model, _find(model, probe))
+    with dense_stand_ins(model):
+        return Anatomy(model, _find(model, probe))
 
 
 def _find(model: nn.Module, probe: Mapping[str, Any] | torch.Tensor | None) -> Findings:
@@ -183,7 +178,9 @@ def _find(model: nn.Module, probe: Mapping[str, Any] | torch.Tensor | None) -> F
         try:
             found = read_trace(model, tape, known)
         except Exception as problem:  # a forward stranger than any that was tried must not stop the user
-            notes = [f"the traced forward could not be read ({type(problem).__name__}: {problem}): names decide"]
+            notes = [
+                f"the traced forward could not be read ({type(problem).__name__}: {problem}): names decide"
+            ]
     if found is None or tape is None:
         found = read_names(model, known)
         found.notes = notes + found.notes

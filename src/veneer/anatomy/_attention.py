@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from veneer.anatomy._graph import Graph, ranges_of
+from veneer.anatomy._graph import Graph
+from veneer.anatomy._rows import Rows, ranges_of
 from veneer.anatomy._trace import MATRIX_CALLS, Node
 
 _SOFTMAX = {"softmax", "_softmax", "sparsemax", "entmax"}
@@ -177,7 +178,7 @@ def projections(
         if node.index not in region or not node.weights or node.name == "embedding":
             continue
         size = graph.shape(node.outputs[0])[graph.feature_axis(node)]
-        ranges = ranges_of(graph.rows(value, node.index), size)
+        ranges = ranges_of(Rows(graph).of(value, node.index), size)
         count = size if not ranges else sum(b - a for a, b in ranges)
         found.append((node, ranges, count))
     return sorted(found, key=lambda item: (-item[2], item[0].index))

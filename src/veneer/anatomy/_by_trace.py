@@ -14,10 +14,12 @@ from veneer.anatomy._attention import Attention, find_attentions, heads_of, proj
 from veneer.anatomy._blocks import find_stacks
 from veneer.anatomy._ends import find_ends
 from veneer.anatomy._findings import Core, Findings, Key, Part, Ranges
-from veneer.anatomy._graph import ACTIVATIONS, ADDS, MULTIPLIES, NORM_CALLS, Graph, ranges_of
+from veneer.anatomy._graph import NORM_CALLS, Graph
+from veneer.anatomy._mlp import MLPs, free_calls
 from veneer.anatomy._residual import find_sublayers
+from veneer.anatomy._rows import ranges_of
 from veneer.anatomy._structure import Weight, inside, is_norm, join, output_projection, parent
-from veneer.anatomy._trace import CONVOLUTION_CALLS, MATRIX_CALLS, RECURRENT_CALLS, Call, Node, Ref, Tape
+from veneer.anatomy._trace import CONVOLUTION_CALLS, RECURRENT_CALLS, Call, Node, Ref, Tape
 
 _PICKS = {"topk", "argmax", "argsort", "sort"}
 
@@ -46,8 +48,14 @@ class _Reader:
         for block, call in self._regions():
             self._read_attentions(block, call, [a for a in attentions if a.end.index in graph.region(call)])
             self._routers(block, call)
+        mlps = MLPs(
+            graph, model=self.model, weights=self.weights, found=found, taken=self.taken, add=self._add
+        )
         for block, call in self._regions():
-            self._mlps(block, call)
+            if block or (
+                found.cores and not found.stacks
+            ):  # a plain net of layers has no roles to tell apart
+                mlps.read(block, call)
         self._rest()
         self._siblings()
         attention_roles = {
@@ -98,7 +106,6 @@ class _Reader:
     def _usage(self) -> None:
         """How bare matrices are used: orientation, and weights that another module's forward uses."""
         self._problems = []
-        self._norm_set = set(self.found.norms)
         self._crossing: dict[int, bool] = {}
         self._cores: dict[int, str] = {}
         for node in self.graph.nodes:
@@ -145,13 +152,7 @@ class _Reader:
         return module
 
     def _free(self, region: range) -> list[Node]:
-        """Matrix calls of a region that have no role: products with a matrix, no lookups."""
-        skip = {"embedding", "embedding_bag", "multi_head_attention_forward"} | RECURRENT_CALLS
-        return [
-            n
-            for n in self.graph.nodes[region.start : region.stop]
-            if n.weights and n.index not in self.taken and n.name not in skip
-        ]
+        return free_calls(self.graph, region, self.taken)
 
     # ------------------------------------------------------------ routers
 
@@ -326,178 +327,6 @@ class _Reader:
     def _part(self, part: Part) -> None:
         self.keys.setdefault(part.key, []).append(part)
         self.found.parts.append(part)
-
-    # ------------------------------------------------------------ MLPs and experts
-
-    def _mlps(self, block: str, call: Call) -> None:
-        graph, region = self.graph, self.graph.region(call)
-        if not block and self.found.stacks:
-            return
-        if not block and not self.found.cores:
-            return  # a plain net of layers has no roles to tell apart
-        routed = any(self.taken.get(i) == "router" for i in region)
-        for node in self._free(region):
-            if node.index in self.taken or node.name in CONVOLUTION_CALLS:
-                continue
-            value = graph.data_input(node)
-            near = list(graph.each(graph.near_value(value))) if value is not None else []
-            if len(near) == 1 and self._ends_branch(node):
-                near = [self._through(near[0])]
-            good = [
-                n
-                for n in near
-                if n.weights
-                and n.index in region
-                and n.index not in self.taken
-                and n.name not in CONVOLUTION_CALLS
-            ]
-            if (
-                not near
-                or len(good) != len(near)
-                or len(near) > 2
-                or any(n.name == "embedding" for n in near)
-            ):
-                continue
-            assert value is not None
-            self._mlp(block, node, near, value, routed)
-
-    def _mlp(self, block: str, down: Node, near: list[Node], value: int, routed: bool) -> None:
-        graph = self.graph
-        between = [
-            n
-            for n in graph.each(graph.before_value(value))
-            if n.index > near[0].index and n.index not in {m.index for m in near}
-        ]
-        between = [n for n in between if any(graph.before[n.index] >> m.index & 1 for m in near)]
-        prefix = "expert" if self._is_expert(down, block, routed) else "mlp"
-        product = self._product(between, near)
-        acts = any(self._activates(n) for n in between)
-        mixed = any((n.name in MATRIX_CALLS and not n.weights) or n.name.startswith(("cum", "fft")) for n in between)
-        if mixed or (product is None and not acts):
-            return  # tokens are mixed on the way: no MLP
-        if len(near) == 2:
-            if product is None:
-                return
-            gate, up = product
-            self._add(near[gate], f"{prefix}.gate", block)
-            self._add(near[up], f"{prefix}.up", block)
-        elif product is not None:
-            gate, up = product
-            for role, ranges in (("gate", gate), ("up", up)):
-                self._add(near[0], f"{prefix}.{role}", block, ranges)  # type: ignore[arg-type]
-        else:
-            self._add(near[0], f"{prefix}.up", block)
-        self._add(down, f"{prefix}.down", block)
-
-    def _ends_branch(self, node: Node) -> bool:
-        """Whether the output meets another state in a sum before the next matrix call."""
-        todo, seen = list(node.outputs), 0
-        while todo and seen < 32:
-            value, seen = todo.pop(0), seen + 1
-            for user in self.graph.consumers.get(value, []):
-                if user.weights:
-                    return False
-                if (
-                    user.name in ADDS
-                    and len(user.inputs) > 1
-                    and all(self.graph.is_state(i) for i in user.inputs[:2])
-                ):
-                    continue
-                todo += user.outputs
-        return not todo
-
-    def _through(self, node: Node) -> Node:
-        """The matrix call before a depthwise convolution (SegFormer has one between the halves of its MLP)."""
-        weight = (
-            self.weights.get(self.graph.weight_key(node))
-            if node.name in CONVOLUTION_CALLS and node.weights
-            else None
-        )
-        if weight is None or weight.groups == 1 or weight.groups != weight.n_out:
-            return node
-        value = self.graph.data_input(node)
-        before = list(self.graph.each(self.graph.near_value(value))) if value is not None else []
-        return before[0] if len(before) == 1 else node
-
-    def _activates(self, node: Node) -> bool:
-        opaque = node.name == "opaque" and not node.weights
-        return opaque or (node.name in ACTIVATIONS and node.module not in self._norm_set)
-
-    def _product(self, between: list[Node], near: list[Node]) -> tuple | None:
-        """(gate, up): indices into `near`, or ranges of rows where both are halves of one matrix."""
-        graph = self.graph
-        for node in between:
-            if node.name == "glu" and len(near) == 1:
-                size = graph.shape(near[0].outputs[0])[-1]
-                return ((size // 2, size),), ((0, size // 2),)
-            if node.name not in MULTIPLIES or len(node.inputs) < 2:
-                continue
-            a, b = node.inputs[:2]
-            bits = [graph.near_value(a), graph.near_value(b)]
-            if len(near) == 2 and bits[0] and bits[1] and not bits[0] & bits[1]:
-                first = 0 if bits[0] >> near[0].index & 1 else 1
-                gate = first if self._acted(a, near) or not self._acted(b, near) else 1 - first
-                if self._acted(a, near) == self._acted(b, near):
-                    gate = self._by_name(near, gate)
-                return gate, 1 - gate
-            if len(near) == 1 and bits[0] == bits[1] == 1 << near[0].index:
-                size = graph.shape(near[0].outputs[0])[-1]
-                rows_a, rows_b = (ranges_of(graph.rows(v, near[0].index), size) for v in (a, b))
-                if rows_a and rows_b and rows_a != rows_b:
-                    return (
-                        (rows_a, rows_b)
-                        if self._acted(a, near) or not self._acted(b, near)
-                        else (rows_b, rows_a)
-                    )
-        return None
-
-    def _acted(self, value: int, near: list[Node]) -> bool:
-        """Whether an activation lies between the matrices and this value."""
-        graph = self.graph
-        bits = graph.before_value(value)
-        start = min(n.index for n in near)
-        skip = {n.index for n in near}
-        for node in graph.each(bits >> start << start):
-            if (
-                node.index not in skip
-                and self._activates(node)
-                and any(graph.before[node.index] >> m & 1 for m in skip)
-            ):
-                return True
-        return False
-
-    def _by_name(self, near: list[Node], gate: int) -> int:
-        """Both or neither go through an activation: only a name can tell, else the first is the gate."""
-        named = [
-            i
-            for i, n in enumerate(near)
-            if "gate" in join(*self.graph.weight_key(n)).rpartition(".")[0].rpartition(".")[2]
-        ]
-        return named[0] if len(named) == 1 else gate
-
-    def _is_expert(self, down: Node, block: str, routed: bool) -> bool:
-        key = self.graph.weight_key(down)
-        weight = self.weights.get(key)
-        if weight is not None and weight.kind == "experts":
-            return True
-        return routed and self._expert_list(key[0], block) is not None
-
-    def _expert_list(self, module: str, block: str) -> str | None:
-        """The list of like modules, below the block, that `module` lies in."""
-        name = module
-        while name and name != block:
-            above = parent(name)
-            holder = self.model.get_submodule(above) if above else self.model
-            if (
-                isinstance(holder, nn.ModuleList | nn.ModuleDict)
-                and above != parent(block)
-                and len(holder) > 1
-            ):
-                kinds = {type(m) for m in holder.children()}
-                if len(kinds) == 1 and inside(above, block):
-                    return above
-            name = above
-        return None
 
     # ------------------------------------------------------------ what is left
 

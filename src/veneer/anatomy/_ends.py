@@ -1,4 +1,4 @@
-"""What stands before and after the blocks: embeddings, final states, backbones, pooler, head, positions."""
+"""What stands before and after the blocks: embeddings, final states, backbones, pooler, head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from torch import Tensor
 
 from veneer.anatomy._attention import Attention
 from veneer.anatomy._findings import Findings, Stack
-from veneer.anatomy._graph import ADDS, MOVES, MULTIPLIES, RESHAPES, SAME, Graph
+from veneer.anatomy._graph import ADDS, MOVES, MULTIPLIES, SAME, Graph
+from veneer.anatomy._positions import read_positions
 from veneer.anatomy._structure import inside, parent
 from veneer.anatomy._trace import RECURRENT_CALLS, Call, Ref, tensors_in
 
@@ -38,7 +39,7 @@ def find_ends(graph: Graph, found: Findings, attentions: list[Attention]) -> Non
     found.encoder_decoder = {s.name for s in found.stacks} >= {"encoder", "decoder"}
     ends.head()
     ends.pooler()
-    ends.positions(attentions)
+    read_positions(graph, found, attentions, [(s, ends.entry(s)) for s in found.stacks])
 
 
 class _Ends:
@@ -57,7 +58,7 @@ class _Ends:
         called = [self.graph.calls[b][-1] for b in stack.blocks if self.graph.calls.get(b)]
         return max(called, key=lambda c: c.start)
 
-    def _entry(self, stack: Stack) -> int | None:
+    def entry(self, stack: Stack) -> int | None:
         call = self._first(stack)
         states = [v for v in call.inputs if self.graph.is_state(v)]
         return states[0] if states else None
@@ -66,7 +67,7 @@ class _Ends:
 
     def before(self, stack: Stack) -> None:
         """The embedding: the module that is called once and whose output, dropout aside, enters the first block."""
-        entry, graph = self._entry(stack), self.graph
+        entry, graph = self.entry(stack), self.graph
         if entry is None:
             return
         start = self._first(stack).start
@@ -175,7 +176,7 @@ class _Ends:
 
     def backbones(self, stack: Stack) -> None:
         """Modules that hold all blocks and start from raw inputs."""
-        entry = self._entry(stack)
+        entry = self.entry(stack)
         if entry is None:
             return
         bits = self.graph.before_value(entry)
@@ -208,7 +209,7 @@ class _Ends:
         return made is not None and any(self.graph.before_value(v) >> made.index & 1 for v in inputs)
 
     def _kind(self, stack: Stack) -> str:
-        entry = self._entry(stack)
+        entry = self.entry(stack)
         bits = self.graph.before_value(entry) if entry is not None else 0
         names = {self.graph.values[i].input_name for n in self.graph.each(bits) for i in n.inputs}
         if names & {"input_ids", "decoder_input_ids"}:
@@ -279,77 +280,6 @@ class _Ends:
                 and not (self.found.head and inside(module, self.found.head))
             ):
                 self.found.pooler = self.found.pooler or module
-
-    # ------------------------------------------------------------ positions
-
-    def positions(self, attentions: list[Attention]) -> None:
-        graph, found = self.graph, self.found
-        entries = [(s, e) for s in found.stacks if (e := self._entry(s)) is not None]
-        for _stack, entry in entries:
-            for node in graph.each(graph.before_value(entry)):
-                if node.name in ("cat", "concat") and node.inputs and graph.values[node.inputs[0]].parameters:
-                    found.class_token = True
-        if any(self._rotates(a) for a in attentions):
-            found.positions = "rotary"
-        elif any(a.biased for a in attentions):
-            found.positions = "relative"
-        elif any(self._adds_positions(entry) for _, entry in entries):
-            found.positions = "absolute"
-
-    def _rotates(self, attention: Attention) -> bool:
-        """Queries are multiplied by something with a row for each position that no token made."""
-        graph = self.graph
-        near = sum(
-            1 << n.index for n in graph.each(graph.near_value(attention.query)) if n.name != "embedding"
-        )
-        start = (near & -near).bit_length()
-        tokens = graph.shape(attention.query)[-2:-1]
-        for node in graph.each(graph.before_value(attention.query) >> start << start):
-            if node.name not in MULTIPLIES or not graph.before[node.index] & near:
-                continue
-            for i in node.inputs:
-                shape = graph.shape(i)
-                if (
-                    len(shape) >= 2
-                    and shape[-1] > 1
-                    and tokens[0] in shape[:-1]
-                    and not graph.before_value(i) & near
-                ):
-                    if not self._from_input(i) and not graph.values[i].parameters:
-                        return True
-        return False
-
-    def _adds_positions(self, entry: int) -> bool:
-        """Something that is no form of the tokens (a parameter, a table, a second lookup) is added on the way in."""
-        graph = self.graph
-        for node in graph.each(graph.before_value(entry)):
-            if node.name not in ADDS or len(node.inputs) < 2:
-                continue
-            shapes = [graph.shape(i) for i in node.inputs[:2]]
-            if (
-                len(shapes[0]) < 2
-                or len(shapes[1]) < 2
-                or shapes[0][-1] != shapes[1][-1]
-                or shapes[1][-2] != shapes[0][-2]
-            ):
-                continue
-            data = [bool(graph.near_value(i)) and self._from_input(i) for i in node.inputs[:2]]
-            if any(data) and not all(data):
-                return True
-        return False
-
-    def _from_input(self, value: int) -> bool:
-        """Whether the nearest matrix calls read an input itself, not positions counted from it."""
-        for node in self.graph.each(self.graph.near_value(value)):
-            if node.name != "embedding":
-                return True
-            index = next((i for i in node.inputs if i not in node.weights), None)
-            if (
-                index is not None
-                and self.graph.values[self.graph.same(index, SAME | RESHAPES | {"long"})].input_name
-            ):
-                return True
-        return False
 
 
 def _takes_first(args: tuple) -> bool:

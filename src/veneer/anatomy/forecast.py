@@ -6,8 +6,6 @@ forecast is a lower bound that is usually within a third of the truth for transf
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-
 import torch
 
 from veneer.anatomy._types import BaseFacts
@@ -20,28 +18,6 @@ OPTIMISERS = {"sgd": 0, "momentum": 4, "adam": 8, "adamw": 8, "adafactor": 1, "a
 # projections and of the activation. With an inner width of 4: Korthikanti et al., 2022, arXiv:2205.05198, count
 # 34 bytes a token and width in half precision (17 numbers), dropout masks included; 16 without them.
 KEPT_BY_BLOCK = 16.0
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one training step, by what they hold."""
-
-    weights: int
-    gradients: int
-    optimiser: int
-    activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimiser + self.activations + self.logits
-
-    def to_dict(self) -> dict[str, int]:
-        return {**asdict(self), "total": self.total}
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_human(n)}" for name, n in asdict(self).items() if n)
-        return f"{_human(self.total)} ({parts})"
 
 
 def memory(
@@ -59,8 +35,8 @@ def memory(
     heads: int = 0,
     fused_attention: bool = True,
     lowest_block: int = 0,
-) -> Memory:
-    """Bytes of a training step of a base with `n_parameters`, of which (or beside which) `trainable` are trained.
+) -> dict[str, int]:
+    """Bytes of a training step, by what they hold, and their total. A base with `n_parameters`, of which (or beside which) `trainable` are trained.
 
     With B rows, L tokens, width d, n blocks from the lowest trained one up, and b bytes a number:
 
@@ -93,18 +69,11 @@ def memory(
         block += batch_size * heads * length * length * size
     activations = blocks * state + block if checkpointing and blocks else blocks * block
     logits = 2 * batch_size * length * facts.vocabulary * 4 if facts.causal else 0
-    return Memory(
-        weights=weights,
-        gradients=trainable * trained_size,
-        optimiser=trainable * OPTIMISERS[optimiser],
-        activations=activations if trainable else 0,
-        logits=logits,
-    )
-
-
-def _human(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return ""
+    found = {
+        "weights": weights,
+        "gradients": trainable * trained_size,
+        "optimiser": trainable * OPTIMISERS[optimiser],
+        "activations": activations if trainable else 0,
+        "logits": logits,
+    }
+    return {**found, "total": sum(found.values())}
