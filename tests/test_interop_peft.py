@@ -43,11 +43,12 @@ class Net(nn.Module):
         super().__init__()
         self.table = nn.Embedding(20, 6)
         self.patch = nn.Conv2d(1, 8, (3, 2), stride=2, padding=1)
-        self.middle = nn.Linear(8 * 3 * 4, 10)
+        self.point = nn.Conv2d(8, 8, 1)
+        self.middle = nn.Linear(96, 10)
         self.last = nn.Linear(10, 4)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = self.patch(self.table(ids)[:, None])
+        x = self.point(self.patch(self.table(ids)[:, None]))
         return self.last(torch.tanh(self.middle(x.flatten(1))))
 
 
@@ -69,7 +70,17 @@ def biased_llama() -> tuple[nn.Module, dict[str, Any]]:
         return model, {"input_ids": torch.arange(3, 13).view(2, 5)}
 
 
-NETS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"net": net, "biased_llama": biased_llama}
+def llama_classes() -> tuple[nn.Module, dict[str, Any]]:
+    import transformers as t
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = t.LlamaForSequenceClassification(t.LlamaConfig(**zoo._LLAMA)).eval()
+        return model, {"input_ids": torch.arange(3, 13).view(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+
+
+NETS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"net": net, "biased_llama": biased_llama,
+        "llama_classes": llama_classes}
 
 
 def lora(**options: Any) -> Callable[[], Any]:
@@ -112,6 +123,39 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "the weight of a linear layer by its name": ("net", lora(target_modules=[], target_parameters=["middle.weight"])),
     "pissa": ("llama32", lora(target_modules=["q_proj", "down_proj"], init_lora_weights="pissa")),
     "olora, rank-stabilised": ("llama32", lora(target_modules=["v_proj"], init_lora_weights="olora", use_rslora=True)),
+    "vera": ("llama", lambda: peft.VeraConfig(r=6, target_modules=["q_proj", "v_proj", "down_proj"])),
+    "vera of Conv1D layers, drawn again": (
+        "gpt2", lambda: peft.VeraConfig(r=6, target_modules=["c_attn", "c_fc"], save_projection=False, projection_prng_key=3),
+    ),
+    "oft": ("llama", lambda: peft.OFTConfig(oft_block_size=5, target_modules=["q_proj", "down_proj"])),
+    "oft, exact, shared, by number of blocks": (
+        "bert", lambda: peft.OFTConfig(r=4, oft_block_size=0, target_modules=["query", "output.dense"],
+                                       use_cayley_neumann=False, block_share=True),
+    ),
+    "oft of an embedding, and of a kernel of one place": (
+        "net", lambda: peft.OFTConfig(oft_block_size=3, target_modules=["point", "table", "last"], num_cayley_neumann_terms=4),
+    ),
+    "ia3": ("llama", lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "ia3 of an encoder-decoder": (
+        "t5", lambda: peft.IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"], task_type="SEQ_2_SEQ_LM"),
+    ),
+    "ia3 of Conv1D layers": (
+        "gpt2", lambda: peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
+    ),
+    "ia3 with a head": ("bert", lambda: peft.IA3Config(
+        target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"], task_type="SEQ_CLS")),
+    "adalora": ("llama", lambda: peft.AdaLoraConfig(target_modules=["q_proj", "down_proj"], init_r=5, target_r=3, total_step=9)),
+    "adalora, cut": ("gpt2", lambda: peft.AdaLoraConfig(
+        target_modules=["c_attn"], init_r=4, target_r=2, lora_alpha=3, total_step=9, modules_to_save=["ln_f"])),
+    "prompt of a decoder": ("llama", lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+    "prompt of absolute positions": ("gpt2", lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+    "prompt of an encoder-decoder": ("t5", lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")),
+    "prompt with a head": ("llama_classes", lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")),
+    "prefix of a decoder": ("llama", lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+    "prefix of absolute positions": ("gpt2", lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
+    "prefix by a network": ("llama", lambda: peft.PrefixTuningConfig(
+        num_virtual_tokens=3, task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=8)),
+    "llama adapter": ("llama32", lambda: peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")),
     "gaussian": ("net", lora(target_modules=["middle"], init_lora_weights="gaussian")),
 }
 
@@ -122,9 +166,15 @@ def witness(family: str, config: Any, folder: Path) -> tuple[nn.Module, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
-        for p in adapted.parameters():
-            if p.requires_grad:
+        adapted = adapted.to(next(model.parameters()).dtype)  # prompts come in float32
+        for n, p in adapted.named_parameters():
+            if p.requires_grad and "ranknum" not in n:  # a constant that HF PEFT counts as trained
                 p.data = torch.randn(p.shape, dtype=p.dtype) * 0.2
+    if getattr(config, "init_r", 0) == 4:  # some triplets dropped, as training would
+        config.rank_pattern = {f"transformer.h.{i}.attn.c_attn.lora_E": [True, False, True, i == 0] for i in (0, 1)}
+        for n, p in adapted.named_parameters():
+            if ".lora_E." in n:
+                p.data[~torch.tensor(config.rank_pattern[n.split("model.", 2)[2].replace(".default", "")])] = 0
     adapted.save_pretrained(folder)
     tokens = (
         kwargs["input_ids"].shape[1]
@@ -152,7 +202,10 @@ def loss_of(y: Tensor) -> Tensor:
 def gradients_as_file(adapted: nn.Module) -> dict[str, Tensor]:
     """HF PEFT's gradients by the names that its files use."""
     if adapted.active_peft_config.is_prompt_learning:
-        return {"prompt_embeddings": next(p.grad for p in adapted.parameters() if p.grad is not None)}
+        table = adapted.prompt_encoder.default.embedding.weight.grad
+        heads = {n.replace(".modules_to_save.default", ""): p.grad for n, p in adapted.named_parameters()
+                 if ".modules_to_save." in n}  # fmt: skip
+        return {"prompt_embeddings": table, **heads}
     grads = {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None}
     every = {**adapted.state_dict(), **grads}
     return peft.get_peft_model_state_dict(adapted, state_dict=every)
@@ -169,14 +222,16 @@ def test_a_folder_of_hf_peft_reads_to_the_same_outputs_and_gradients_and_is_writ
 
     loss_of(expected).backward()
     loss_of(found).backward()
-    compare_gradients(model, adapter, adapted, close, tmp_path)
+    if not getattr(config, "prefix_projection", False):  # the network that was trained is not in the file
+        compare_gradients(model, adapter, adapted, close, tmp_path)
 
     report = veneer.export(model, "mine", tmp_path / "ours", format="peft", probe=kwargs)
     assert report.largest_difference == pytest.approx(0, abs=close)
     bare, _ = base_of(family)
     again = peft.PeftModel.from_pretrained(bare, tmp_path / "ours").eval()
     with torch.no_grad():
-        tokens = expected.shape[1] if config.is_prompt_learning else None
+        tokens = expected.shape[1] if config.is_prompt_learning and expected.dim() == 3 else None
+        close = 1e-6 if config.is_prompt_learning else close  # HF PEFT rounds what it loads to float32
         torch.testing.assert_close(output(again, kwargs, tokens), expected.detach(), rtol=0, atol=close)
 
 

@@ -124,6 +124,7 @@ _KINDS: dict[str, tuple[str, Any]] = {
     "any": ("anything", lambda v: True),
     "whole": ("a whole number", _is_whole),
     "number": ("a number", _is_number),
+    "text or nothing": ("a text", lambda v: v is None or isinstance(v, str)),
     "flag": ("true or false", lambda v: isinstance(v, bool)),
     "text": ("a text", lambda v: isinstance(v, str)),
     "names": (

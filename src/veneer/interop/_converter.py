@@ -8,7 +8,7 @@ trained whole, missing and unexpected tensors are the same for all and live in `
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,7 @@ class Tensorfile:
     def has(self, key: str) -> bool:
         return key in self._left
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self._left)
 
     def pop(self, key: str) -> Tensor | None:
@@ -65,10 +65,8 @@ class Tensorfile:
     @contextmanager
     def together(self) -> Iterator[None]:
         """Inside, a tensor that is not as it should be ends the block, not the reading."""
-        try:
+        with suppress(_Missed):
             yield
-        except _Missed:
-            pass
 
     def check(self, base: str) -> None:
         """Raise ShapeDiffers with everything that does not fit."""
@@ -91,6 +89,8 @@ class Reading:
     host: Host
     config: Config
     file: Tensorfile
+    prefix: str = PREFIX
+    plan: Any = None  # once it is made
     nested: dict[tuple[str, str], str] = field(
         default_factory=dict
     )  # edited parameters without a module of their own
@@ -122,6 +122,7 @@ class Writing:
     host: Host
     adapter: Adapter
     options: dict[str, Any]  # of the call
+    prefix: str = PREFIX
     tensors: dict[str, Tensor] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -155,6 +156,8 @@ class Converter:
     methods: tuple[str, ...] = ()  # veneer's keys
     kinds: tuple[str, ...] = ("linear", "conv1d")  # of site, that HF PEFT can hold this type at
     fields: Mapping[str, Field] = TARGETS
+    prefix = PREFIX  # of the names of tensors
+    stem = "lora_"  # what the type's tensors are called
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -178,10 +181,8 @@ class Converter:
 
     def modules_in(self, job: Reading) -> list[str]:
         """The modules that the file's tensors name, for a config that does not say its targets."""
-        names = {k.removeprefix(PREFIX) for k in job.file.keys() if k.startswith(PREFIX)}
+        names = {k.removeprefix(job.prefix) for k in job.file.names()}
         return [m for m in job.anatomy.module_names if any(n.startswith(m + "." + self.stem) for n in names)]
-
-    stem = "lora_"  # what the type's tensors are called
 
     def check_sites(self, job: Reading, modules: list[str]) -> None:
         known = {s.module: s for s in job.anatomy.whole_sites() if s.parameter == "weight"}

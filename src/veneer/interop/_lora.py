@@ -28,7 +28,7 @@ from veneer.errors import BadFile, NoSiteFound, ShapeDiffers, Unsupported, neare
 
 from . import _targets
 from ._config import TARGETS, Config, Field, only
-from ._converter import PREFIX, Converter, Reading, Request, Writing, beside_default, converter, whole
+from ._converter import Converter, Reading, Request, Writing, beside_default, converter, whole
 
 _REWRITTEN = "its start rewrites the base's weights from data that the folder does not hold"
 _VARIANTS: dict[str, Field] = {
@@ -248,7 +248,9 @@ def _select_parameters(job: Reading, sites: list[Site]) -> list[tuple[str, list[
     found = []
     for s in sites:
         known = [o for o in job.anatomy.sites if (o.module, o.parameter) == (s.module, s.parameter)]
-        alone = all((o.module, o.parameter) in chosen for o in job.anatomy.whole_sites() if o.module == s.module)
+        alone = all(
+            (o.module, o.parameter) in chosen for o in job.anatomy.whole_sites() if o.module == s.module
+        )
         if alone and any(o.ranges for o in known):
             words = [_targets.exact(job.anatomy, s.module)]
         else:
@@ -371,7 +373,7 @@ class _Pair:
 
     def give(self, job: Writing, nested: dict[tuple[str, str], str]) -> None:
         site, A, B = self.site, self.A, self.B
-        prefix = f"{PREFIX}{site.module}." + nested.get((site.module, site.parameter), "")
+        prefix = f"{job.prefix}{site.module}." + nested.get((site.module, site.parameter), "")
         if self.is_parameter:
             if _is_swapped(job.host, site):
                 A, B = B.mT, A.mT
@@ -429,7 +431,10 @@ def _pair(job: Writing, parts: list[tuple[SitePlan, dict[str, Tensor]]]) -> _Pai
         if sp.site.ranges:
             job.note("parts of fused projections are written as edits of the whole, with zero rows elsewhere")
     if len(As) > 1 and not any("A0" in t for _, t in parts) and all(torch.equal(As[0], A) for A in As[1:]):
-        As, Bs = As[:1], [sum(Bs[1:], Bs[0])]  # copies of one A: the edit of the whole that they were read from
+        As, Bs = (
+            As[:1],
+            [sum(Bs[1:], Bs[0])],
+        )  # copies of one A: the edit of the whole that they were read from
     alone = len(As) == 1
     axis = 1 if site.experts else 0
     m = parts[0][0].method
@@ -547,7 +552,7 @@ class AdaLora(Lora):
         n_out, n_in = sp.site.shape
         rank, kept = sp.method.rank, None
         for key, mask in (job.config["rank_pattern"] or {}).items():
-            if key in (f"{sp.site.module}.lora_E", f"{PREFIX}{sp.site.module}.lora_E"):
+            if key in (f"{sp.site.module}.lora_E", f"{job.prefix}{sp.site.module}.lora_E"):
                 kept = mask
         if kept is not None and len(kept) != rank:
             raise BadFile(f"'{job.config.path}': rank_pattern of '{sp.site.module}' has {len(kept)} entries, "
@@ -573,7 +578,7 @@ class AdaLora(Lora):
         for sp, t in zip(job.plan.sites, job.values()):
             if sp.part != 0:
                 continue
-            site, prefix = sp.site, f"{PREFIX}{sp.site.module}."
+            site, prefix = sp.site, f"{job.prefix}{sp.site.module}."
             if site.kind not in self.kinds or sp.method.rank != m.rank or f"{prefix}lora_A" in job.tensors:
                 why = (
                     f"a site of kind '{site.kind}'" if site.kind not in self.kinds

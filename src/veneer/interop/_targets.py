@@ -52,7 +52,7 @@ def target_modules(model: nn.Module, anatomy: Anatomy, config: Config) -> list[s
     else:
         hit = matcher(wanted, config, "target_modules")
     layers = _layer_filter(config)
-    saved = config["modules_to_save"] or []
+    saved = config.get("modules_to_save") or []
     kept_whole = [pattern(rf"(^|.*\.){m}($|\..*)", config, "modules_to_save") for m in saved]
     excluded = config.get("exclude_modules")
     out = matcher(excluded, config, "exclude_modules") if excluded else (lambda key: False)
@@ -95,7 +95,7 @@ def _all_linear(model: nn.Module, anatomy: Anatomy, config: Config) -> list[str]
 
 def _layer_filter(config: Config) -> Callable[[str], bool] | None:
     """layers_to_transform: by the first number in the name, or the first behind a name of layers_pattern."""
-    layers = config["layers_to_transform"]
+    layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return None
     wanted = {layers} if isinstance(layers, int) else set(layers)
@@ -154,7 +154,12 @@ def words_for(host: Any, modules: list[str], saved: tuple[str, ...] = ()) -> lis
     for words in (sorted({m.rpartition(".")[2] for m in modules}), sorted(modules)):
         if {n for n in names if any(n == w or n.endswith(f".{w}") for w in words)} == wanted:
             return words
-    return "(" + "|".join(re.escape(m) for m in sorted(modules)) + ")"
+    return expression(modules)
+
+
+def expression(modules: list[str]) -> str:
+    """An expression for exactly these names; one that matches nothing for no name."""
+    return "(" + "|".join(re.escape(m) for m in sorted(modules)) + ")" if modules else "(?!)"
 
 
 def _nearest(wanted: Any, names: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ from veneer.errors import BadFile, ShapeDiffers, Unsupported
 
 from . import _targets
 from ._config import CONFIG, TENSORS, Config, read_json, type_of, version_of
-from ._converter import PREFIX, Converter, Reading, Request, Tensorfile, Writing, converters, writer_for
+from ._converter import Converter, Reading, Request, Tensorfile, Writing, converters, writer_for
 from ._folder import put_folder
 from ._report import ExportReport
 
@@ -65,7 +65,9 @@ def read(
     fresh = "veneer" not in model._modules
     host = host_of(model, make=True)
     try:
-        job = Reading(model, host, config, Tensorfile(tensors, f"'{folder}' ({config.peft_type})"))
+        job = Reading(
+            model, host, config, Tensorfile(tensors, f"'{folder}' ({config.peft_type})"), kind.prefix
+        )
         request = kind.request(job)
         job.rows = request.rows
         engine, own = _split(request.options)
@@ -73,6 +75,7 @@ def read(
         method = build(request.method, **own)
         plan = _plan_for(model, method, **engine)
         _check_plan(plan, request, config)
+        job.plan = plan
         values = _values(kind, job, plan)
         job.file.check(type(model).__name__)
         values.update(_frozen_starts(model, method, engine, plan, values))
@@ -110,7 +113,7 @@ def _values(kind: Converter, job: Reading, plan: Plan) -> dict[str, Tensor]:
             if isinstance(sp.method, TrainedCopy):
                 found = {"W": _copy(job, sp)}
             else:
-                found = kind.take(job, sp, f"{PREFIX}{sp.site.module}.")
+                found = kind.take(job, sp, f"{job.prefix}{sp.site.module}.")
             values.update({keys[n]: v for n, v in found.items()})
     _drop_copies_of_the_base(job)
     return values
@@ -139,7 +142,7 @@ def _frozen_starts(
 def _add_saved_modules(job: Reading) -> dict[str, Any]:
     """`whole=` for modules_to_save and trained token rows."""
     names = _targets.saved_modules(job.model, job.config) if "modules_to_save" in job.config.fields else []
-    whole = [n for n in names if any(k.startswith(f"{PREFIX}{n}.") for k in job.file.keys())]
+    whole = [n for n in names if any(k.startswith(f"{job.prefix}{n}.") for k in job.file.names())]
     idle = [n for n in names if n not in whole and any(True for _ in job.host.module(n).parameters())]
     if idle:
         raise ShapeDiffers(
@@ -176,25 +179,25 @@ def _copy(job: Reading, sp: SitePlan) -> Tensor:
     if site.module in job.rows and site.parameter == "weight":
         ids = job.rows[site.module]
         delta = job.file.take(
-            f"{PREFIX}{site.module}.token_adapter.trainable_tokens_delta", (len(ids), base.shape[1])
+            f"{job.prefix}{site.module}.token_adapter.trainable_tokens_delta", (len(ids), base.shape[1])
         )
         return base.detach().cpu().index_copy(0, torch.tensor(ids), delta.to(base.dtype))
     end = f"{site.module}.{site.parameter}" if site.module else site.parameter
-    for key in (f"{PREFIX}{end}", f"{PREFIX}{site.module}.base_layer.{site.parameter}"):
+    for key in (f"{job.prefix}{end}", f"{job.prefix}{site.module}.base_layer.{site.parameter}"):
         if job.file.has(key):
             return cut(job.file.take(key, tuple(base.shape)), site)
     if sp.part > 0 and not end.endswith("bias"):
         return cut(base.detach().clone(), site)
-    return cut(job.file.take(f"{PREFIX}{end}", tuple(base.shape)), site)
+    return cut(job.file.take(f"{job.prefix}{end}", tuple(base.shape)), site)
 
 
 def _drop_copies_of_the_base(job: Reading) -> None:
     """HF PEFT also writes weights of the base (targeted embeddings, wrapped modules): fine where they are the base's."""
-    for key in job.file.keys():
+    for key in job.file.names():
         if ".original_module." in key or ".modules_to_save." in key:
             job.file.pop(key)
             continue
-        path = key.removeprefix(PREFIX).replace(".base_layer", "")
+        path = key.removeprefix(job.prefix).replace(".base_layer", "")
         module, _, parameter = path.rpartition(".")
         try:
             base = getattr(job.host.module(module), parameter)
@@ -241,7 +244,7 @@ def write(
     if name in host.merged:
         raise Unsupported(f"adapter '{name}' is merged.", next_step="veneer.unmerge(model) first")
     kind = writer_for(adapter.method.key)
-    job = Writing(host, adapter, options)
+    job = Writing(host, adapter, options, kind.prefix)
     fields = kind.write(job)
     fields.update(_write_copies(job, kind))
     kept = adapter.info.get("peft", {})
@@ -314,7 +317,7 @@ def _with_head(job: Writing, fields: dict[str, Any], asked: str | None, likely: 
         job.note(f"task_type is left out: HF PEFT's {task} would want a trained '{heads[0]}'")
         return None
     for n in heads:
-        for key, value in job.host.module(n).state_dict(prefix=f"{PREFIX}{n}.").items():
+        for key, value in job.host.module(n).state_dict(prefix=f"{job.prefix}{n}.").items():
             job.tensors.setdefault(key, value)
     fields["modules_to_save"] = sorted({*fields.get("modules_to_save", []), *heads})
     job.note(f"'{heads[0]}' is written as the base has it, since {task} wants a head")
@@ -332,7 +335,7 @@ def _write_copies(job: Writing, kind: Converter) -> dict[str, Any]:
         site = sp.site
         layer = ".base_layer" if sp.part > 0 and site.module in targets else ""
         bare = job.host.bare(site)
-        key = f"{PREFIX}{site.module}{layer}.{site.parameter}"
+        key = f"{job.prefix}{site.module}{layer}.{site.parameter}"
         job.tensors[key] = paste(torch.zeros_like(bare, dtype=t["W"].dtype), t["W"], site)
         if sp.part < 0:
             saved.append(site.module)
@@ -359,7 +362,7 @@ def _saved_roots(job: Writing, saved: list[str]) -> list[str]:
         if root not in roots:
             roots.append(root)
     for root in roots:
-        for n, value in modules[root].state_dict(prefix=f"{PREFIX}{root}.", keep_vars=True).items():
+        for n, value in modules[root].state_dict(prefix=f"{job.prefix}{root}.", keep_vars=True).items():
             job.tensors.setdefault(n, value)  # what stays the base's: buffers, tied parameters
     return roots
 
