@@ -395,3 +395,16 @@ def test_models_that_count_from_the_padding_are_left_to_count():
     assert wants_positions(bert(2, TOKENIZER))
     assert not wants_positions(t5())
     assert len(WORDS) == 18
+
+
+def test_inputs_end_where_the_models_positions_end():
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = int(1e30)
+    rows = [{"text": "good " * 200, "label": 0}]
+    model = bert(2, TOKENIZER)  # 64 positions
+    encoded = make_task("classify", labels=["a", "b"]).encode(rows, tokenizer, model)
+    assert (encoded.features[0]["length"], encoded.cut) == (64, 1)
+    just = make_task("classify", labels=["a", "b"]).encode([{"text": "good " * 62}], tokenizer, model)
+    assert (just.features[0]["length"], just.cut) == (64, 0)
+    windows = make_task("lm", max_length=500).encode(rows, word_tokenizer(pair=False), llama(40))
+    assert [f["length"] for f in windows.features] == [64, 64, 64, 11]  # the tokenizer's 64

@@ -527,3 +527,22 @@ def test_a_training_that_fails_leaves_the_model_as_it_was():
     assert {n: p.requires_grad for n, p in base.model.named_parameters()} == flags
     assert not base.model.is_gradient_checkpointing
     assert run(model=base, max_steps=4).history == run(max_steps=4).history
+
+
+def test_rows_in_memory_are_split_and_trained_on():
+    from training_tiny import sentences
+
+    rows = [{**row, "label": ("bad", "good")[row["label"]]} for row in sentences(80, 5)]
+    result = train(model=bert_base(), data=rows, method="lora", max_steps=2, evaluate_on=("test",), **QUIET)
+    assert {p["label"] for p in result.predictions["test"]} <= {"bad", "good"}
+    assert result.steps == 2
+
+
+def test_figures_that_are_not_finite_are_null_in_the_files(tmp_path):
+    result = run(tmp_path / "one", max_steps=1)
+    result.metrics["validation"]["accuracy"] = float("nan")
+    result.predictions["validation"][0]["score"] = float("-inf")
+    result.write(tmp_path / "one")
+    again = TrainResult.read(tmp_path / "one")
+    assert again.metrics["validation"]["accuracy"] is None
+    assert again.predictions["validation"][0]["score"] is None

@@ -6,6 +6,7 @@ Public: `find_task`, `make_task`, `task_from_dict`, `TASKS`, `Task`, `Batch`, `E
 
 from veneer.tasks import _answer, _image, _language, _seq2seq, _tag, _text  # noqa: F401  (they enter their tasks)
 from veneer.tasks._collate import IGNORED, forward_names, positions, takes, wants_positions
+from veneer.tasks._language import shown
 from veneer.tasks._task import (
     TASKS,
     Batch,
@@ -32,6 +33,7 @@ __all__ = [
     "make_task",
     "metric",
     "positions",
+    "shown",
     "takes",
     "task",
     "task_from_dict",

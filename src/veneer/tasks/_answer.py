@@ -47,7 +47,7 @@ class QuestionAnswering(Task):
             )
         if not rows:
             return Encoded([])
-        longest = self.longest(feeder)
+        longest = self.longest(feeder, model)
         encoded = feeder(
             [str(r["question"]).strip() for r in rows],
             [str(r["context"]) for r in rows],

@@ -47,6 +47,13 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
+def cut_rows(encoded: Any, longest: int) -> int:
+    """How many rows a tokenizer cut; those of exactly the longest length count too where it does not say."""
+    if getattr(encoded, "encodings", None):
+        return sum(bool(e.overflowing) for e in encoded.encodings)
+    return sum(len(ids) >= longest for ids in encoded["input_ids"])
+
+
 def pad_id(tokenizer: Any) -> int:
     """The padding id, or the end's, or 0: padding is masked, so that any id serves."""
     for name in ("pad_token_id", "eos_token_id"):
@@ -84,6 +91,16 @@ def wants_positions(model: nn.Module) -> bool:
         return False
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     return "mrope_section" not in rope
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many positions the model can tell apart, where it says so."""
+    found = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(found, int) or found <= 0:
+        return None
+    # Those that count from the padding token have their first positions behind its id.
+    padding = getattr(model.config, "pad_token_id", None) or 0  # type: ignore[union-attr]
+    return found - padding - 1 if _counts_from_padding(model) else found
 
 
 def _counts_from_padding(model: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +19,15 @@ from veneer.tasks._task import Batch, Encoded, Feature, Row, Task, task
 class LanguageTask(Task):
     """Token ids with labels in, the likelihood of the labels out."""
 
-    max_length: int
-
     def ids_and_labels(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
         raise NotImplementedError
 
     def encode(self, rows: Sequence[Row], feeder: Any, model: nn.Module | None = None) -> Encoded:
         features: list[Feature] = []
-        supervised, cut = [], 0
+        supervised, cut, longest = [], 0, self.longest(feeder, model)
         for item, row in enumerate(rows):
             ids, labels = self.ids_and_labels(row, feeder)
-            windows = self.windows(len(ids))
+            windows = self.windows(len(ids), longest)
             cut += windows[-1][1] < len(ids)
             kept = 0
             for start, end in windows:
@@ -43,9 +42,9 @@ class LanguageTask(Task):
         features = [f for f in features if any(y != IGNORED for y in f["labels"])]
         return Encoded(features, cut, supervised)
 
-    def windows(self, length: int) -> list[tuple[int, int]]:
+    def windows(self, length: int, longest: int) -> list[tuple[int, int]]:
         """Which tokens of a row make a feature; (start, end) each."""
-        return [(0, min(length, self.max_length))]
+        return [(0, min(length, longest))]
 
     def collate(self, features: Sequence[Feature], feeder: Any, model: nn.Module | None = None) -> Batch:
         inputs = text_inputs(features, feeder, model)
@@ -91,8 +90,11 @@ def _likelihood(item: int, summed: float, count: int) -> dict[str, Any]:
 
 
 @task("lm", head="AutoModelForCausalLM", primary="loss", about="any text, every token of it")
+@dataclass(frozen=True)
 class LanguageModel(LanguageTask):
     """A row longer than max_length becomes several windows."""
+
+    max_length: int = 512
 
     def ids_and_labels(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
         ids = tokenizer(str(row["text"]), truncation=False)["input_ids"]
@@ -101,17 +103,20 @@ class LanguageModel(LanguageTask):
             ids = [*ids, eos]
         return ids, list(ids)
 
-    def windows(self, length: int) -> list[tuple[int, int]]:
-        starts = range(0, max(1, length - 1), self.max_length - 1)
+    def windows(self, length: int, longest: int) -> list[tuple[int, int]]:
+        starts = range(0, max(1, length - 1), max(1, longest - 1))
         # Neighbours share a token: the last of one is what the first label of the next is said from.
-        return [(at, min(length, at + self.max_length)) for at in starts]
+        return [(at, min(length, at + longest)) for at in starts]
 
 
 @task(
     "instruct", head="AutoModelForCausalLM", primary="loss", about="conversations, the turns of the assistant"
 )
+@dataclass(frozen=True)
 class Instruct(LanguageTask):
     """Through the tokenizer's own chat template. A conversation longer than max_length loses its end."""
+
+    max_length: int = 512
 
     def ids_and_labels(self, row: Row, tokenizer: Any) -> tuple[list[int], list[int]]:
         return encode_conversation(tokenizer, messages_in(row), IGNORED)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.tasks import metrics
 from veneer.tasks._answers import answer_losses
-from veneer.tasks._collate import IGNORED, pad, text_inputs
+from veneer.tasks._collate import IGNORED, cut_rows, pad, text_inputs
 from veneer.tasks._task import Batch, Encoded, Feature, Row, Task, task
 
 
@@ -107,13 +107,14 @@ class Seq2Seq(GenerationTask):
     beams: int = 1
 
     def encode(self, rows: Sequence[Row], feeder: Any, model: nn.Module | None = None) -> Encoded:
-        longest = self.longest(feeder)
+        longest = self.longest(feeder, model)
         features: list[Feature] = []
         supervised, cut = [], 0
         for item, row in enumerate(rows):
-            ids = feeder(str(row["source"]), truncation=True, max_length=longest)["input_ids"]
+            encoded = feeder([str(row["source"])], truncation=True, max_length=longest)
+            ids = encoded["input_ids"][0]
             feature: Feature = {"item": item, "input_ids": ids, "length": len(ids)}
-            cut += len(ids) >= longest
+            cut += cut_rows(encoded, longest)
             if row.get("target") is not None:
                 target = str(row["target"])
                 said = feeder(text_target=target, truncation=True, max_length=self.max_target_length)

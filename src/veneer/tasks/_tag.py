@@ -43,7 +43,9 @@ class Tag(Task):
         if not rows:
             return Encoded([])
         words = [[str(w) for w in row["tokens"]] for row in rows]
-        encoded = feeder(words, is_split_into_words=True, truncation=True, max_length=self.longest(feeder))
+        encoded = feeder(
+            words, is_split_into_words=True, truncation=True, max_length=self.longest(feeder, model)
+        )
         features: list[Feature] = []
         cut = 0
         for item, row in enumerate(rows):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from veneer.errors import BadData, BadOption, UnknownName, nearest
+from veneer.tasks._collate import positions_of
 
 Row = Mapping[str, Any]
 Feature = dict[str, Any]  # of one example: its tensors as lists, "item" (the row's number), "length"
@@ -90,9 +91,13 @@ class Task:
 
         return METRICS[self.primary_metric].greater_is_better
 
-    def longest(self, tokenizer: Any) -> int:
-        """max_length, or less where the tokenizer knows that its model reads less."""
-        return min(self.max_length, getattr(tokenizer, "model_max_length", None) or self.max_length)
+    def longest(self, tokenizer: Any, model: nn.Module | None = None) -> int:
+        """max_length, or less where the tokenizer or the model's table of positions ends before."""
+        limits = [self.max_length, getattr(tokenizer, "model_max_length", None)]
+        config = getattr(model, "config", None)
+        if model is not None and not getattr(config, "is_encoder_decoder", False):
+            limits.append(positions_of(model))
+        return min(n for n in limits if isinstance(n, int) and n > 0)
 
     @property
     def num_labels(self) -> int | None:

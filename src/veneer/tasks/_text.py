@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from veneer.errors import BadData
 from veneer.tasks import metrics
-from veneer.tasks._collate import text_inputs
+from veneer.tasks._collate import cut_rows, text_inputs
 from veneer.tasks._task import Batch, Encoded, Feature, Row, Task, task
 
 
@@ -32,7 +32,11 @@ class TextTask(Task):
         if not texts:
             return Encoded([])
         encoded = feeder(
-            texts, pairs, truncation=True, max_length=self.longest(feeder), return_overflowing_tokens=False
+            texts,
+            pairs,
+            truncation=True,
+            max_length=self.longest(feeder, model),
+            return_overflowing_tokens=False,
         )
         features: list[Feature] = []
         for i, row in enumerate(rows):
@@ -43,7 +47,7 @@ class TextTask(Task):
                 feature["label"] = self.target(row["label"])
             feature["length"] = len(feature["input_ids"])
             features.append(feature)
-        return Encoded(features, cut=sum(f["length"] >= self.longest(feeder) for f in features))
+        return Encoded(features, cut=cut_rows(encoded, self.longest(feeder, model)))
 
     def collate(self, features: Sequence[Feature], feeder: Any, model: nn.Module | None = None) -> Batch:
         inputs = text_inputs(features, feeder, model)

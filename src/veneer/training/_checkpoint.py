@@ -9,6 +9,7 @@ folder.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from veneer.errors import BadFile, TrainingFailed
@@ -109,7 +109,9 @@ def read_state(folder: Path, *names: str) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """JSON to `path`, whole or not at all, forced to the disk."""
-    write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode())
+    write_bytes(
+        path, (json.dumps(plain(value), ensure_ascii=False, indent=1, allow_nan=False) + "\n").encode()
+    )
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -138,6 +140,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def plain(value: Any) -> Any:
+    """Nested values as strict JSON holds them: NaN and infinity become null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 class Checkpoints:
@@ -209,8 +220,3 @@ def to_device(value: Any, device: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(to_device(v, device) for v in value)
     return value
-
-
-def finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that hold a value that is not finite."""
-    return [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t).all())]

@@ -10,7 +10,7 @@ import torch
 
 from veneer.tasks import Task
 from veneer.training import _open
-from veneer.training._checkpoint import Checkpoints
+from veneer.training._checkpoint import Checkpoints, plain
 from veneer.training._evaluate import predictions_of
 from veneer.training._job import Job
 from veneer.training._loop import Run
@@ -78,7 +78,7 @@ def described(
         },
         "training": {
             "steps": run.step_now, "learning_rate": run.learning_rate, "seed": run.settings.seed,
-            "data": rows.spec, "recipe": job.recipe_text, "metrics": dict(metrics),
+            "data": rows.spec, "recipe": job.recipe_text, "metrics": plain(metrics),
         },
     }  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.errors import BadFile
-from veneer.training._checkpoint import write_bytes, write_json
+from veneer.training._checkpoint import plain, write_bytes, write_json
 
 
 @dataclass
@@ -48,7 +48,7 @@ class TrainResult:
         there.
         """
         for split, found in self.predictions.items():
-            lines = "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in found)
+            lines = "".join(json.dumps(plain(p), ensure_ascii=False) + "\n" for p in found)
             write_bytes(folder / f"predictions-{split}.jsonl", lines.encode())
         saved = self.to_dict()
         saved["predictions"] = sorted(self.predictions)
