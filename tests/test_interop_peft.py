@@ -76,11 +76,17 @@ def llama_classes() -> tuple[nn.Module, dict[str, Any]]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = t.LlamaForSequenceClassification(t.LlamaConfig(**zoo._LLAMA)).eval()
-        return model, {"input_ids": torch.arange(3, 13).view(2, 5), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+        return model, {
+            "input_ids": torch.arange(3, 13).view(2, 5),
+            "attention_mask": torch.ones(2, 5, dtype=torch.long),
+        }
 
 
-NETS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"net": net, "biased_llama": biased_llama,
-        "llama_classes": llama_classes}
+NETS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+    "net": net,
+    "biased_llama": biased_llama,
+    "llama_classes": llama_classes,
+}
 
 
 def lora(**options: Any) -> Callable[[], Any]:
@@ -95,67 +101,158 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "lora of Conv1D layers": ("gpt2", lora(target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)),
     "lora of an encoder-decoder": ("t5", lora(target_modules=["q", "v", "wo"])),
-
     "rank and alpha by pattern, rank-stabilised": (
         "llama",
-        lora(target_modules=["q_proj", "k_proj", "up_proj"], use_rslora=True,
-             rank_pattern={"k_proj": 2, r"layers\.1\.mlp\..*": 3}, alpha_pattern={"model.layers.0.self_attn.q_proj": 5}),
+        lora(
+            target_modules=["q_proj", "k_proj", "up_proj"],
+            use_rslora=True,
+            rank_pattern={"k_proj": 2, r"layers\.1\.mlp\..*": 3},
+            alpha_pattern={"model.layers.0.self_attn.q_proj": 5},
+        ),
     ),
     "an expression, some layers of a list, exclusion": (
-        "llama", lora(target_modules=r".*\.(q|v)_proj", exclude_modules=["model.layers.0.self_attn.v_proj"]),
+        "llama",
+        lora(target_modules=r".*\.(q|v)_proj", exclude_modules=["model.layers.0.self_attn.v_proj"]),
     ),
-    "layers_to_transform": ("gpt2", lora(target_modules=["c_attn"], layers_to_transform=[1], layers_pattern="h")),
+    "layers_to_transform": (
+        "gpt2",
+        lora(target_modules=["c_attn"], layers_to_transform=[1], layers_pattern="h"),
+    ),
     "all-linear": ("llama", lora(target_modules="all-linear")),
     "bias lora_only": ("bert", lora(target_modules=["query", "intermediate.dense"], bias="lora_only")),
-    "bias all and a head": ("bert", lora(target_modules=["query"], bias="all", modules_to_save=["classifier"])),
+    "bias all and a head": (
+        "bert",
+        lora(target_modules=["query"], bias="all", modules_to_save=["classifier"]),
+    ),
     "bias of B": ("gpt2", lora(target_modules=["c_fc"], lora_bias=True, bias="lora_only")),
-    "a head of Conv1D layers and norms": ("gpt2", lora(target_modules=["c_fc"], modules_to_save=["ln_f", "h.1.attn.c_proj"])),
+    "a head of Conv1D layers and norms": (
+        "gpt2",
+        lora(target_modules=["c_fc"], modules_to_save=["ln_f", "h.1.attn.c_proj"]),
+    ),
     "convolution, embedding, linear": ("net", lora(target_modules=["table", "patch", "middle"])),
     "bias all on a plain network": ("net", lora(target_modules=["patch", "middle"], bias="all")),
     "dora": ("llama", lora(target_modules=["q_proj", "down_proj"], use_dora=True, use_rslora=True)),
     "dora of Conv1D layers": ("gpt2", lora(target_modules=["c_attn", "c_fc"], use_dora=True)),
     "dora of a convolution": ("net", lora(target_modules=["patch", "middle"], use_dora=True)),
     "dora with a head": ("bert", lora(target_modules=["value"], use_dora=True, task_type="SEQ_CLS")),
-    "experts": ("mixtral32", lora(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])),
-    "experts of one parameter, and attention": (
-        "mixtral32", lora(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"], rank_pattern={"q_proj": 2}),
+    "experts": (
+        "mixtral32",
+        lora(target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
     ),
-    "the weight of a linear layer by its name": ("net", lora(target_modules=[], target_parameters=["middle.weight"])),
+    "experts of one parameter, and attention": (
+        "mixtral32",
+        lora(
+            target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"], rank_pattern={"q_proj": 2}
+        ),
+    ),
+    "the weight of a linear layer by its name": (
+        "net",
+        lora(target_modules=[], target_parameters=["middle.weight"]),
+    ),
     "pissa": ("llama32", lora(target_modules=["q_proj", "down_proj"], init_lora_weights="pissa")),
-    "olora, rank-stabilised": ("llama32", lora(target_modules=["v_proj"], init_lora_weights="olora", use_rslora=True)),
+    "olora, rank-stabilised": (
+        "llama32",
+        lora(target_modules=["v_proj"], init_lora_weights="olora", use_rslora=True),
+    ),
     "vera": ("llama", lambda: peft.VeraConfig(r=6, target_modules=["q_proj", "v_proj", "down_proj"])),
     "vera of Conv1D layers, drawn again": (
-        "gpt2", lambda: peft.VeraConfig(r=6, target_modules=["c_attn", "c_fc"], save_projection=False, projection_prng_key=3),
+        "gpt2",
+        lambda: peft.VeraConfig(
+            r=6, target_modules=["c_attn", "c_fc"], save_projection=False, projection_prng_key=3
+        ),
     ),
     "oft": ("llama", lambda: peft.OFTConfig(oft_block_size=5, target_modules=["q_proj", "down_proj"])),
     "oft, exact, shared, by number of blocks": (
-        "bert", lambda: peft.OFTConfig(r=4, oft_block_size=0, target_modules=["query", "output.dense"],
-                                       use_cayley_neumann=False, block_share=True),
+        "bert",
+        lambda: peft.OFTConfig(
+            r=4,
+            oft_block_size=0,
+            target_modules=["query", "output.dense"],
+            use_cayley_neumann=False,
+            block_share=True,
+        ),
     ),
     "oft of an embedding, and of a kernel of one place": (
-        "net", lambda: peft.OFTConfig(oft_block_size=3, target_modules=["point", "table", "last"], num_cayley_neumann_terms=4),
+        "net",
+        lambda: peft.OFTConfig(
+            oft_block_size=3, target_modules=["point", "table", "last"], num_cayley_neumann_terms=4
+        ),
     ),
-    "ia3": ("llama", lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "ia3": (
+        "llama",
+        lambda: peft.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+    ),
     "ia3 of an encoder-decoder": (
-        "t5", lambda: peft.IA3Config(target_modules=["k", "v", "wo"], feedforward_modules=["wo"], task_type="SEQ_2_SEQ_LM"),
+        "t5",
+        lambda: peft.IA3Config(
+            target_modules=["k", "v", "wo"], feedforward_modules=["wo"], task_type="SEQ_2_SEQ_LM"
+        ),
     ),
     "ia3 of Conv1D layers": (
-        "gpt2", lambda: peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
+        "gpt2",
+        lambda: peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"]),
     ),
-    "ia3 with a head": ("bert", lambda: peft.IA3Config(
-        target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"], task_type="SEQ_CLS")),
-    "adalora": ("llama", lambda: peft.AdaLoraConfig(target_modules=["q_proj", "down_proj"], init_r=5, target_r=3, total_step=9)),
-    "adalora, cut": ("gpt2", lambda: peft.AdaLoraConfig(
-        target_modules=["c_attn"], init_r=4, target_r=2, lora_alpha=3, total_step=9, modules_to_save=["ln_f"])),
-    "prompt of a decoder": ("llama", lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
-    "prompt of absolute positions": ("gpt2", lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
-    "prompt of an encoder-decoder": ("t5", lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")),
-    "prompt with a head": ("llama_classes", lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS")),
-    "prefix of a decoder": ("llama", lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
-    "prefix of absolute positions": ("gpt2", lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")),
-    "prefix by a network": ("llama", lambda: peft.PrefixTuningConfig(
-        num_virtual_tokens=3, task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=8)),
-    "llama adapter": ("llama32", lambda: peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")),
+    "ia3 with a head": (
+        "bert",
+        lambda: peft.IA3Config(
+            target_modules=["key", "value", "output.dense"],
+            feedforward_modules=["output.dense"],
+            task_type="SEQ_CLS",
+        ),
+    ),
+    "adalora": (
+        "llama",
+        lambda: peft.AdaLoraConfig(
+            target_modules=["q_proj", "down_proj"], init_r=5, target_r=3, total_step=9
+        ),
+    ),
+    "adalora, cut": (
+        "gpt2",
+        lambda: peft.AdaLoraConfig(
+            target_modules=["c_attn"],
+            init_r=4,
+            target_r=2,
+            lora_alpha=3,
+            total_step=9,
+            modules_to_save=["ln_f"],
+        ),
+    ),
+    "prompt of a decoder": (
+        "llama",
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ),
+    "prompt of absolute positions": (
+        "gpt2",
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ),
+    "prompt of an encoder-decoder": (
+        "t5",
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"),
+    ),
+    "prompt with a head": (
+        "llama_classes",
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
+    ),
+    "prefix of a decoder": (
+        "llama",
+        lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ),
+    "prefix of absolute positions": (
+        "gpt2",
+        lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    ),
+    "prefix by a network": (
+        "llama",
+        lambda: peft.PrefixTuningConfig(
+            num_virtual_tokens=3, task_type="CAUSAL_LM", prefix_projection=True, encoder_hidden_size=8
+        ),
+    ),
+    "llama adapter": (
+        "llama32",
+        lambda: peft.AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM"),
+    ),
     "gaussian": ("net", lora(target_modules=["middle"], init_lora_weights="gaussian")),
 }
 
@@ -171,10 +268,14 @@ def witness(family: str, config: Any, folder: Path) -> tuple[nn.Module, Tensor]:
             if p.requires_grad and "ranknum" not in n:  # a constant that HF PEFT counts as trained
                 p.data = torch.randn(p.shape, dtype=p.dtype) * 0.2
     if getattr(config, "init_r", 0) == 4:  # some triplets dropped, as training would
-        config.rank_pattern = {f"transformer.h.{i}.attn.c_attn.lora_E": [True, False, True, i == 0] for i in (0, 1)}
+        config.rank_pattern = {
+            f"transformer.h.{i}.attn.c_attn.lora_E": [True, False, True, i == 0] for i in (0, 1)
+        }
         for n, p in adapted.named_parameters():
             if ".lora_E." in n:
-                p.data[~torch.tensor(config.rank_pattern[n.split("model.", 2)[2].replace(".default", "")])] = 0
+                p.data[
+                    ~torch.tensor(config.rank_pattern[n.split("model.", 2)[2].replace(".default", "")])
+                ] = 0
     adapted.save_pretrained(folder)
     tokens = (
         kwargs["input_ids"].shape[1]
@@ -250,7 +351,9 @@ def compare_gradients(model: nn.Module, adapter: Any, adapted: nn.Module, close:
     assert set(found) == set(wanted)
     for key, value in wanted.items():
         # Parts of one parameter have copies of one A: its gradient is the sum of theirs.
-        copies = [k for k in wanted if k.endswith("/A") and key.endswith("/A") and torch.equal(wanted[k], value)]
+        copies = [
+            k for k in wanted if k.endswith("/A") and key.endswith("/A") and torch.equal(wanted[k], value)
+        ]
         got = sum((found[k] for k in copies), torch.zeros_like(value)) if copies else found[key]
         value = value + biases[key] if key in biases else value  # a file holds the bias, not its change
         torch.testing.assert_close(got, value, rtol=10 * close, atol=close, msg=lambda m, k=key: f"{k}: {m}")

@@ -145,7 +145,7 @@ class Lora(Converter):
 
     def write(self, job: Writing) -> dict[str, Any]:
         m = job.adapter.method
-        pairs = _pairs(job)
+        pairs = pairs_of(job)
         _check_writable(job, pairs)
         ranks = {p.name: (p.rank, p.alpha(m.rank_stabilized)) for p in pairs}
         r, alpha = Counter(ranks.values()).most_common(1)[0][0]
@@ -341,7 +341,7 @@ def _token_rows(job: Reading) -> dict[str, list[int]]:
 
 
 @dataclass
-class _Pair:
+class Pair:
     """What is written at one parameter: scale * B A. A: (rank, in, ...), B: (out, rank); experts in front."""
 
     site: Site
@@ -399,7 +399,7 @@ class _Pair:
             job.tensors[f"{prefix}base_layer.bias"] = bare.detach().to(self.base_bias) + self.base_bias
 
 
-def _pairs(job: Writing) -> list[_Pair]:
+def pairs_of(job: Writing) -> list[Pair]:
     """One pair for each parameter that is edited, parts of fused ones put together."""
     members: dict[tuple[str, str], list[tuple[SitePlan, dict[str, Tensor]]]] = {}
     for sp, t in zip(job.plan.sites, job.values()):
@@ -408,7 +408,7 @@ def _pairs(job: Writing) -> list[_Pair]:
     return [_pair(job, parts) for parts in members.values()]
 
 
-def _pair(job: Writing, parts: list[tuple[SitePlan, dict[str, Tensor]]]) -> _Pair:
+def _pair(job: Writing, parts: list[tuple[SitePlan, dict[str, Tensor]]]) -> Pair:
     site = parts[0][0].site
     scale = parts[0][0].method.scale
     As, Bs, bias, base_bias = [], [], None, None
@@ -438,7 +438,7 @@ def _pair(job: Writing, parts: list[tuple[SitePlan, dict[str, Tensor]]]) -> _Pai
     alone = len(As) == 1
     axis = 1 if site.experts else 0
     m = parts[0][0].method
-    return _Pair(
+    return Pair(
         site,
         As[0] if alone else torch.cat(As, axis),
         Bs[0] if alone else torch.cat(Bs, -1),
@@ -471,7 +471,7 @@ def _magnitude(job: Writing, parts: list[tuple[SitePlan, dict[str, Tensor]]]) ->
     return m
 
 
-def _check_writable(job: Writing, pairs: list[_Pair]) -> None:
+def _check_writable(job: Writing, pairs: list[Pair]) -> None:
     m = job.adapter.method
     for p in pairs:
         s = p.site
