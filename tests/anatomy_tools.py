@@ -1,4 +1,5 @@
-"""Tools of the anatomy tests: a renamer of modules, and an oracle that asks the model itself what a site does."""
+"""Tools of the anatomy tests: a renamer of modules, and an oracle that asks the model itself what a site
+does."""
 
 from __future__ import annotations
 

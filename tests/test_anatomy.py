@@ -35,13 +35,15 @@ EXPECTED = {
     "llama": {**GATED, "norm": 5, "head": 1},
     "qwen3": {**GATED, "norm": 9, "head": 1},
     "phi3": {**GATED, "norm": 5, "head": 1},
-    "mixtral": {**QKVO, "attention": 2, "mlp": 2, "router": 2, "expert.gate": 2, "expert.up": 2, "expert.down": 2, "norm": 5},
+    "mixtral": {**QKVO, "attention": 2, "mlp": 2, "router": 2, "expert.gate": 2, "expert.up": 2,
+    "expert.down": 2, "norm": 5},
     "t5": {**_twice(PLAIN), **CROSS, "cross_attention": 2, "norm": 12, "head": 1, "token_embedding": 2},
     "bart": {**_twice(PLAIN), **CROSS, "cross_attention": 2, "norm": 12, "head": 1},
     "marian": {**_twice(PLAIN), **CROSS, "cross_attention": 2, "norm": 10, "head": 1},
     "whisper": {**_twice(PLAIN), **CROSS, "cross_attention": 2, "norm": 12, "convolution": 2, "head": 1},
     "vit": {**PLAIN, "norm": 5, "convolution": 1, "head": 1, "embedding": 1},
-    "swin": {"attention.query": 3, "attention.output": 3, "mlp.up": 3, "mlp.down": 3, "block": 3, "attention": 3, "mlp": 3},
+    "swin": {"attention.query": 3, "attention.output": 3, "mlp.up": 3, "mlp.down": 3, "block": 3,
+    "attention": 3, "mlp": 3},
     "convnext": {"convolution": 5, "mlp.up": 3, "mlp.down": 3, "mlp": 3, "block": 3, "head": 1},
     "resnet": {"convolution": 10, "block": 3, "head": 2, "norm": 8},
     "clip": {**_twice(PLAIN), "convolution": 1, "embedding": 2},
@@ -78,7 +80,7 @@ def test_the_roles_of_a_family_are_found(family):
 
 @pytest.mark.parametrize("family", ZOO)
 def test_reading_leaves_the_model_as_it_was(family):
-    model, arguments = ZOO[family]()
+    model, _ = ZOO[family]()
     model.train()
     next(model.children()).eval()
     modes = [m.training for m in model.modules()]
@@ -140,7 +142,8 @@ def _facts(anatomy: Anatomy, old: dict[str, str]) -> tuple:
         return [(stack, name(module)) for stack, module in pairs]
 
     return (
-        ends(f.embeddings), ends(f.token_embeddings), ends(f.finals), name(f.head), name(f.pooler), f.causal, f.positions,
+        ends(f.embeddings), ends(f.token_embeddings), ends(f.finals), name(f.head), name(f.pooler),
+            f.causal, f.positions,
         f.class_token, f.norm_place, f.width, f.vocabulary, f.encoder_decoder, [name(b) for b in f.backbones],
     )  # fmt: skip
 
@@ -201,7 +204,7 @@ def test_a_sublayer_site_gives_what_is_added_to_the_stream(family):
             handles.append(model.get_submodule(site.module).register_forward_hook(_zero))
         handles.append(
             model.get_submodule(block).register_forward_hook(
-                lambda m, a, kw, o: caught.append((a, kw, o)), with_kwargs=True
+                lambda m, a, kw, o, kept=caught: kept.append((a, kw, o)), with_kwargs=True
             )
         )
         try:
@@ -426,8 +429,10 @@ def test_eager_attention_is_read_like_the_fused_call():
     import transformers
 
     for implementation in ("eager", "sdpa"):
-        config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                          intermediate_size=48, num_key_value_heads=2, attn_implementation=implementation)  # fmt: skip
+        config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2,
+            num_attention_heads=4,
+                                          intermediate_size=48, num_key_value_heads=2,
+                                              attn_implementation=implementation)  # fmt: skip
         anatomy = read(transformers.LlamaForCausalLM(config))
         assert _roles(anatomy, {}) == _roles(made("llama")[2], {})
 

@@ -59,7 +59,8 @@ def test_odd_numbers_are_refused():
 
 
 def test_the_activations_of_a_small_llama_are_within_a_factor_of_two():
-    """Bytes of the tensors that autograd saves, each storage once, against the formula (inner width 4, no dropout)."""
+    """Bytes of the tensors that autograd saves, each storage once, against the formula (inner width 4, no
+    dropout)."""
     import transformers
 
     config = transformers.GPT2Config(

@@ -275,7 +275,8 @@ def test_an_unknown_port_and_odd_layers_are_bad_options():
 # ---------------------------------------------------------------- any string at all
 
 PIECES = st.sampled_from(
-    ["block", "[", "]", "0", "-1", "5", ":", ",", ".", "attention", "query", "mlp", "{", "}", "*", "?", "encoder", "(", ")", "|", "+",
+    ["block", "[", "]", "0", "-1", "5", ":", ",", ".", "attention", "query", "mlp", "{", "}", "*", "?",
+     "encoder", "(", ")", "|", "+",
      "q_proj", "bias", "all", "model", "layers", "\\", "d", "^", "$", " ", "head", "norm"]
 )  # fmt: skip
 TEXT = st.one_of(st.text(max_size=20), st.lists(PIECES, max_size=9).map("".join))
@@ -293,8 +294,7 @@ PORTS = st.sampled_from(["weight", "input", "output", "attention", "tokens", "ex
 def test_a_selector_gives_sites_or_an_error_of_veneer(selector, port, exclude, layers, family):
     try:
         sites = anatomy(family).select(selector, port=port, exclude=exclude, layers=layers)
-    except VeneerError as error:
-        assert str(error)
+    except VeneerError:
         return
     assert sites
     assert all(site.port == port for site in sites)

@@ -22,7 +22,8 @@ def zoo() -> dict[str, Callable[[], Made]]:
 
 
 _FACTORIES: dict[str, Callable[[], Made]] = {}
-_CLASSIC = {"vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS,
+_CLASSIC = {"vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": BLOCKS,
+    "num_attention_heads": HEADS,
             "intermediate_size": 48}  # fmt: skip
 _LLAMA = {
     **_CLASSIC,
@@ -115,7 +116,8 @@ def falcon() -> nn.Module:
     import transformers as t
 
     return t.FalconForCausalLM(
-        t.FalconConfig(vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=HEADS,
+        t.FalconConfig(vocab_size=WORDS, hidden_size=WIDTH, num_hidden_layers=BLOCKS,
+            num_attention_heads=HEADS,
                        num_kv_heads=2, new_decoder_architecture=True, bias=True)
     )  # fmt: skip
 
@@ -165,7 +167,8 @@ def t5() -> nn.Module:
     )
 
 
-_BART = {"vocab_size": WORDS, "d_model": WIDTH, "encoder_layers": BLOCKS, "decoder_layers": BLOCKS, "encoder_attention_heads": HEADS,
+_BART = {"vocab_size": WORDS, "d_model": WIDTH, "encoder_layers": BLOCKS, "decoder_layers": BLOCKS,
+    "encoder_attention_heads": HEADS,
          "decoder_attention_heads": HEADS, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}  # fmt: skip
 
 
@@ -197,8 +200,10 @@ def whisper() -> nn.Module:
     import transformers as t
 
     return t.WhisperForConditionalGeneration(
-        t.WhisperConfig(**_BART, num_mel_bins=8, max_source_positions=10, max_target_positions=16, pad_token_id=0, bos_token_id=1,
-                        eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None)
+        t.WhisperConfig(**_BART, num_mel_bins=8, max_source_positions=10, max_target_positions=16,
+            pad_token_id=0, bos_token_id=1,
+                        eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
+                            begin_suppress_tokens=None)
     )  # fmt: skip
 
 
@@ -245,7 +250,8 @@ def clip() -> nn.Module:
 
     image = {k: v for k, v in _CLASSIC.items() if k != "vocab_size"}
     return t.CLIPModel(
-        t.CLIPConfig(text_config={**_CLASSIC, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0},
+        t.CLIPConfig(text_config={**_CLASSIC, "max_position_embeddings": 16, "eos_token_id": 2,
+            "bos_token_id": 1, "pad_token_id": 0},
                      vision_config={**image, **_IMAGE, "patch_size": 16}, projection_dim=24)
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Anatomy: what was read from one model, and the questions one can ask of it.
 
-It holds names, shapes and facts, never the model, so that it can be kept beside a model without keeping it alive.
+It holds names, shapes and facts, never the model, so that it can be kept beside a model without keeping it
+alive.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Anatomy:
         layers: int | str | Iterable[int] | None = None,
         allow_partial: bool = False,
     ) -> list[Site]:
-        """The sites that a selector names, for one port (`NoSiteFound` where it, or a part of it, names none).
+        """The sites that a selector names, for one port (`NoSiteFound` where it, or a part of it, names
+        none).
 
         `exclude` takes any selector; `layers` keeps only these block numbers (HF's `layers_to_transform`);
         with `allow_partial` the members of a list that match nothing are passed over.
@@ -85,7 +87,8 @@ class Anatomy:
         return select(self, selector, port=port, exclude=exclude, layers=layers, allow_partial=allow_partial)
 
     def parameter_sites(self) -> list[Site]:
-        """Every parameter of the base once (the first name of a tied tensor), named by its own dotted name."""
+        """Every parameter of the base once (the first name of a tied tensor), named by its own dotted
+        name."""
         return list(self._parameters)
 
     def bias_sites(self) -> list[Site]:
@@ -159,8 +162,9 @@ class Anatomy:
 def read(model: nn.Module, *, probe: Mapping[str, Any] | torch.Tensor | None = None) -> Anatomy:
     """The anatomy of `model`, which is left exactly as it was.
 
-    Roles come from a traced forward of a tiny input. `probe` gives that input (a dict of arguments, or one tensor)
-    where it cannot be made from the model's config and layers; where no forward runs, names decide, and `notes` say so.
+    Roles come from a traced forward of a tiny input. `probe` gives that input (a dict of arguments, or one
+    tensor) where it cannot be made from the model's config and layers; where no forward runs, names
+    decide, and `notes` say so.
     """
     if not isinstance(model, nn.Module):
         raise BadOption(

@@ -1,7 +1,7 @@
 """Finding attention in a tape: the calls that make it, their queries, keys and values, and who projects them.
 
-Attention is either one call (`scaled_dot_product_attention` and its kin, `multi_head_attention_forward`) or a softmax
-over a product of two hidden states, followed by a product with a third.
+Attention is either one call (`scaled_dot_product_attention` and its kin, `multi_head_attention_forward`)
+or a softmax over a product of two hidden states, followed by a product with a third.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def _operands(node: Node) -> tuple[int, int]:
 
 
 def _product_before(graph: Graph, softmax: Node) -> Node | None:
-    """The product of two hidden states whose scores this softmax takes; the first, where several are added."""
+    """The product of two hidden states whose scores this softmax takes; the first, where several are
+    added."""
     found, todo, seen = [], [softmax], set()
     while todo:
         node = todo.pop()
@@ -185,7 +186,8 @@ def projections(
 
 
 def heads_of(graph: Graph, attention: Attention, counts: dict[str, int]) -> tuple[int, int, int]:
-    """(query heads, key and value heads, size of a head) from the shapes at the call and the rows projected."""
+    """(query heads, key and value heads, size of a head) from the shapes at the call and the rows
+    projected."""
     shape_q, shape_k, shape_v = (graph.shape(i) for i in (attention.query, attention.key, attention.value))
     size = shape_q[-1]
     counted = counts.get("query", 0)

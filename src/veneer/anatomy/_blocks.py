@@ -1,7 +1,7 @@
 """Finding the blocks of a base: the modules that a hidden state passes one after another, each adding to it.
 
-A block is a member of a list of modules in whose forward two different paths from one state are added. Lists in
-lists (the stages of Swin or ResNet) are opened; a list of unlike sub-layers (T5) is not.
+A block is a member of a list of modules in whose forward two different paths from one state are added.
+Lists in lists (the stages of Swin or ResNet) are opened; a list of unlike sub-layers (T5) is not.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ class _Finder:
         return len(kinds) == 1 and len(attends) <= 1
 
     def joined(self, stacks: list[Stack]) -> list[Stack]:
-        """Lists side by side in one module that feed one another (torchvision's layer1 ... layer4) are one tower."""
+        """Lists side by side in one module that feed one another (torchvision's layer1 ... layer4) are one
+        tower."""
         out: list[Stack] = []
         for stack in stacks:
             last = out[-1] if out else None

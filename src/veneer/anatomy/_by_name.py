@@ -60,13 +60,16 @@ ATTENTION = {
 FUSED = ("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "in_proj", "in_proj_weight", "attn_qkv")
 MLP = {
     "gate": ("gate_proj", "wi_0", "w1", "gate", "linear_v", "Wg"),
-    "up": ("up_proj", "fc1", "wi", "wi_1", "lin1", "c_fc", "dense_h_to_4h", "linear1", "w3", "up", "fc_in", "Wi",
+    "up": ("up_proj", "fc1", "wi", "wi_1", "lin1", "c_fc", "dense_h_to_4h", "linear1", "w3", "up", "fc_in",
+    "Wi",
            "intermediate_dense"),
-    "down": ("down_proj", "fc2", "wo", "lin2", "c_proj", "dense_4h_to_h", "linear2", "w2", "fc_out", "down", "Wo",
+    "down": ("down_proj", "fc2", "wo", "lin2", "c_proj", "dense_4h_to_h", "linear2", "w2", "fc_out",
+    "down", "Wo",
              "output_dense"),
 }  # fmt: skip
 FUSED_MLP = ("gate_up_proj", "fused_gate_up", "Wgu")
-HEADS = ("lm_head", "classifier", "score", "cls", "head", "fc", "qa_outputs", "embed_out", "output_projection", "proj_out",
+HEADS = ("lm_head", "classifier", "score", "cls", "head", "fc", "qa_outputs", "embed_out",
+    "output_projection", "proj_out",
          "vocab_projector", "classification_head", "output_layer", "logits")  # fmt: skip
 _MATRIX = ("linear", "conv1d", "conv", "recurrent", "parameter", "experts")
 

@@ -1,8 +1,8 @@
 """Roles from a traced forward: what a projection feeds, not what it is called.
 
-Queries, keys and values are what reaches those places of an attention; its output is the next matrix call; an MLP is
-a matrix call that takes what an activation or a product made of one or two others; a router is what a top-k reads.
-Names come in only between `gate` and `up` where the forward treats them alike.
+Queries, keys and values are what reaches those places of an attention; its output is the next matrix call;
+an MLP is a matrix call that takes what an activation or a product made of one or two others; a router is
+what a top-k reads. Names come in only between `gate` and `up` where the forward treats them alike.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class _Reader:
         return shape[-1]
 
     def _norms(self) -> None:
-        """Leaves that normalise: vectors only, same shape in and out, a mean of squares or a norm call inside."""
+        """Leaves that normalise: vectors only, same shape in and out, a mean of squares or a norm call
+        inside."""
         for name, calls in self.graph.calls.items():
             module, call = self.model.get_submodule(name), calls[0]
             if any(True for _ in module.children()) or any(
@@ -157,7 +158,8 @@ class _Reader:
     # ------------------------------------------------------------ routers
 
     def _routers(self, block: str, call: Call) -> None:
-        """A top-k over what one small matrix made; it must be a block's, or heads that pick a label would be one."""
+        """A top-k over what one small matrix made; it must be a block's, or heads that pick a label would
+        be one."""
         region = self.graph.region(call)
         if not block:
             return
@@ -318,7 +320,8 @@ class _Reader:
         self.found.cores.append(Core(core, block, heads, heads, size, attention.causal and not cross, cross))
 
     def _rehome(self, key: Key, node: Node) -> None:
-        """A weight that a function uses while its own module's forward is never called is a site of the user."""
+        """A weight that a function uses while its own module's forward is never called is a site of the
+        user."""
         module = key[0]
         if module not in self.graph.calls and module != node.module and inside(module, node.module):
             below = module[len(node.module) :].lstrip(".")
@@ -353,7 +356,8 @@ class _Reader:
                 self._add(node, "mixer", block, (), "", f"mixer.{label}")
 
     def _siblings(self) -> None:
-        """Modules that this input did not reach (experts, blocks) have the roles of their like beside them."""
+        """Modules that this input did not reach (experts, blocks) have the roles of their like beside
+        them."""
         reached = set(self.keys)
         lists = [n for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList | nn.ModuleDict)]
         for name in reversed(lists):

@@ -66,7 +66,8 @@ class _Ends:
     # ------------------------------------------------------------ before the blocks
 
     def before(self, stack: Stack) -> None:
-        """The embedding: the module that is called once and whose output, dropout aside, enters the first block."""
+        """The embedding: the module that is called once and whose output, dropout aside, enters the first
+        block."""
         entry, graph = self.entry(stack), self.graph
         if entry is None:
             return
@@ -137,9 +138,9 @@ class _Ends:
             self.found.loose_embedding = name
         for call in self.graph.tape.closed:
             region = self.graph.nodes[call.start : call.stop]
-            if call.outputs and region and all(n.module == call.module for n in region):
-                if any(n.name in RECURRENT_CALLS for n in region) and self.graph.is_data(call.outputs[0]):
-                    self.found.loose_final = call.module
+            recurrent = any(n.name in RECURRENT_CALLS and n.module == call.module for n in region)
+            if recurrent and call.outputs and self.graph.is_data(call.outputs[0]):
+                self.found.loose_final = call.module
 
     # ------------------------------------------------------------ after the blocks
 

@@ -29,7 +29,8 @@ def parameter_sites(model: nn.Module, known: dict[tuple[str, str], Weight], foun
                 continue
             shape = tuple(p.shape)
             n_out, n_in = (shape[0] if shape else 1), (shape[-1] if len(shape) > 1 else 0)
-            sites.append(Site(full, "parameter", module_name, "parameter", parameter, "", shape, n_in=n_in, n_out=n_out,
+            sites.append(Site(full, "parameter", module_name, "parameter", parameter, "", shape, n_in=n_in,
+                n_out=n_out,
                               width=shape[-1] if shape else 1, **places.fields(module_name)))  # fmt: skip
     return sites
 
@@ -60,16 +61,19 @@ def build_facts(model: nn.Module, known: dict, found: Findings) -> BaseFacts:
         blocks=tuple((s.name, tuple(s.blocks)) for s in found.stacks if s.callable),
         backbones=tuple(backbones),
         embeddings=tuple((s.name, s.embedding) for s in found.stacks if s.embedding) or loose,
-        token_embeddings=tuple((s.name, s.token_embedding) for s in found.stacks if s.token_embedding) or loose,
+        token_embeddings=tuple((s.name,
+            s.token_embedding) for s in found.stacks if s.token_embedding) or loose,
         finals=tuple((s.name, s.final) for s in found.stacks if s.final) or last,
         head=found.head, pooler=found.pooler, tied=tuple(pairs), encoder_decoder=found.encoder_decoder,
-        causal=found.causal, positions=found.positions, class_token=found.class_token, norm_place=found.norm_place,
+        causal=found.causal, positions=found.positions, class_token=found.class_token,
+            norm_place=found.norm_place,
         width=width, vocabulary=vocabulary,
     )  # fmt: skip
 
 
 def known_weights(model: nn.Module, found: Findings | None = None) -> dict[tuple[str, str], Weight]:
-    """`weights`, corrected by what a trace saw: orientation of bare matrices, norms, and where a weight is used."""
+    """`weights`, corrected by what a trace saw: orientation of bare matrices, norms, and where a weight is
+    used."""
     known = weights(model)
     if found is None:
         return known

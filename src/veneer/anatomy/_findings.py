@@ -38,7 +38,8 @@ class Core:
 
 @dataclass
 class SubLayer:
-    """A branch of a block: `module` gives its output before the residual is added, `source` takes its input."""
+    """A branch of a block: `module` gives its output before the residual is added, `source` takes its
+    input."""
 
     role: str
     block: str

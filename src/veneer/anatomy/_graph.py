@@ -13,23 +13,27 @@ from veneer.anatomy._structure import inside, join
 from veneer.anatomy._trace import ATTENTION_CALLS, Call, Node, Tape
 
 MOVES = {
-    "view", "reshape", "transpose", "permute", "t", "T", "mT", "H", "swapaxes", "movedim", "moveaxis", "unsqueeze", "squeeze",
-    "flatten", "unflatten", "expand", "expand_as", "repeat", "repeat_interleave", "split", "chunk", "tensor_split", "unbind",
-    "narrow", "select", "__getitem__", "index_select", "cat", "concat", "stack", "flip", "roll", "view_as", "split_with_sizes",
-    "tile", "broadcast_to", "gather",
+    "view", "reshape", "transpose", "permute", "t", "T", "mT", "H", "swapaxes", "movedim", "moveaxis",
+    "unsqueeze", "squeeze", "flatten", "unflatten", "expand", "expand_as", "repeat", "repeat_interleave",
+    "split", "chunk", "tensor_split", "unbind", "narrow", "select", "__getitem__", "index_select", "cat",
+    "concat", "stack", "flip", "roll", "view_as", "split_with_sizes", "tile", "broadcast_to", "gather",
 }  # fmt: skip
 SAME = {
-    "to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach", "dropout", "dropout1d", "dropout2d",
-    "feature_dropout", "alpha_dropout", "identity", "data", "requires_grad_", "cpu", "cuda",
+    "to", "float", "half", "bfloat16", "type", "type_as", "contiguous", "clone", "detach", "dropout",
+    "dropout1d", "dropout2d", "feature_dropout", "alpha_dropout", "identity", "data", "requires_grad_",
+    "cpu", "cuda",
 }  # fmt: skip
 RESHAPES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"}
 ACTIVATIONS = {
-    "relu", "relu_", "relu6", "gelu", "silu", "silu_", "swish", "mish", "elu", "celu", "selu", "leaky_relu", "tanh", "sigmoid",
-    "hardswish", "hardsigmoid", "hardtanh", "softplus", "erf", "prelu", "logsigmoid", "softsign", "glu", "relu_squared", "threshold",
-    "sin", "cos", "clamp_min", "rrelu", "exp", "expm1", "log1p", "maximum", "minimum",
+    "relu", "relu_", "relu6", "gelu", "silu", "silu_", "swish", "mish", "elu", "celu", "selu",
+    "leaky_relu", "tanh", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "softplus", "erf", "prelu",
+    "logsigmoid", "softsign", "glu", "relu_squared", "threshold", "sin", "cos", "clamp_min", "rrelu",
+    "exp", "expm1", "log1p", "maximum", "minimum",
 }  # fmt: skip
-NORM_CALLS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "rsqrt", "local_response_norm",
-              "native_layer_norm", "var", "std", "linalg_norm", "vector_norm", "norm", "normalize"}  # fmt: skip
+NORM_CALLS = {
+    "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "rsqrt", "local_response_norm",
+    "native_layer_norm", "var", "std", "linalg_norm", "vector_norm", "norm", "normalize",
+}  # fmt: skip
 ADDS = {"add", "__add__", "__iadd__", "__radd__", "add_"}
 MULTIPLIES = {"mul", "__mul__", "__imul__", "__rmul__", "mul_", "multiply"}
 
@@ -82,7 +86,8 @@ class Graph:
                 self._lists_in(name, module)
 
     def _lists_in(self, name: str, module: nn.Module) -> None:
-        """Blocks that are lists of sub-layers, added up by the forward of their owner: a call from list to list."""
+        """Blocks that are lists of sub-layers, added up by the forward of their owner: a call from list to
+        list."""
         spans = []
         for key, child in module.named_children():
             inner = [
@@ -114,7 +119,8 @@ class Graph:
             self.listed.add(block)
 
     def find_near(self, ends: set[int]) -> None:
-        """Fills `near`; `ends` are the nodes that finish an attention, which stop the walk as matrix calls do."""
+        """Fills `near`; `ends` are the nodes that finish an attention, which stop the walk as matrix calls
+        do."""
         self.near = []
         for node in self.nodes:
             if node.weights or node.index in ends:
@@ -150,7 +156,8 @@ class Graph:
         return facts.live and facts.tensor.is_floating_point() and bool(self.near_value(value))
 
     def is_state(self, value: int) -> bool:
-        """A float of two axes or more that depends on the inputs: a hidden state, or an input that stands for one."""
+        """A float of two axes or more that depends on the inputs: a hidden state, or an input that stands
+        for one."""
         facts = self.values[value]
         return facts.live and facts.tensor.is_floating_point() and facts.tensor.ndim >= 2
 
@@ -218,7 +225,8 @@ class Graph:
         return module, parameter
 
     def is_transposed(self, node: Node) -> bool:
-        """Whether the parameter of this call is stored as (in, out), from the call and the operand's strides."""
+        """Whether the parameter of this call is stored as (in, out), from the call and the operand's
+        strides."""
         operand = self.values[node.weights[-1]].tensor
         parameter = next(iter(self.values[node.weights[-1]].parameters))
         if operand.ndim < 2:

@@ -1,6 +1,8 @@
-"""MLPs, gated or not, and experts: a matrix call that takes what an activation or a product made of one or two others.
+"""MLPs, gated or not, and experts: a matrix call that takes what an activation or a product made of one or
+two others.
 
-Where half of a fused matrix is multiplied with the other half, the half that goes through the activation is the gate.
+Where half of a fused matrix is multiplied with the other half, the half that goes through the activation
+is the gate.
 """
 
 from __future__ import annotations
@@ -117,7 +119,8 @@ class MLPs:
         return not todo
 
     def _through(self, node: Node) -> Node:
-        """The matrix call before a depthwise convolution (SegFormer has one between the halves of its MLP)."""
+        """The matrix call before a depthwise convolution (SegFormer has one between the halves of its
+        MLP)."""
         weight = (
             self.weights.get(self.graph.weight_key(node))
             if node.name in CONVOLUTION_CALLS and node.weights

@@ -1,4 +1,5 @@
-"""How a base knows where a token stands: rotary, relative or absolute positions, and a class token in front."""
+"""How a base knows where a token stands: rotary, relative or absolute positions, and a class token in
+front."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from veneer.anatomy._graph import ADDS, MULTIPLIES, RESHAPES, SAME, Graph
 def read_positions(
     graph: Graph, found: Findings, attentions: list[Attention], entries: list[tuple[Stack, int | None]]
 ) -> None:
-    """Fills `positions` and `class_token`; `entries` are the states that enter the first block of each stack."""
+    """Fills `positions` and `class_token`; `entries` are the states that enter the first block of each
+    stack."""
     reader = _Positions(graph)
     states = [entry for _, entry in entries if entry is not None]
     for entry in states:
@@ -42,18 +44,15 @@ class _Positions:
                 continue
             for i in node.inputs:
                 shape = graph.shape(i)
-                if (
-                    len(shape) >= 2
-                    and shape[-1] > 1
-                    and tokens[0] in shape[:-1]
-                    and not graph.before_value(i) & near
-                ):
-                    if not self._from_input(i) and not graph.values[i].parameters:
-                        return True
+                table = len(shape) >= 2 and shape[-1] > 1 and tokens[0] in shape[:-1]
+                free = not graph.before_value(i) & near and not graph.values[i].parameters
+                if table and free and not self._from_input(i):
+                    return True
         return False
 
     def adds_positions(self, entry: int) -> bool:
-        """Something that is no form of the tokens (a parameter, a table, a second lookup) is added on the way in."""
+        """Something that is no form of the tokens (a parameter, a table, a second lookup) is added on the
+        way in."""
         graph = self.graph
         for node in graph.each(graph.before_value(entry)):
             if node.name not in ADDS or len(node.inputs) < 2:

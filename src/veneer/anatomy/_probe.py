@@ -1,7 +1,7 @@
 """The probe: tiny inputs for one forward of any model, and a guard that gives the model back as it was.
 
-Inputs come from the forward's signature and the config where there is one, else from the first layers of the model.
-Several guesses are tried in turn; the first that runs is taken.
+Inputs come from the forward's signature and the config where there is one, else from the first layers of
+the model. Several guesses are tried in turn; the first that runs is taken.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _FLAGS = {"use_cache": False}
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards mode, buffers, plain attributes and random state are what they were."""
+    """Evaluation mode inside; afterwards mode, buffers, plain attributes and random state are what they
+    were."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     buffers = [
         (module, name, b, b.detach().clone())
@@ -224,7 +225,8 @@ def _from_config(
         inputs += [{main: _noise(1, 24, mels, device=device, dtype=dtype)}]
     if main == "input_values":
         inputs.append({main: _noise(1, 1600, device=device, dtype=dtype)})
-        inputs.append({main: _noise(1, int(_setting(config, "max_length", default=64)), int(_setting(config, "num_mel_bins", default=16)),
+        inputs.append({main: _noise(1, int(_setting(config, "max_length", default=64)),
+            int(_setting(config, "num_mel_bins", default=16)),
                                          device=device, dtype=dtype)})  # fmt: skip
     width = int(_setting(config, "hidden_size", "d_model", default=32))
     for given in inputs or [{main: _noise(1, TOKENS, width, device=device, dtype=dtype)}]:

@@ -1,4 +1,5 @@
-"""Sub-layers of a block: the branches that are added to its stream, where each begins, ends and is normalised."""
+"""Sub-layers of a block: the branches that are added to its stream, where each begins, ends and is
+normalised."""
 
 from __future__ import annotations
 
@@ -143,7 +144,8 @@ class _Branches:
             self.found.norm_place = place
 
     def _module(self, branch: int, stream: int, nodes: list[Node]) -> str:
-        """The outermost module below the block that gives the branch, before dropout, scaling and a last norm."""
+        """The outermost module below the block that gives the branch, before dropout, scaling and a last
+        norm."""
         graph, value = self.graph, branch
         own = {n.index for n in nodes}
         for _ in range(64):
@@ -198,7 +200,8 @@ class _Branches:
         return None
 
     def _source(self, entry: int, core: str, nodes: list[Node]) -> str:
-        """The module whose first input is `entry`: the attention's core, else the outermost below the block."""
+        """The module whose first input is `entry`: the attention's core, else the outermost below the
+        block."""
         first = nodes[0].index
         fits: list[Call] = []
         for call in self.graph.tape.calls:
@@ -236,14 +239,11 @@ class _Branches:
         norms = set(self.found.norms)
         after, users = {self.graph.same(v) for v in add.outputs}, self._users(add.outputs[0])
         for call in self.graph.tape.calls:
-            if (
-                call.module in norms
-                and call.inputs
-                and call.start >= add.index
-                and self.graph.same(call.inputs[0]) in after
-            ):
-                if inside(call.module, self.block) and all(call.start <= n.index < call.stop for n in users):
-                    return call.module, "post"
+            if call.module not in norms or not call.inputs or call.start < add.index:
+                continue
+            alone = all(call.start <= n.index < call.stop for n in users)
+            if alone and inside(call.module, self.block) and self.graph.same(call.inputs[0]) in after:
+                return call.module, "post"
         for call in self.graph.made_by(self.graph.same(branch)):
             if call.module in norms:
                 return call.module, "post"

@@ -1,8 +1,9 @@
 """Which rows of a projection a value carries: the forward is run again on the numbers of the features.
 
-Between a fused projection and the place where queries, keys or halves of an MLP are used lie only moves (views,
-splits, transpositions, a cache, writes into a view) and arithmetic that keeps the shape (rotation, norms). Moves
-move the numbers, arithmetic keeps them; what is left over at the end says which rows of the weight were used.
+Between a fused projection and the place where queries, keys or halves of an MLP are used lie only moves
+(views, splits, transpositions, a cache, writes into a view) and arithmetic that keeps the shape (rotation,
+norms). Moves move the numbers, arithmetic keeps them; what is left over at the end says which rows of the
+weight were used.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ class Rows:
         self.graph = graph
 
     def of(self, value: int, origin: int) -> Tensor | None:
-        """Which output features of matrix call `origin` stand where in `value` (-1: from elsewhere); None: unknown.
+        """Which output features of matrix call `origin` stand where in `value` (-1: from elsewhere); None:
+        unknown.
 
-        The calls between the two are run again on the numbers of the features: moves move them, all that keeps
-        the shape keeps them.
+        The calls between the two are run again on the numbers of the features: moves move them, all that
+        keeps the shape keeps them.
         """
         return self._rows(value, origin, {})
 

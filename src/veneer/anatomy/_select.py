@@ -1,11 +1,13 @@
 """Selectors: how a person names sites.
 
-    "attention.query"   "attention.{query,value}"   "block[-4:].mlp.down"   "encoder.block[0,2].attention.query"
-    "model.layers.*.self_attn.q_proj"   ["q_proj", "v_proj"]   r".*\\.(q|v)_proj"   "all-linear"   "bias"   "all"
+    "attention.query"   "attention.{query,value}"   "block[-4:].mlp.down"
+    "encoder.block[0,2].attention.query"
+    "model.layers.*.self_attn.q_proj"   ["q_proj", "v_proj"]   r".*\\.(q|v)_proj"   "all-linear"   "bias"
+    "all"
 
-One string is tried in this order: the name of a site, a role (with braces, a slice of blocks, a stack), a glob on
-module names, a regular expression on whole module names, the end of module names. A list is the union of its
-members. What matches nothing is an error that names it, never an empty list.
+One string is tried in this order: the name of a site, a role (with braces, a slice of blocks, a stack), a
+glob on module names, a regular expression on whole module names, the end of module names. A list is the
+union of its members. What matches nothing is an error that names it, never an empty list.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ PORTS = ("weight", "input", "output", "attention", "tokens", "exit", "around")
 ROLES = (
     *(f"{a}.{b}" for a in ("attention", "cross_attention") for b in ("query", "key", "value", "output")),
     *(f"{a}.{b}" for a in ("mlp", "expert") for b in ("up", "gate", "down")),
-    "attention", "cross_attention", "mlp", "router", "norm", "embedding", "token_embedding", "block", "convolution",
+    "attention", "cross_attention", "mlp", "router", "norm", "embedding", "token_embedding", "block",
+    "convolution",
     "mixer", "recurrent", "head", "pooler", "final", "linear", "bias", "parameter",
 )  # fmt: skip
 _WHOLE = {"bias", "parameter"}  # roles of parameters, not of places in the forward
@@ -123,7 +126,8 @@ def _match_all(
 
 
 def _braces(text: str) -> list[str]:
-    """'a.{b,c}' -> ['a.b', 'a.c']; a regular expression such as 'x{2}' has no comma between names and stays."""
+    """'a.{b,c}' -> ['a.b', 'a.c']; a regular expression such as 'x{2}' has no comma between names and
+    stays."""
     found = re.search(r"\{([A-Za-z_][^{}]*)\}", text)
     if not found:
         return [text]
@@ -315,7 +319,8 @@ def _without(
 
 
 def _once(sites: list[Site], anatomy: Anatomy) -> list[Site]:
-    """Each place once, in the order of the model; a part of a parameter goes where the whole was chosen too."""
+    """Each place once, in the order of the model; a part of a parameter goes where the whole was chosen
+    too."""
     whole = {(s.module, s.parameter) for s in sites if not s.ranges}
     rank = {site.name: i for i, site in enumerate(anatomy.sites)}
     chosen: dict[tuple, Site] = {}
@@ -353,12 +358,13 @@ def _nothing(
     members = _as_list(selector)
     several = len(members) > 1 or (missing and [str(m) for m in members] != missing)
     if wrong:
-        names = sorted({s.role or s.module for s in wrong})
-        what = f"{option}={_show(selector)} names {', '.join(names)} in {_describe(anatomy)}, which has no port {port!r}."
+        names = ", ".join(sorted({s.role or s.module for s in wrong}))
+        what = f" names {names} in {_describe(anatomy)}, which has no port {port!r}."
     elif several and missing:
-        what = f"{option}={_show(selector)}: {', '.join(map(repr, missing))} matches nothing in {_describe(anatomy)}."
+        what = f": {', '.join(map(repr, missing))} matches nothing in {_describe(anatomy)}."
     else:
-        what = f"{option}={_show(selector)} matches nothing in {_describe(anatomy)}."
+        what = f" matches nothing in {_describe(anatomy)}."
+    what = f"{option}={_show(selector)}{what}"
     return NoSiteFound(what, nearest=_near(anatomy, (missing or [""])[0], wrong), next_step=_NEXT)
 
 

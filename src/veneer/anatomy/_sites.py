@@ -75,11 +75,14 @@ def weight_site(
     shape = (n_out, *weight.shape[1:]) if ranges else weight.shape
     fields = places.fields(weight.module)
     if core:
-        fields |= {"heads": core.heads, "kv_heads": core.kv_heads, "head_dim": core.head_dim, "cross": core.cross,
+        fields |= {"heads": core.heads, "kv_heads": core.kv_heads, "head_dim": core.head_dim,
+            "cross": core.cross,
                    "options": (("core", core.module),)}  # fmt: skip
     return Site(
-        name=name or join(weight.module, "" if weight.parameter == "weight" else weight.parameter) or "weight",
-        role=role, module=weight.module, kind=weight.kind, parameter=weight.parameter, bias=weight.bias, shape=shape,
+        name=name or join(weight.module,
+            "" if weight.parameter == "weight" else weight.parameter) or "weight",
+        role=role, module=weight.module, kind=weight.kind, parameter=weight.parameter, bias=weight.bias,
+            shape=shape,
         ranges=ranges, transposed=weight.transposed, experts=weight.experts, groups=weight.groups,
         n_in=weight.n_in, n_out=n_out, width=n_out, **fields,
     )  # fmt: skip
@@ -209,7 +212,8 @@ def _sublayer(
     prefix = places.prefix(sub.block or sub.module)
     source = "" if sub.source == sub.module else sub.source
     return Site(
-        name=join(prefix, label), role=sub.role, module=sub.module, kind=_SUBLAYER_KIND.get(sub.role, "other"), parameter="",
+        name=join(prefix, label), role=sub.role, module=sub.module, kind=_SUBLAYER_KIND.get(sub.role,
+            "other"), parameter="",
         n_in=width, n_out=width, width=width, source=source, norm=sub.norm, options=options, **fields,
     )  # fmt: skip
 

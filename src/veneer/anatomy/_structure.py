@@ -19,7 +19,8 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight as a method sees it: `shape` is (out, in) for every matrix; `experts` is its leading axis."""
+    """One weight as a method sees it: `shape` is (out, in) for every matrix; `experts` is its leading
+    axis."""
 
     module: str
     kind: str
@@ -119,7 +120,8 @@ def _multihead(name: str, module: nn.MultiheadAttention) -> Iterator[Weight]:
         for part in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
             n_out, n_in = _shape(module, part)
             yield Weight(name, "parameter", part, "", (n_out, n_in), n_in=n_in, n_out=n_out)
-    # The forward of its output projection is never called, a function takes the weight: a weight of this module.
+    # The forward of its output projection is never called, a function takes the weight: a weight of this
+    # module.
     child = output_projection(module)
     bias = f"{child}.bias" if module.out_proj.bias is not None else ""
     yield Weight(name, "parameter", f"{child}.weight", bias, (width, width), n_in=width, n_out=width)

@@ -1,8 +1,10 @@
-"""A tape of one forward: every torch call with its operands, and every module call with its inputs and outputs.
+"""A tape of one forward: every torch call with its operands, and every module call with its inputs and
+outputs.
 
-The tape sees tensors, not names: a value is a version of a tensor, a node is a call that made it. Which parameter a
-value is made of is kept as long as it is only moved, cast or scaled, so that a projection is known by the parameter
-that it multiplies with, whoever holds it. The model is run as it is; hooks are taken off again.
+The tape sees tensors, not names: a value is a version of a tensor, a node is a call that made it. Which
+parameter a value is made of is kept as long as it is only moved, cast or scaled, so that a projection is
+known by the parameter that it multiplies with, whoever holds it. The model is run as it is; hooks are
+taken off again.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 MATRIX_CALLS = {
-    "linear", "addmm", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "baddbmm", "einsum", "tensordot", "inner", "mv",
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "embedding", "embedding_bag",
-    "_grouped_mm", "grouped_mm", "bilinear", "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu",
-    "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", "grouped_mm_fallback",
+    "linear", "addmm", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "baddbmm", "einsum",
+    "tensordot", "inner", "mv", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "embedding", "embedding_bag", "_grouped_mm", "grouped_mm", "bilinear",
+    "multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell",
+    "rnn_tanh_cell", "rnn_relu_cell", "grouped_mm_fallback",
 }  # fmt: skip
 RECURRENT_CALLS = {
     "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell",
@@ -130,7 +133,7 @@ class Tape(TorchFunctionMode):
             or name in _IN_PLACE
         )
         made = [target] if in_place and target is not None else list(tensors_in(out))
-        seen = [t for t in tensors_in((args, kwargs))]
+        seen = list(tensors_in((args, kwargs)))
         if not in_place:
             made = [t for t in made if not any(t is s for s in seen)]
         if not made:

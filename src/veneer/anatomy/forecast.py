@@ -14,9 +14,10 @@ from veneer.errors import BadOption, nearest
 # Bytes a trained number costs in optimiser state, by the name of the optimiser.
 OPTIMISERS = {"sgd": 0, "momentum": 4, "adam": 8, "adamw": 8, "adafactor": 1, "adamw-8bit": 2, "lion": 4}
 
-# Hidden states that one block keeps for its backward, in units of (token, width): the input of each norm, of the
-# projections and of the activation. With an inner width of 4: Korthikanti et al., 2022, arXiv:2205.05198, count
-# 34 bytes a token and width in half precision (17 numbers), dropout masks included; 16 without them.
+# Hidden states that one block keeps for its backward, in units of (token, width): the input of each norm,
+# of the projections and of the activation. With an inner width of 4: Korthikanti et al., 2022,
+# arXiv:2205.05198, count 34 bytes a token and width in half precision (17 numbers), dropout masks
+# included; 16 without them.
 KEPT_BY_BLOCK = 16.0
 
 
@@ -36,7 +37,8 @@ def memory(
     fused_attention: bool = True,
     lowest_block: int = 0,
 ) -> dict[str, int]:
-    """Bytes of a training step, by what they hold, and their total. A base with `n_parameters`, of which (or beside which) `trainable` are trained.
+    """Bytes of a training step, by what they hold, and their total. A base with `n_parameters`, of which
+    (or beside which) `trainable` are trained.
 
     With B rows, L tokens, width d, n blocks from the lowest trained one up, and b bytes a number:
 
@@ -45,7 +47,8 @@ def memory(
         checkpointed: n B L d b + one block
         logits      = 2 B L vocabulary 4      the logits in float32 and their gradient; causal models only
 
-    `bytes_of_weights` is what the base really takes (quantised forms); else n_parameters times the size of `dtype`.
+    `bytes_of_weights` is what the base really takes (quantised forms); else n_parameters times the size of
+    `dtype`.
     """
     for name, value in (
         ("n_parameters", n_parameters),
