@@ -244,3 +244,41 @@ def test_between_steps_without_a_schedule_changes_nothing():
     before = [p.clone() for p in adapter.leaves()]
     between_steps(model, 1, 10)
     assert all(torch.equal(p, q) for p, q in zip(adapter.leaves(), before))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_evaluation_after_a_step_sees_the_step(fused):
+    """torch's fused optimisers move tensors without raising their version."""
+    model, given = base("bert"), inputs("bert", 2)
+    add(model, "loreft", "a")
+    optimizer = torch.optim.AdamW(parameters(model, lr=0.1), fused=fused)
+    labels = torch.tensor([0, 1])
+    seen = []
+    for _ in range(3):
+        model.eval()
+        with torch.no_grad():
+            seen.append(out(model, given).clone())
+        model.train()
+        model(**given, labels=labels).loss.backward()
+        model.eval()
+        with torch.no_grad():
+            out(model, given)
+        optimizer.step()
+        with torch.no_grad():
+            seen.append(out(model, given).clone())
+        optimizer.zero_grad()
+    changed = [not torch.equal(a, b) for a, b in zip(seen, seen[1:])]
+    assert changed == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("name", ["adapter", "active", "forward", "a.b", "a b", "lora", "weight", "x/y", "ü"])
+def test_any_printable_name_is_safe(name, tmp_path):
+    model, given = base("bert"), inputs("bert", 2)
+    add(model, "lora", name)
+    y = out(model, given)
+    veneer.save(model, name, tmp_path / "saved")
+    other = base("bert")
+    assert veneer.load(other, tmp_path / "saved").name == name
+    assert torch.equal(out(other, given), y)
+    veneer.detach(model, name)
+    assert "veneer" not in model._modules

@@ -90,6 +90,12 @@ class Adapter(nn.Module):
         self._cached.clear()
         self.__dict__["still"] = [p.detach() for p in self.leaves()]
 
+    @property
+    def settled(self) -> bool:
+        """Whether what is made from the leaves may be kept: no optimiser is about to move them. Versions alone do
+        not tell, since torch's fused optimisers do not raise them."""
+        return not torch.compiler.is_compiling() and all(p.grad is None for p in self.leaves())
+
     # -- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(
@@ -118,11 +124,11 @@ class Adapter(nn.Module):
             self.register_parameter(f"leaf_{i}", nn.Parameter(flat))
         self._refresh()
 
-    def named(self, detached: bool = True) -> dict[str, Tensor]:
+    def named(self, detached: bool = True, still: bool = False) -> dict[str, Tensor]:
         """Entry key -> shaped view of its leaf."""
         views: dict[str, Tensor] = {}
-        for leaf, group in zip(self.leaves(), self.groups):
-            parts = (leaf.detach() if detached else leaf).split(group.sizes)
+        for leaf, group in zip(self.still if still else self.leaves(), self.groups):
+            parts = (leaf.detach() if detached and not still else leaf).split(group.sizes)
             views.update({e.key: p.view(e.shape) for e, p in zip(group.entries, parts)})
         return views
 
@@ -159,15 +165,11 @@ class Adapter(nn.Module):
         kept = [e for e in self.plan.entries if e.spec.keep is not None and e.spec.trained]
         if not kept:
             return
-        version = tuple(p._version for p in self.leaves())
-        if self.__dict__.get("_projected") == version:
-            return
         views = self.named()
         for e in kept:
             views[e.key].copy_(e.spec.keep(views[e.key]))  # type: ignore[misc]
         for leaf in self.leaves():
             torch.autograd.graph.increment_version(leaf)
-        self.__dict__["_projected"] = tuple(p._version for p in self.leaves())
         self._cached.clear()
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -179,7 +181,9 @@ class Adapter(nn.Module):
 
         With gradients on they are made anew each call, or a second backward would meet freed tensors.
         """
-        keep = not torch.is_grad_enabled() and not training and not torch.compiler.is_compiling()
+        keep = not torch.is_grad_enabled() and not training and self.settled
+        if not keep and not torch.compiler.is_compiling():
+            self._cached.clear()
         version = (dtype, tuple((p._version, p.data_ptr()) for p in self.leaves())) if keep else None
         if keep and self._cached.get("version") == version:
             return self._cached["tensors"]
@@ -191,7 +195,7 @@ class Adapter(nn.Module):
         for key, value in self.frozen(shared).items():
             views[key] = value.to(dtype) if dtype is not None and value.is_floating_point() else value
         if any(e.spec.compute == "float32" for e in self.plan.entries):
-            exact = self.named(detached=not torch.is_grad_enabled())
+            exact = self.named(detached=not torch.is_grad_enabled(), still=still)
             views.update(
                 {e.key: exact[e.key] for e in self.plan.entries if e.spec.compute and e.key in exact}
             )
@@ -223,10 +227,11 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.half()` of the model moves the adapter, and keeps its precision."""
+        before = {n: p.data for n, p in self.named_parameters(recurse=False)}
         made = super()._apply(fn, recurse)
-        for p in self.parameters(recurse=False):
+        for n, p in self.named_parameters(recurse=False):
             if self.keep_dtype is not None and p.dtype != self.keep_dtype:
-                p.data = p.data.to(self.keep_dtype)
+                p.data = before[n].to(device=p.device, dtype=self.keep_dtype)  # no bit is lost on the way
         self._refresh()
         return made
 

@@ -175,9 +175,10 @@ def _fill(host: Host, adapter: Adapter, values: Mapping[str, Tensor] | None, dat
     found: dict[str, Tensor] = {}
     for e in adapter.plan.entries:
         if e.spec.seeded and not (values and e.key in values):
-            store = (adapter.method.key, e.key, e.shape, adapter.seed)
+            seed = frozen_seed(adapter.method, adapter.seed)
+            store = (adapter.method.key, e.key, e.shape, seed)
             if store not in host.shared:
-                drawn = draw(e.spec, e.shape, adapter.seed, f"{adapter.method.key}:{e.key}")
+                drawn = draw(e.spec, e.shape, seed, f"{adapter.method.key}:{e.key}")
                 host.shared[store] = drawn.to(host.device)
             adapter.frozen_shared[e.key] = store
         elif values is not None and e.key in values:
@@ -201,16 +202,31 @@ def _from_base(host: Host, adapter: Adapter, drawn: dict[str, Tensor]) -> dict[s
     for sp, keys in zip(adapter.plan.sites, adapter.plan.keys):
         if "start" not in sp.method.arguments:
             continue
-        W = host.token_table(sp.site.stack) if sp.site.port == "tokens" else host.weight(sp.site)
+        W = None
+        if getattr(sp.method, "start_reads_weight", True):
+            W = host.token_table(sp.site.stack) if sp.site.port == "tokens" else host.weight(sp.site)
         t = Tensors({n: drawn[k] for n, k in keys.items() if k in drawn})
         W = None if W is None else W.detach().float() if host.dtype != torch.float64 else W.detach()
         if sp.site.experts and W is not None:
-            each = [call(sp.method, "start", t, {"site": sp.site, "W": w}) for w in W]
+            own = {n for n, spec in sp.specs.items() if spec.scope == "site"}
+            each = [
+                call(
+                    sp.method, "start", Tensors({n: v[i] if n in own else v for n, v in t.items()}),
+                    {"site": sp.site, "W": w},
+                )
+                for i, w in enumerate(W)
+            ]  # fmt: skip
             made = {n: torch.stack([m[n] for m in each]) for n in each[0]}
         else:
             made = call(sp.method, "start", t, {"site": sp.site, "W": W})
         found.update({keys[n]: v.clone() for n, v in made.items()})
     return found
+
+
+def frozen_seed(method: Method, seed: int) -> int:
+    """The seed of frozen draws: the method's own where it has one, so that it can be told apart and shared."""
+    own = getattr(method, "seed", None)
+    return seed if own is None else int(own) * 1_000_003 + seed
 
 
 def _prepare(host: Host, adapter: Adapter, found: dict[str, Tensor], data: Any) -> None:

@@ -19,10 +19,10 @@ from veneer.edits import At, call
 from veneer.errors import BadOption, Unsupported
 
 from ._frame import Frame, Names, Session, current, entered, local, opened, session_of
-from ._program import Program, SiteOps, banks_of, build_banked, site_tensors
+from ._program import PORTS, Program, SiteOps, banks_of, build_banked, site_tensors
 from ._rows import Rows
 from ._site import first, frame_of, leave, with_first
-from ._swap import HOST, NAME, kind
+from ._swap import HOST, NAME, kind, twin
 from ._tokens import extend_facts, extend_mask, forget_rows, extend_positions, insert, position_offset
 
 _UNSET: Any = object()
@@ -85,6 +85,20 @@ def _slowly(module: nn.Module, plain_call: Any, args: tuple, kwargs: dict) -> An
         return plain_call(module, *args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@kind("statistics")
+def _statistics(base: type) -> dict[str, Any]:
+    """Normalisation over the batch keeps the base's running statistics: they are part of the frozen base."""
+    plain = base.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(plain)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.training or self.__dict__[HOST].update_statistics or not self.track_running_stats:
+            return plain(self, *args, **kwargs)
+        return plain(twin(self, {}, training=False), *args, **kwargs)
+
+    return {"forward": forward}
 
 
 # -- backbones: where tokens are put in --------------------------------------------------------------------------
@@ -313,7 +327,7 @@ def _program_by_stack(host: Any, session: Session, totals: dict[str, int], train
     for stack in session.by_stack or {}:
         rows = host.rows_for(session, totals.get(stack, len(session.by_stack[stack])), stack)  # type: ignore[index]
         for module, ops in host.program(rows, training).items():
-            for port in ("input", "weight", "output", "attention", "around", "tokens", "exit"):
+            for port in PORTS:
                 mine = [op for op in getattr(ops, port) if op.site.stack == stack]
                 if mine:
                     getattr(merged.setdefault(module, SiteOps()), port).extend(mine)
@@ -546,15 +560,22 @@ def _bare(host: Any, run: Any, **inputs: Any) -> Any:
 def penalty_of(host: Any, frame: Frame) -> Tensor | None:
     """The sum of the methods' penalties over the sites of this call's program."""
     total: Tensor | None = None
-    seen: set[tuple[int, str, str]] = set()
-    for ops in frame.program.values():
-        for port in ("input", "weight", "output", "attention", "around", "tokens", "exit"):
-            for op in getattr(ops, port):
-                key = (id(op.adapter), op.site.name, op.port)
-                if "penalty" in op.method.arguments and key not in seen:
-                    seen.add(key)
-                    value = call(op.method, "penalty", op.t, {"at": None})
-                    total = value if total is None else total + value
+    used = {op.adapter for ops in frame.program.values() for port in PORTS for op in getattr(ops, port)}
+    if frame.session is not None and frame.session.rows is not None:
+        used |= {host.adapter(n) for names in frame.session.rows for n in names}
+    for adapter in sorted(used, key=lambda a: a.name):
+        if not any("penalty" in sp.method.arguments for sp in adapter.plan.sites):
+            continue
+        # Each adapter's own tensors: those of a mixed batch have been gathered by row.
+        found = dict(zip([sp.site.name + sp.site.port for sp in adapter.plan.sites],
+                         zip(adapter.plan.sites, site_tensors(host, adapter, True))))  # fmt: skip
+        values = [
+            call(sp.method, "penalty", t, {"at": None})
+            for sp, t in found.values() if "penalty" in sp.method.arguments
+        ]  # fmt: skip
+        own = torch.stack([v.reshape(()) for v in values])
+        value = own.mean() if getattr(adapter.method, "penalty_over_sites", "sum") == "mean" else own.sum()
+        total = value if total is None else total + value
     return total
 
 

@@ -37,6 +37,7 @@ class Host(nn.Module):
         self.names: dict[str, str] = {}  # adapter name -> name of the child module
         self.active: Names = ()
         self.merged: list[str] = []
+        self.update_statistics = False  # whether running statistics of the base move in training
         self.members: dict[int, list[str]] = {}  # plan -> names of its adapters, in the order of their slots
         self.banks: Any = ()  # for compiled code: the active adapters as banks
         self.kept: dict[
@@ -51,6 +52,7 @@ class Host(nn.Module):
         self.swapped: dict[str, nn.Module] = {}
         self._modules_by_name: dict[str, nn.Module] | None = None
         self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self._trained: set[str] = set()  # adapters that ran with gradients since programs were last kept
         for p in root.parameters():
             p.requires_grad_(False)
 
@@ -73,6 +75,7 @@ class Host(nn.Module):
                 next_step="choose another name, or veneer.detach(model, name) first",
             )
         child = child_name(adapter.name)
+        child = child + "%" if hasattr(self, child) else child  # "adapter" and the like are names of ours
         self.add_module(child, adapter)
         self.names[adapter.name] = child
         self.members.setdefault(id(adapter.plan), []).append(adapter.name)
@@ -202,6 +205,9 @@ class Host(nn.Module):
                 wanted += [
                     (s.module, "attention") for s in self.anatomy.select("attention", port="attention")
                 ]
+        wanted += [
+            (n, "statistics") for n, m in self.root.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
         for name, kind in wanted:
             module = self.root if name == "" else self.module(name)
             swap(module, name, self, kind)
@@ -226,9 +232,14 @@ class Host(nn.Module):
 
     def program(self, rows: Any, training: bool) -> Program:
         """The program for a composition. Without gradients it is kept, and found again at the next call."""
-        if torch.is_grad_enabled() or training:
-            return build(self, rows, training)
         used = {n for names in ([rows] if _is_names(rows) else rows) for n in names}
+        if torch.is_grad_enabled() or training or not all(self.adapter(n).settled for n in used):
+            for n in used if torch.is_grad_enabled() else ():
+                self._trained.add(n)
+            return build(self, rows, training)
+        if not self._trained.isdisjoint(used):  # a step may have moved them since
+            self._programs.clear()
+            self._trained.clear()
         versions = tuple((n, tuple(p._version for p in self.adapter(n).leaves())) for n in sorted(used))
         key = (rows if _is_names(rows) else tuple(rows), versions, self.dtype, len(self.kept))
         found = self._programs.get(key)

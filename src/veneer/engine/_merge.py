@@ -211,7 +211,7 @@ def _changed(op: Op, bare: Tensor, now: Tensor) -> Tensor:
     site = op.site
     W = cut(bare, site)
     if site.port == "weight":
-        return paste(now, cut(now, site) + dense_delta(op.method, op.t, W, site).to(now.dtype), site)
+        return paste(now, cut(now, site) + dense_delta(op.plan, op.t, W).to(now.dtype), site)
     scale, _ = call(op.method, "affine", op.t, {"at": None})
     factor = scale.reshape(-1, 1) if site.port == "output" else scale.reshape(1, -1)
     return paste(now, cut(now, site) + (factor.to(now.dtype) - 1) * W, site)

@@ -161,6 +161,8 @@ def make_plan(
         )
         methods = _patterned(found, m, sites, patterns if own else None)
         plans += [SitePlan(s, methods[s.name], methods[s.name].tensors(s), part) for s in sites]
+    plans = _tied(found, plans)
+    plans = [_null_gradients(found, sp) for sp in plans]
     taken = {(sp.site.module, sp.site.parameter) for sp in plans if sp.part > 0}
     for name in whole:
         copy = TrainedCopy(sites=name)
@@ -211,6 +213,38 @@ def _sites_of(found: Anatomy, m: Method, exclude: Any, layers: Any, partial: boo
             sites = [*sites, *(s for s in found.parameter_sites() if (s.module, s.parameter) in biases)]
         chosen += [s if s.port == port else s.at(port) for s in sites]
     return chosen
+
+
+def _tied(found: Anatomy, plans: list[SitePlan]) -> list[SitePlan]:
+    """A site is a parameter: one that two modules share is edited at both, with the same tensors."""
+    partner: dict[tuple[str, str], tuple[str, str]] = {}
+    for a, b in found.facts.tied:
+        one, two = a.rpartition("."), b.rpartition(".")
+        partner[one[0], one[2]], partner[two[0], two[2]] = (two[0], two[2]), (one[0], one[2])
+    chosen = {(sp.site.module, sp.site.parameter) for sp in plans if sp.site.port == "weight"}
+    owners = {(s.module, s.parameter): s for s in found.sites}
+    more = []
+    for sp in plans:
+        other = partner.get((sp.site.module, sp.site.parameter)) if sp.site.port == "weight" else None
+        if other is None or other in chosen:
+            continue
+        there = owners.get(other)
+        kind, bias = (there.kind, there.bias) if there is not None else (sp.site.kind, "")
+        site = dataclasses.replace(sp.site, module=other[0], parameter=other[1], kind=kind, bias=bias)
+        more.append(dataclasses.replace(sp, site=site))
+    return [*plans, *more]
+
+
+def _null_gradients(found: Anatomy, sp: SitePlan) -> SitePlan:
+    """Biases of unrotated keys shift every score of a query alike, and the softmax does not see it."""
+    if len(sp.site.shape) != 1 or found.facts.positions == "rotary":
+        return sp
+    keys = {s.module for s in found.sites if s.role.endswith("attention.key") and not s.ranges}
+    if sp.site.module not in keys or not sp.site.parameter.endswith("bias"):
+        return sp
+    why = "a shift of all scores of a query leaves its softmax alone"
+    specs = {n: dataclasses.replace(s, null_gradient=s.null_gradient or why) for n, s in sp.specs.items()}
+    return dataclasses.replace(sp, specs=specs)
 
 
 def _default_sites(m: Method, port: str) -> Any:

@@ -21,6 +21,7 @@ from ._plan import SitePlan
 from ._rows import Rows
 from ._weights import cut
 
+PORTS = ("input", "weight", "output", "attention", "around", "tokens", "exit")
 ONE_BY_ONE = ("experts", "recurrent", "other")  # kinds whose inputs have no row axis to broadcast over
 
 

@@ -18,6 +18,7 @@ from veneer.errors import ShapeDiffers, Unsupported
 
 from ._facts import apply, facts, select, tensors_at
 from ._frame import Frame, current, entered, local
+from ._plan import SitePlan
 from ._program import Op, SiteOps, is_shift
 from ._rows import Rows
 from ._swap import HOST, NAME, kind, kinds_of, twin
@@ -300,7 +301,7 @@ def _replaced(module: nn.Module, ops: list[Op], frame: Frame) -> dict[str, Tenso
             replaced[site.parameter] = paste(bare, op.method.weight(t, W), site)
             continue
         start = now if now is not None else stored(module, site.parameter)
-        new = cut(start, site) + dense_delta(op.method, t, W, site).to(start.dtype)
+        new = cut(start, site) + dense_delta(op.plan, t, W).to(start.dtype)
         replaced[site.parameter] = paste(start, new, site)
     return replaced
 
@@ -316,15 +317,15 @@ def _check_shape(op: Op, W: Tensor) -> None:
         )
 
 
-def dense_delta(method: Any, t: Tensors, W: Tensor, site: Any) -> Tensor:
+def dense_delta(sp: SitePlan, t: Tensors, W: Tensor) -> Tensor:
     """dW in the method's shape; over experts by vmap, shared tensors unmapped."""
-    if not site.experts:
-        return delta_of(method, t, W)
-    mapped = {n: v for n, v in t.items() if v.dim() and v.shape[0] == site.experts}
-    shared = {n: v for n, v in t.items() if n not in mapped}
+    if not sp.site.experts:
+        return delta_of(sp.method, t, W)
+    shared = {n: v for n, v in t.items() if n in sp.specs and sp.specs[n].scope != "site"}
+    mapped = {n: v for n, v in t.items() if n not in shared}
 
     def one(own: dict[str, Tensor], w: Tensor) -> Tensor:
-        return delta_of(method, Tensors({**shared, **own}), w)
+        return delta_of(sp.method, Tensors({**shared, **own}), w)
 
     return torch.vmap(one)(mapped, W)
 
@@ -468,16 +469,24 @@ def around(ops: list[Op], frame: Frame, plain: Any, args: tuple, kwargs: dict) -
 
 
 def _around_one(op: Op, frame: Frame, inner: Any, x: Tensor) -> Tensor:
-    if op.rows is None:
-        new = apply(op, frame, "around", {"call": inner, "x": x, "at": facts(op, frame)})
-        return new if op.live is None else torch.where(op.live.view(-1, *[1] * (new.dim() - 1)), new, inner(x))
-    whole = inner(x)
-    rows = op.rows
-    new = apply(
-        op, frame, "around",
-        {"call": lambda z: rows.take(inner(rows.put(x, z))), "x": rows.take(x), "at": facts(op, frame)},
-    )  # fmt: skip
-    return rows.put(whole, new)
+    rows, live = op.rows, op.live
+    whole: Tensor | None = None
+
+    def run_once(z: Tensor) -> Tensor:
+        """The block for all rows, the others as they were: a cache takes each call, so there is one."""
+        nonlocal whole
+        if live is not None:
+            z = torch.where(live.view(-1, *[1] * (z.dim() - 1)), z, x)
+        whole = inner(z if rows is None else rows.put(x, z))
+        return whole if rows is None else rows.take(whole)
+
+    mine = x if rows is None else rows.take(x)
+    new = apply(op, frame, "around", {"call": run_once, "x": mine, "at": facts(op, frame)})
+    if whole is None:
+        whole = inner(x)
+    if live is not None:
+        return torch.where(live.view(-1, *[1] * (new.dim() - 1)), new, whole)
+    return new if rows is None else rows.put(whole, new)
 
 
 def leave(op: Op, frame: Frame, h: Tensor) -> Tensor:

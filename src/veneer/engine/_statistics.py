@@ -31,7 +31,7 @@ def squared_gradients(
             owner = getattr(owner, step)
         parameters.append(getattr(owner, last))
     unique = list({id(p): p for p in parameters}.values())
-    sums = {id(p): torch.zeros_like(p) for p in unique}
+    sums = {id(p): torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in unique}
     flags = [p.requires_grad for p in unique]
     training, active, rows = host.root.training, host.active, 0
     host.root.eval()
@@ -47,7 +47,7 @@ def squared_gradients(
                     rows += 1
                     for p, g in zip(unique, grads):
                         if g is not None:
-                            sums[id(p)] += g.detach() ** 2
+                            sums[id(p)] += g.detach().to(sums[id(p)].dtype) ** 2
     finally:
         for p, flag in zip(unique, flags):
             p.requires_grad_(flag)

@@ -24,7 +24,7 @@ from veneer.edits import build
 from veneer.errors import BadFile, ShapeDiffers, UnknownName, Unsupported, nearest
 
 from ._adapter import Adapter, draw
-from ._attach import _plan_for, attach, host_of
+from ._attach import _plan_for, attach, frozen_seed, host_of
 from ._host import Host, fingerprint
 
 RECORD, TENSORS = "veneer.json", "adapter.safetensors"
@@ -70,7 +70,10 @@ def save(
         back = safetensors.torch.load_file(str(beside / TENSORS))
         if set(back) != set(tensors) or any(not _same(back[k], tensors[k]) for k in tensors):
             raise BadFile(f"what was written to '{target}' does not read back equal; the disk may be full.")
+        mask = os.umask(0)
+        os.umask(mask)
         for written in beside.iterdir():
+            os.chmod(written, 0o666 & ~mask)
             _sync(written)
         target.mkdir(exist_ok=True)
         os.replace(beside / TENSORS, target / TENSORS)
@@ -97,7 +100,7 @@ def _record(
     host: Host, adapter: Adapter, tensors: dict[str, Tensor], extra: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     drawn = {
-        key: {"seed": adapter.seed, "sha256": _digest(host.shared[store])}
+        key: {"seed": frozen_seed(adapter.method, adapter.seed), "sha256": _digest(host.shared[store])}
         for key, store in adapter.frozen_shared.items()
     }
     return {

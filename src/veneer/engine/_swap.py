@@ -67,7 +67,7 @@ def swap(module: nn.Module, name: str, host: Any, kind: str) -> None:
     if kind in kinds:
         return
     module.__dict__[HOST], module.__dict__[NAME] = host, name
-    ordered = tuple(k for k in ("site", "attention", "block", "backbone", "door") if k in (*kinds, kind))
+    ordered = tuple(k for k in ("statistics", "site", "attention", "block", "backbone", "door") if k in (*kinds, kind))
     module.__class__ = swapped_class(base, ordered)
 
 
@@ -114,8 +114,9 @@ def _class_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-def twin(module: nn.Module, replaced: dict[str, Tensor | None]) -> nn.Module:
+def twin(module: nn.Module, replaced: dict[str, Tensor | None], **facts: Any) -> nn.Module:
     """A shallow stand-in for `module`: its plain class, its state, other parameters (dotted names reach children).
+    `facts` are other attributes that it has, such as training=False.
 
     Thread-safe, since the module itself is untouched, and traced by dynamo.
     """
@@ -145,5 +146,5 @@ def twin(module: nn.Module, replaced: dict[str, Tensor | None]) -> nn.Module:
         state.pop(key, None)
     if "_flat_weights_names" in state:  # recurrent modules keep a second list of their parameters
         state["_flat_weights"] = [own.get(n, module._parameters.get(n)) for n in state["_flat_weights_names"]]
-    made.__dict__.update(state)
+    made.__dict__.update({**state, **facts})
     return made

@@ -107,6 +107,8 @@ def between_steps(model: nn.Module, step: int, total_steps: int | None = None, o
     host.__dict__["step"] = step
     for name in host.active:
         adapter = host.adapter(name)
+        for leaf in adapter.leaves():
+            torch.autograd.graph.increment_version(leaf)  # fused optimisers do not
         adapter.project()
         total = total_steps if total_steps is not None else adapter.total_steps
         for m in {sp.part: sp.method for sp in adapter.plan.sites}.values():

@@ -118,12 +118,16 @@ class LoRA(WeightMethod):
     def also(self) -> tuple[Method, ...]:
         return (TrainedCopy(sites="bias"),) if self.bias == "all" else ()
 
+    @property
+    def start_reads_weight(self) -> bool:
+        return self.init == "orthogonal" or _starts.reads_weight(self.init)
+
     def start(self, site: Site, W: Tensor, t: Tensors) -> dict[str, Tensor]:
+        if not self.start_reads_weight:
+            return {}
         kernel = 1 - len(site.shape)
         W, A = W.flatten(kernel), t.A.flatten(kernel)
         most = {"orthogonal": sum(W.shape[-2:]) // 2}.get(str(self.init), min(W.shape[-2:]))
-        if self.init != "orthogonal" and not _starts.reads_weight(self.init):
-            return {}
         if self.rank > most:
             raise BadOption(
                 f"lora: init={self.init!r} has rank={most} at most at '{site.name}', not rank={self.rank}.",

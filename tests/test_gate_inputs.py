@@ -1,0 +1,182 @@
+"""What strains the contract from the side of inputs: queries, two towers, teachers, inversion, pictures, skipped blocks."""
+
+import pytest
+import torch
+from engine_tools import add, base, inputs, out
+
+import veneer
+from veneer.edits import At, Method, Sites, Specs, Tensors, constant, hyper, method
+from veneer.errors import BadOption
+
+
+@pytest.mark.parametrize("variant", ["retrieve", "attend"])
+def test_a_prompt_made_from_query_and_document_is_each_rows_own(variant):
+    model, given = base("llama"), inputs("llama", 3, padding="left")
+    add(model, "q_peft", "q", variant=variant, k=2)
+    add(model, "lora", "l")
+    extra = {"query_ids": torch.randint(5, 40, (3, 4)), "document_ids": torch.randint(5, 40, (3, 6))}
+    names = ["q", "l", "q"]
+    with veneer.rows(model, names):
+        together = out(model, given, **extra)
+    for i, name in enumerate(names):
+        keep = given["attention_mask"][i].bool()
+        one = {k: v[i : i + 1][:, keep] for k, v in given.items()}
+        more = {k: v[i : i + 1] for k, v in extra.items()} if name == "q" else {}
+        with veneer.active(model, name):
+            torch.testing.assert_close(out(model, one, **more)[0], together[i][keep], atol=1e-9, rtol=0)
+    with veneer.active(model, "q"):
+        other = out(model, given, **{**extra, "query_ids": extra["query_ids"].flip(1) + 1})
+        same = out(model, given, **extra)
+        assert (other - same).abs().max() > 1e-9  # another query, another prompt
+        with pytest.raises(BadOption, match="query_ids"):
+            out(model, given)
+        generated = model.generate(
+            input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=3,
+            do_sample=False, pad_token_id=0, **extra,
+        )  # fmt: skip
+        assert generated.shape[1] == given["input_ids"].shape[1] + 3
+
+
+def test_two_towers_take_names_for_rows_of_their_own_number():
+    model = base("clip")
+    g = torch.Generator().manual_seed(0)
+    pixels = torch.randn(3, *_picture(model), generator=g, dtype=torch.float64)
+    ids = torch.randint(3, 40, (2, 6), generator=g)
+    add(model, "lora", "a", seed=1)
+    add(model, "lora", "b", seed=2)
+    given = {"input_ids": ids, "pixel_values": pixels}
+    with veneer.rows(model, {"text": ["a", None], "image": ["b", "a", None]}):
+        mixed = model(**given)
+    for stack, names in (("text", ["a", None]), ("image", ["b", "a", None])):
+        for i, name in enumerate(names):
+            with veneer.active(model, name):
+                alone = model(**given)
+            got, expected = getattr(mixed, f"{stack}_embeds")[i], getattr(alone, f"{stack}_embeds")[i]
+            torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+    with veneer.active(model, None):
+        assert (model(**given).text_embeds[0] - mixed.text_embeds[0]).abs().max() > 1e-8
+
+
+def _picture(model):
+    config = model.config.vision_config
+    return (3, config.image_size, config.image_size)
+
+
+def test_a_teacher_pass_inside_a_step_leaves_the_outer_call_alone():
+    model, given = base("bert"), inputs("bert", 2)
+    add(model, "lora", "a")
+    model.train()
+    bare = out(model, given, adapters=None).detach()
+    with veneer.rows(model, ["a", "a"]):
+        student = out(model, given)
+        with veneer.bare(model), torch.no_grad():
+            teacher = out(model, given)
+        again = out(model, given)
+    assert torch.equal(teacher, bare)
+    assert torch.equal(student, again)
+    ((student - teacher) ** 2).sum().backward()
+    assert veneer.adapters(model)["a"].leaves()[0].grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("coupling", ["nice", "glow"])
+def test_an_invertible_adapter_is_undone_before_a_tied_output(coupling):
+    """With no blocks between, the inverse at the head gives back the embedding exactly."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=50, n_positions=16, n_embd=16, n_layer=0, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).double().eval()
+    model.transformer.ln_f = torch.nn.Identity()
+    ids = torch.randint(1, 50, (2, 6))
+    before = model(input_ids=ids).logits
+    add(model, "invertible_adapter", "i", size=0.3, coupling=coupling, sites={"output": "transformer.drop", "input": "lm_head"})
+    torch.testing.assert_close(model(input_ids=ids).logits, before, atol=1e-9, rtol=1e-9)
+    hidden = model.transformer(input_ids=ids).last_hidden_state
+    with veneer.active(model, None):
+        assert (model.transformer(input_ids=ids).last_hidden_state - hidden).abs().max() > 1e-3
+
+
+def test_a_ladder_keeps_no_gradient_in_the_base():
+    model, given = base("llama"), inputs("llama", 2)
+    add(model, "ladder_side_tuning", "s")
+    model.train()
+    seen = []
+
+    def watch(module, args, output):
+        tensor = output[0] if isinstance(output, tuple) else output
+        seen.append(tensor.requires_grad)
+
+    handles = [layer.register_forward_hook(watch) for layer in model.model.layers]
+    out(model, given, use_cache=False).sum().backward()
+    for handle in handles:
+        handle.remove()
+    assert seen == [False] * len(model.model.layers)
+    assert veneer.adapters(model)["s"].leaves()[0].grad.abs().max() > 0
+
+
+def test_a_generator_shared_by_sites_makes_weights_for_the_task_of_each_row():
+    model, given = base("bert"), inputs("bert", 3)
+    add(model, "hyperformer", "h", tasks=3)
+    tasks = torch.tensor([2, 0, 1])
+    together = out(model, given, tasks=tasks)
+    for i in range(3):
+        one = {k: v[i : i + 1] for k, v in given.items()}
+        torch.testing.assert_close(out(model, one, tasks=tasks[i : i + 1])[0], together[i], atol=1e-10, rtol=0)
+    assert (out(model, given, tasks=tasks.flip(0))[0] - together[0]).abs().max() > 1e-8
+
+
+def test_pictures_from_outside_go_through_inputs_embeds_with_prompts_in_front():
+    """An encoder's output in a language model's input: the prompt stands before it, as before text."""
+    model = base("llama")
+    g = torch.Generator().manual_seed(0)
+    picture = torch.randn(2, 4, model.config.hidden_size, generator=g, dtype=torch.float64)
+    text = model.get_input_embeddings()(torch.randint(5, 40, (2, 5), generator=g))
+    embeds = torch.cat([picture, text], 1)
+    add(model, "prompt_tuning", "p", length=3)
+    add(model, "lora", "l")
+    given = {"inputs_embeds": embeds, "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    with veneer.rows(model, ["p", "l"]):
+        y = out(model, given)
+    assert y.shape[1] == 9
+    prompt = veneer.adapters(model)["p"].named()["shared/prompt"] if False else next(iter(veneer.adapters(model)["p"].named().values()))
+    with veneer.active(model, None):
+        by_hand = out(model, {"inputs_embeds": torch.cat([prompt[None].expand(1, -1, -1), embeds[:1]], 1)})[:, 3:]
+    torch.testing.assert_close(y[:1], by_hand, atol=1e-9, rtol=0)
+
+
+@method("test_skip", paper="", family="test", registered=False)
+class Skip(Method):
+    """A block that is skipped, in part: y = x + strength (block(x) - x)."""
+
+    strength: float = hyper(0.0, "share of the block that is kept")
+    sites: Sites = "block"
+
+    def tensors(self, site) -> Specs:
+        return {"keep": constant(self.strength, decay=False)}
+
+    def around(self, t: Tensors, call, x: torch.Tensor, at: At) -> torch.Tensor:
+        return x + t.keep * (call(x) - x)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_block_is_skipped_for_some_rows(family):
+    model, given = base(family), inputs(family, 3, padding="left" if family == "llama" else "right")
+    veneer.attach(model, Skip(), name="skip", layers=[1])
+    names = ["skip", None, "skip"]
+    with veneer.rows(model, names):
+        together = out(model, given)
+    for i, name in enumerate(names):
+        with veneer.active(model, name):
+            one = {k: v[i : i + 1] for k, v in given.items()}
+            got, expected = together[i], out(model, one)[0]
+            if family == "llama":
+                keep = given["attention_mask"][i].bool()
+                got, expected = got[keep], expected[keep]
+            torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
+    if family == "llama":
+        ids = {k: given[k] for k in ("input_ids", "attention_mask")}
+        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+        cached = model.generate(**ids, adapters=names, **options)
+        assert torch.equal(cached, model.generate(**ids, adapters=names, use_cache=False, **options))
