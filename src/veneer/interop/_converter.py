@@ -8,7 +8,7 @@ trained whole, missing and unexpected tensors are the same for all and live in `
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,10 +63,12 @@ class Tensorfile:
         return value
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Inside, a tensor that is not as it should be ends the block, not the reading."""
-        with suppress(_Missed):
+    def together(self, prefix: str) -> Iterator[None]:
+        """Inside, a tensor that is not as it should be ends the block, not the reading: one fault a place."""
+        try:
             yield
+        except _Missed:
+            self._left = {k: v for k, v in self._left.items() if not k.startswith(prefix)}
 
     def check(self, base: str) -> None:
         """Raise ShapeDiffers with everything that does not fit."""
@@ -75,8 +77,8 @@ class Tensorfile:
         lines = [f"missing '{k}'" for k in self.missing[:3]]
         lines += [f"unexpected '{k}'" for k in sorted(self._left)[:3]] + self.wrong[:3]
         raise ShapeDiffers(
-            f"{self._what} does not fit this {base}: {len(self.missing)} tensors are missing, {len(self._left)} are "
-            f"unexpected, {len(self.wrong)} have another shape: {'; '.join(lines)}.",
+            f"{self._what} does not fit this {base}: {len(self.missing)} places lack a tensor, {len(self._left)} "
+            f"tensors are unexpected, {len(self.wrong)} have another shape: {'; '.join(lines)}.",
             next_step="load it on the base, and with the config, that it was trained with",
         )
 

@@ -109,7 +109,7 @@ def _values(kind: Converter, job: Reading, plan: Plan) -> dict[str, Tensor]:
     """Entry key -> tensor, for all that the file holds."""
     values: dict[str, Tensor] = {}
     for sp, keys in zip(plan.sites, plan.keys):
-        with job.file.together():
+        with job.file.together(f"{job.prefix}{sp.site.module}."):
             if isinstance(sp.method, TrainedCopy):
                 found = {"W": _copy(job, sp)}
             else:

@@ -1,0 +1,310 @@
+"""Bad HF PEFT folders: an error in words, and a model that is exactly what it was. Nothing is half attached."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import veneer
+import zoo
+from veneer.errors import BadFile, NoSiteFound, ShapeDiffers, Unsupported, VeneerError
+
+torch.set_num_threads(1)
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_KEEP: dict[str, Any] = {}
+
+
+def llama() -> nn.Module:
+    """One model for all tests: those that succeed take their adapter off again."""
+    if "llama" not in _KEEP:
+        _KEEP["llama"] = zoo.zoo()["llama"]()[0]
+        _KEEP["classes"] = [type(m) for m in _KEEP["llama"].modules()]
+    return _KEEP["llama"]
+
+
+def is_untouched(model: nn.Module) -> bool:
+    return "veneer" not in model._modules and [type(m) for m in model.modules()] == _KEEP["classes"]
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that reads: LoRA at queries, values and down projections."""
+    folder = tmp_path_factory.mktemp("good") / "adapter"
+    model = llama()
+    veneer.attach(model, "lora", "a", rank=4, alpha=6.0, sites=["attention.{query,value}", "mlp.down"])
+    with torch.no_grad():
+        for view in veneer.trainable(model).values():
+            view.copy_(torch.randn(view.shape))
+    veneer.export(model, "a", folder, format="peft")
+    veneer.detach(model, "a")
+    assert is_untouched(model)
+    return folder
+
+
+@pytest.fixture
+def folder(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "adapter"))
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    config.update(changes)
+    (folder / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v != "<absent>"}))
+
+
+def edit_tensors(folder: Path, change: Any) -> None:
+    tensors = safetensors.torch.load_file(folder / TENSORS)
+    change(tensors)
+    safetensors.torch.save_file(tensors, folder / TENSORS)
+
+
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
+OPTIONS: dict[str, tuple[dict[str, Any], type[VeneerError], str]] = {
+    "no type": ({"peft_type": "<absent>"}, BadFile, "peft_type"),
+    "no such type": ({"peft_type": "LORRA"}, BadFile, "LORA"),
+    "a type without a converter": ({"peft_type": "HRA"}, Unsupported, r"(?s)HRA.*OFT \(oft\)"),
+    "a variant": ({"use_qalora": True}, Unsupported, "use_qalora"),
+    "replicated layers": ({"layer_replication": [[0, 2], [1, 2]]}, Unsupported, "layer_replication"),
+    "a start from data": ({"init_lora_weights": "corda"}, Unsupported, "corda"),
+    "dora with biases": ({"use_dora": True, "bias": "all"}, Unsupported, "bias"),
+    "a rank that is a text": ({"r": "eight"}, BadFile, "r='eight'"),
+    "a rank of nothing": ({"r": None}, BadFile, "r=None"),
+    "a rank below one": ({"r": 0}, VeneerError, "rank=0"),
+    "a rank beyond all memory": ({"r": 2**30}, ShapeDiffers, "lora_A"),
+    "alpha without a value": ({"lora_alpha": float("nan")}, BadFile, "lora_alpha"),
+    "a bias of no kind": ({"bias": "some"}, VeneerError, "bias"),
+    "no such module": ({"target_modules": ["qkv"]}, NoSiteFound, "qkv"),
+    "an expression that is none": ({"target_modules": "("}, BadFile, "expression"),
+    "a module that holds no weight": ({"target_modules": ["self_attn"]}, Unsupported, "self_attn"),
+    "targets of a wrong kind": ({"target_modules": {"q_proj": 1}}, BadFile, "target_modules"),
+    "a pattern for no module": ({"rank_pattern": {"qroj": 2}}, NoSiteFound, r"(?s)qroj.*q_proj"),
+    "a pattern that is none": ({"alpha_pattern": [1]}, BadFile, "alpha_pattern"),
+    "no layer left": ({"layers_to_transform": [7]}, NoSiteFound, "target_modules"),
+    "parameters that are not there": ({"target_parameters": ["experts.w1"]}, NoSiteFound, "experts.w1"),
+    "a head that is not in the file": ({"modules_to_save": ["lm_head"]}, ShapeDiffers, "lm_head"),
+    "rows beyond the table": ({"trainable_token_indices": [1000]}, ShapeDiffers, "1000"),
+    "more modules than tensors": ({"target_modules": ["q_proj", "v_proj", "down_proj", "k_proj"]}, ShapeDiffers,
+                                  "2 places lack a tensor"),
+    "fewer modules than tensors": ({"target_modules": ["q_proj", "v_proj"]}, ShapeDiffers, "4 tensors are unexpected"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", OPTIONS)
+def test_a_config_that_cannot_be_read_says_why(case, folder):
+    changes, error, words = OPTIONS[case]
+    edit(folder, **changes)
+    model = llama()
+    with pytest.raises(error, match=words):
+        veneer.load(model, folder)
+    assert is_untouched(model)
+
+
+def test_tensors_that_are_missing_left_over_or_of_another_shape_are_told_together(folder):
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["base_model.model.extra.lora_A.weight"] = tensors.pop(f"{QUERY}.lora_A.weight")
+        tensors[f"{QUERY.replace('q_', 'v_')}.lora_B.weight"] = torch.zeros(3, 4)
+
+    edit_tensors(folder, change)
+    with pytest.raises(ShapeDiffers) as told:
+        veneer.load(llama(), folder)
+    text = str(told.value)
+    assert f"missing '{QUERY}.lora_A.weight'" in text
+    assert "unexpected 'base_model.model.extra.lora_A.weight'" in text
+    assert is_untouched(llama())
+
+    edit_tensors(
+        folder, lambda t: t.update({f"{QUERY}.lora_A.weight": t.pop("base_model.model.extra.lora_A.weight")})
+    )
+    with pytest.raises(ShapeDiffers, match=r"lora_B.weight' is \(3, 4\), expected \(16, 4\)"):
+        veneer.load(llama(), folder)
+
+
+def test_a_base_with_fewer_or_more_blocks_is_another_base(folder):
+    import transformers as t
+
+    for blocks in (1, 3):
+        other = t.LlamaForCausalLM(t.LlamaConfig(**{**zoo._LLAMA, "num_hidden_layers": blocks}))
+        with pytest.raises(ShapeDiffers, match="3 places lack a tensor|6 tensors are unexpected"):
+            veneer.load(other, folder)
+        assert "veneer" not in other._modules
+
+
+def test_a_failed_read_leaves_other_adapters_alone(folder):
+    model = llama()
+    veneer.attach(model, "lora", "first")
+    edit(folder, target_modules=["q_proj"])
+    try:
+        with pytest.raises(ShapeDiffers):
+            veneer.load(model, folder, "second")
+        assert list(veneer.adapters(model)) == ["first"]
+        assert model.veneer.active == ("first",)
+    finally:
+        veneer.detach(model, "first")
+    assert is_untouched(model)
+
+
+def test_pickles_and_links_out_of_the_folder_are_refused(folder, tmp_path):
+    os.replace(folder / TENSORS, tmp_path / "elsewhere.safetensors")
+    (folder / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(BadFile, match="pickle"):
+        veneer.load(llama(), folder)
+    (folder / TENSORS).symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(BadFile, match="link"):
+        veneer.load(llama(), folder)
+    assert is_untouched(llama())
+
+
+def test_missing_keys_are_read_as_hf_peft_s_defaults(folder):
+    edit(folder, r=4, lora_alpha="<absent>")
+    adapter = veneer.load(llama(), folder)
+    assert adapter.method.alpha == 8
+    assert adapter.method.dropout == 0
+    veneer.detach(llama(), adapter.name)
+
+
+def test_unknown_keys_are_kept_with_a_warning_and_written_again(folder, tmp_path):
+    edit(
+        folder,
+        rank_of_tomorrow=3,
+        empty_of_tomorrow=None,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="acme/b",
+    )
+    with pytest.warns(UserWarning, match="rank_of_tomorrow") as told:
+        adapter = veneer.load(llama(), folder)
+    assert not any("empty_of_tomorrow" in str(w.message) for w in told)
+    veneer.export(llama(), adapter.name, tmp_path / "again", format="peft")
+    config = json.loads((tmp_path / "again" / CONFIG).read_text())
+    assert config["rank_of_tomorrow"] == 3
+    assert config["base_model_name_or_path"] == "acme/b"
+    veneer.detach(llama(), adapter.name)
+
+
+def test_what_was_read_saves_and_loads_in_veneer_s_own_form(folder, tmp_path):
+    edit(folder, rank_pattern={"down_proj": 4}, alpha_pattern={"layers.1.self_attn.q_proj": 3})
+    model, ids = llama(), {"input_ids": torch.arange(3, 9).view(1, 6)}
+    adapter = veneer.load(model, folder, "theirs")
+    with torch.no_grad():
+        expected = model(**ids).logits
+    veneer.save(model, adapter.name, tmp_path / "own")
+    veneer.detach(model, "theirs")
+    veneer.load(model, tmp_path / "own", "own")
+    with torch.no_grad():
+        assert torch.equal(model(**ids).logits, expected)
+    veneer.detach(model, "own")
+    assert is_untouched(model)
+
+
+def test_a_target_that_no_module_is_called_is_said_where_others_are_found(folder):
+    edit(folder, target_modules=["q_proj", "v_proj", "down_proj", "query_key_value"])
+    with pytest.warns(UserWarning, match="query_key_value"):
+        adapter = veneer.load(llama(), folder)
+    veneer.detach(llama(), adapter.name)
+
+
+def test_a_config_without_targets_is_read_off_the_tensors(folder):
+    edit(folder, target_modules="<absent>")
+    adapter = veneer.load(llama(), folder)
+    assert len(adapter.plan.sites) == 6
+    veneer.detach(llama(), adapter.name)
+
+
+def test_a_base_weight_in_the_file_that_is_not_this_base_s_is_refused(folder):
+    table = llama().model.embed_tokens.weight.detach()
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    edit_tensors(folder, lambda t: t.update({key: table.clone()}))
+    adapter = veneer.load(llama(), folder)  # the base's own: HF PEFT writes it beside edited embeddings
+    veneer.detach(llama(), adapter.name)
+    edit_tensors(folder, lambda t: t.update({key: table + 1}))
+    with pytest.raises(Unsupported, match="embed_tokens"):
+        veneer.load(llama(), folder)
+    assert is_untouched(llama())
+
+
+def test_trained_token_rows_read_as_a_trained_copy_of_the_table(tmp_path):
+    peft = pytest.importorskip("peft")
+    base, kwargs = zoo.zoo()["llama"]()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 7, 60])
+    adapted = peft.get_peft_model(zoo.zoo()["llama"]()[0], config).eval()
+    torch.manual_seed(0)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            p.data = torch.randn(p.shape) * 0.2
+    adapted.save_pretrained(tmp_path / "out")
+    with pytest.warns(UserWarning, match="trainable_token_indices"):
+        veneer.load(base, tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(base(**kwargs).logits, adapted(**kwargs).logits, rtol=0, atol=1e-5)
+
+
+# -- anything at all ------------------------------------------------------------------------------------------------
+
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=12)
+    | st.sampled_from(["LORA", "ADALORA", "VERA", "OFT", "IA3", "PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
+                       "q_proj", "all-linear", "pissa", "all", ".*proj", "lm_head"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["q_proj", "", "(", "v"]), inner, max_size=2),
+    max_leaves=4,
+)  # fmt: skip
+_keys = st.sampled_from([
+    "peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "bias", "use_dora", "lora_bias",
+    "init_lora_weights", "modules_to_save", "layers_to_transform", "layers_pattern", "exclude_modules", "loftq_config",
+    "target_parameters", "trainable_token_indices", "lora_dropout", "use_rslora", "num_virtual_tokens", "adapter_len",
+    "adapter_layers", "total_step", "init_r", "target_r", "oft_block_size", "projection_prng_key", "save_projection",
+    "feedforward_modules", "peft_version", "task_type", "num_transformer_submodules", "tinit", "eps",
+])  # fmt: skip
+_anything = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=120
+)
+
+
+def load_or_refuse(folder: Path) -> None:
+    model = llama()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            adapter = veneer.load(model, folder)
+        except VeneerError as e:
+            assert str(e)
+        else:
+            veneer.detach(model, adapter.name)
+    assert is_untouched(model)
+
+
+@_anything
+@given(changes=st.dictionaries(_keys, _values, min_size=1, max_size=4))
+def test_any_config_reads_or_is_refused_in_words(changes, good, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    for file in (CONFIG, TENSORS):
+        shutil.copy(good / file, folder / file)
+    edit(folder, **changes)
+    load_or_refuse(folder)
+
+
+@_anything
+@given(data=st.data())
+def test_any_damage_to_the_files_is_refused_in_words(data, good, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damaged")
+    for file in (CONFIG, TENSORS):
+        shutil.copy(good / file, folder / file)
+    victim = folder / data.draw(st.sampled_from([CONFIG, TENSORS]))
+    content = bytearray(victim.read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    else:
+        for _ in range(data.draw(st.integers(1, 8))):
+            content[data.draw(st.integers(0, min(len(content), 2000) - 1))] = data.draw(st.integers(0, 255))
+    victim.write_bytes(bytes(content))
+    load_or_refuse(folder)
