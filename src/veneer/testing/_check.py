@@ -137,10 +137,11 @@ def _demand(report: LawReport, made: Method, run: list[Law], applies: list[Any],
         speaks = [b.name for b in applies if law.speaks_of(b)]
         status = report.of(law.name)
         declared = law.name == "identity" and status == NOT_CLAIMED  # starts_as_identity=False, with a reason
-        one_form = law.name == "one_form" and status == DOES_NOT_APPLY  # written once: nothing to compare
-        if speaks and status not in (PASSED, FAILED) and not declared and not one_form:
+        # One form has nothing to compare with; a reference that is no layer is met beside the method.
+        silent = law.name in ("one_form", "equation") and status == DOES_NOT_APPLY
+        if speaks and status not in (PASSED, FAILED) and not declared and not silent:
             reasons = {r.detail for r in report.rows if r.law == law.name and r.base in speaks}
             report.missing.append(
-                f"{law.number} {law.name} is mandatory for {', '.join(made.ports)}, and not seen to hold: "
+                f"{law.number} {law.name} is mandatory for {', '.join(made.ports)}, not seen to hold: "
                 + "; ".join(sorted(reasons))
             )

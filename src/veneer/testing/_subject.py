@@ -113,13 +113,16 @@ class Subject:
         method: Method | None = None,
         random: bool = True,
         spread: float = SPREAD,
+        like: Any = None,
     ) -> Any:
-        """Attach the method (or `method`) under a name, randomised; active afterwards."""
+        """Attach the method (or `method`) under a name, randomised, or with the tensors of the adapter `like`."""
         m = method or self.method
         options: dict[str, Any] = {**self.attach_options} if m.key == self.key else {}
         if getattr(m, "needs_members", False):
             options["of"] = self._members(model, m)
-        if m.facts.data:
+        if like is not None:
+            random, options["values"] = False, {**like.named(), **own_frozen(like)}
+        elif m.facts.data:
             options["data"] = [self.labelled(self.base.contents(4, seed=99 + seed))]
         made = engine.attach(model, m, name, seed=seed, **options)
         if random:
@@ -167,6 +170,17 @@ class Subject:
                     return m
         return None
 
+    @functools.cached_property
+    def dense(self) -> Method | None:
+        """Another method that edits the same weights, by a dense W', where this one edits weights."""
+        if self.method.ports != ("weight",) or self.key == "oft":
+            return None
+        m = build("oft", sites=self.method.sites)
+        try:
+            return m if self._size(m) else None
+        except Exception:
+            return None
+
     # -- calls -----------------------------------------------------------------------------------------------
 
     def inputs(
@@ -201,11 +215,11 @@ class Subject:
 
     def outputs(
         self, model: nn.Module, contents: Sequence[Content], *, dtype: torch.dtype = torch.float64,
-        side: str = "right", extra: int = 0,
+        side: str = "right", extra: int = 0, states: bool = True,
     ) -> list[Tensor]:  # fmt: skip
-        """What each row gives, padding left out."""
+        """What each row gives, padding left out; states=False reads an encoder's logits alone."""
         inputs = self.inputs(contents, dtype, side, extra)
-        return self.base.read(model(**inputs), inputs)
+        return self.base.read(model(**inputs, **(self.base.flags if states else {})), inputs)
 
     def evaluated(self, model: nn.Module, contents: Sequence[Content], **layout: Any) -> list[Tensor]:
         """`outputs` without gradients."""
@@ -247,6 +261,11 @@ def randomise(adapter: Any, seed: int = 0, spread: float = SPREAD) -> None:
         torch.autograd.graph.increment_version(leaf)
     adapter._cached.clear()
     adapter.project()
+
+
+def own_frozen(adapter: Any) -> dict[str, Tensor]:
+    """Frozen tensors that no seed makes again, by key."""
+    return {key: getattr(adapter, buffer) for key, buffer in adapter.frozen_own.items()}
 
 
 def gradients(adapter: Any) -> dict[str, Tensor]:

@@ -110,6 +110,11 @@ class TinyBase:
             made["decoder_input_ids"] = torch.stack([c["decoder_ids"] for c in contents])
         return made
 
+    @property
+    def flags(self) -> dict[str, bool]:
+        """What to ask a forward for, so that `read` sees every token of an encoder."""
+        return {"output_hidden_states": True} if self.kind == "encoder" else {}
+
     def labels(self, contents: Sequence[Content], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Labels for the same rows."""
         if self.kind == "decoder":
@@ -130,7 +135,7 @@ class TinyBase:
         for i, row in enumerate(logits):
             if self.kind == "decoder":
                 row = row[real[i]]  # type: ignore[index]
-            if self.kind == "encoder":
+            if self.kind == "encoder" and y.get("hidden_states") is not None:
                 states = y["hidden_states"][-1][i][real[i]].flatten()  # type: ignore[index]
                 row = torch.cat([states, row]) if real[i, 0] else states  # type: ignore[index]
             rows.append(row.flatten())
@@ -174,10 +179,14 @@ _ENDS = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
 def _bert() -> nn.Module:
     import transformers as t
 
-    return t.BertForSequenceClassification(
-        t.BertConfig(**_TEXT, max_position_embeddings=64, num_labels=CLASSES, hidden_dropout_prob=0.0,
-                     attention_probs_dropout_prob=0.0, output_hidden_states=True)
-    )  # fmt: skip
+    config = t.BertConfig(
+        **_TEXT,
+        max_position_embeddings=64,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return t.BertForSequenceClassification(config)
 
 
 def _llama() -> nn.Module:
@@ -209,22 +218,34 @@ def _t5() -> nn.Module:
 def _bart() -> nn.Module:
     import transformers as t
 
-    return t.BartForConditionalGeneration(
-        t.BartConfig(vocab_size=WORDS, d_model=WIDTH, encoder_layers=BLOCKS, decoder_layers=BLOCKS,
-                     dropout=0.0, encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=48,
-                     decoder_ffn_dim=48, max_position_embeddings=64, decoder_start_token_id=1,
-                     forced_eos_token_id=None, **_ENDS)
-    )  # fmt: skip
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder")
+             for what, n in (("layers", BLOCKS), ("attention_heads", HEADS), ("ffn_dim", 48))}  # fmt: skip
+    config = t.BartConfig(
+        vocab_size=WORDS,
+        d_model=WIDTH,
+        dropout=0.0,
+        max_position_embeddings=64,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+        **sides,
+        **_ENDS,
+    )
+    return t.BartForConditionalGeneration(config)
 
 
 def _vit() -> nn.Module:
     import transformers as t
 
-    return t.ViTForImageClassification(
-        t.ViTConfig(hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=HEADS,
-                    intermediate_size=48, image_size=32, patch_size=16, num_labels=CLASSES, hidden_dropout_prob=0.0,
-                    attention_probs_dropout_prob=0.0)
-    )  # fmt: skip
+    text = {k: v for k, v in _TEXT.items() if k not in ("vocab_size", "pad_token_id")}
+    config = t.ViTConfig(
+        **text,
+        image_size=32,
+        patch_size=16,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return t.ViTForImageClassification(config)
 
 
 class MLP(nn.Module):

@@ -36,12 +36,12 @@ class Trial:
     port: str = ""  # "" is the method's own, where it has one
     training: bool = False
     x_name: str = "x"  # what the reference calls the input
-    also: Mapping[str, Mapping[str, Tensor]] = field(
-        default_factory=dict
-    )  # owner -> tensors, for what no site owns
-    names: Mapping[str, str] = field(
-        default_factory=dict
-    )  # a tensor's name in the method -> in the reference
+    names: Mapping[str, str] = field(default_factory=dict)  # site/tensor or tensor -> the reference's name
+
+    def name(self, key: str) -> str:
+        """What the reference calls the tensor of this key."""
+        tensor = key.rpartition("/")[2]
+        return self.names.get(key, self.names.get(tensor, tensor))
 
 
 class Layer(nn.Module):
@@ -62,7 +62,7 @@ class Layer(nn.Module):
 def place_as_layer(case: Mapping[str, Any], fields: set[str]) -> Trial | None:
     """The usual form: base W and bias with inputs x, or a state y alone. None for what is no layer."""
     inputs, base = case["inputs"], case.get("base", {})
-    if "dropout_mask" in inputs or "u" in inputs or not set(inputs) <= {"x", "y"}:
+    if "dropout_mask" in inputs or "u" in inputs or set(inputs) not in ({"x"}, {"y"}):
         return None
     name = "x" if "x" in inputs else "y"
     x = inputs[name]
@@ -95,10 +95,10 @@ def equation(s: Subject) -> str:
 def _one(s: Subject, trial: Trial, case: Any) -> float:
     port = trial.port or s.method.ports[0]
     sites = {port: "layer"} if len(s.method.ports) > 1 else "layer"
-    method = type(s.method)(**{**trial.options, "sites": sites})
+    method = type(s.method)(**{"sites": sites, **trial.options})
     model = Layer(trial.W, trial.bias)
     plan = engine.plan(model, method)
-    values = {key: _value(trial, name, key) for names in plan.keys for name, key in names.items()}
+    values = {key: trial.tensors.get(trial.name(key)) for names in plan.keys for key in names.values()}
     missing = [k for k, v in values.items() if v is None]
     if missing:
         raise Broken(f"case '{case['name']}': the reference has no tensor for {missing}")
@@ -118,16 +118,10 @@ def _one(s: Subject, trial: Trial, case: Any) -> float:
     (y * case["cotangent"]).sum().backward()
     slopes = s.reference.gradients(case)
     found_slopes = gradients(adapter)
-    for names in plan.keys:
-        for name, key in names.items():
-            known = trial.names.get(name, name)
-            if key in found_slopes and known in slopes:
-                agree(
-                    found_slopes[key],
-                    slopes[known],
-                    f"{what}: gradient of {known} against the reference",
-                    BY_DIFFERENCES,
-                )
+    for key, slope in found_slopes.items():
+        known = trial.name(key)
+        if known in slopes:
+            agree(slope, slopes[known], f"{what}: gradient of {known} against the reference", BY_DIFFERENCES)
     if trial.x_name in slopes and x.grad is not None:
         agree(
             x.grad,
@@ -136,9 +130,3 @@ def _one(s: Subject, trial: Trial, case: Any) -> float:
             BY_DIFFERENCES,
         )
     return worst
-
-
-def _value(trial: Trial, name: str, key: str) -> Any:
-    owner = key.rpartition("/")[0]
-    source = trial.also.get(owner, trial.tensors)
-    return source.get(trial.names.get(name, name))

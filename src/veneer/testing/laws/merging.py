@@ -28,14 +28,17 @@ def merge(s: Subject) -> str:
     differ(attached, bare, "the randomised adapter changes nothing")
     worst = _merged(s, model, "a", contents, attached)
     _given_back(s, model, contents, before, attached)
-    note = _two(s, model, contents, before)
+    note = _two(s, model, contents, before, s.method, 2)
+    if s.dense is not None:
+        engine.detach(model, "b")
+        _two(s, model, contents, before, s.dense, 3)
     _report_is_honest(s)
     return f"{worst:.1e}{note}"
 
 
-def _merged(s: Subject, model: nn.Module, names: Any, contents: Any, attached: Any) -> float:
+def _merged(s: Subject, model: nn.Module, names: Any, contents: Any, attached: Any, of: str = "") -> float:
     report = engine.merge(model, names, probe=s.inputs(contents))
-    worst = agree(s.evaluated(model, contents), attached, f"merged {names} against attached")
+    worst = agree(s.evaluated(model, contents), attached, f"merged {names}{of} against attached")
     if report.max_abs_error is None or report.relative_error is None:
         raise Broken("a merge with a probe reports no error")
     return worst
@@ -49,15 +52,15 @@ def _given_back(s: Subject, model: nn.Module, contents: Any, before: dict, attac
     same_bits(s.evaluated(model, contents), attached, "the output after unmerge")
 
 
-def _two(s: Subject, model: nn.Module, contents: Any, before: dict) -> str:
-    """Two on the same sites: one merged under the other, and both."""
-    s.attach(model, "b", 2)
+def _two(s: Subject, model: nn.Module, contents: Any, before: dict, other: Any, seed: int) -> str:
+    """Two on the same sites: one merged under the other, each way, and both."""
+    s.attach(model, "b", seed, method=other)
     engine.activate(model, ["a", "b"])
     attached = s.evaluated(model, contents)
     refused = ""
-    for names in ("a", ["a", "b"]):
+    for names in ("a", "b", ["a", "b"]):
         try:
-            _merged(s, model, names, contents, attached)
+            _merged(s, model, names, contents, attached, f" of two, 'b' being {other.key},")
         except Unsupported as e:
             # A scale of outputs acts on what live weight edits add, so the engine may refuse it; a sum it
             # may not.

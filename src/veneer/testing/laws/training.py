@@ -164,7 +164,7 @@ def _penalties(
     expected = torch.zeros(())
     for n in members:
         with engine.active(model, n):
-            expected = expected + engine.penalty(model)
+            expected = expected + engine.penalty(model).detach()
     engine.activate(model, list(members))
     batch = s.labelled(contents)
     with torch.no_grad():
