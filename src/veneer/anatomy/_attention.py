@@ -154,7 +154,8 @@ def _product_before(graph: Graph, softmax: Node) -> Node | None:
 
 def _product_after(graph: Graph, softmax: Node) -> tuple[Node, int, int] | None:
     """(the product of the probabilities with the values, the values, the probabilities)"""
-    todo, seen = list(softmax.outputs), set()
+    todo = list(softmax.outputs)
+    seen: set[int] = set()
     while todo:
         value = todo.pop(0)
         for node in graph.consumers.get(value, []):

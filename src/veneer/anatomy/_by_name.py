@@ -12,65 +12,9 @@ from typing import Any
 from torch import nn
 
 from veneer.anatomy._findings import Core, Findings, Part, Stack, SubLayer
+from veneer.anatomy._names import ATTENTION, FUSED, FUSED_MLP, HEADS, MLP
 from veneer.anatomy._structure import Weight, containers, inside, is_homogeneous, join, parent
 
-ATTENTION = {
-    "query": (
-        "q_proj",
-        "query",
-        "q",
-        "q_lin",
-        "query_proj",
-        "to_q",
-        "wq",
-        "w_q",
-        "q_linear",
-        "linear_q",
-        "Wq",
-    ),
-    "key": ("k_proj", "key", "k", "k_lin", "key_proj", "to_k", "wk", "w_k", "k_linear", "linear_k", "Wk"),
-    "value": (
-        "v_proj",
-        "value",
-        "v",
-        "v_lin",
-        "value_proj",
-        "to_v",
-        "wv",
-        "w_v",
-        "v_linear",
-        "linear_v",
-        "Wv",
-    ),
-    "output": (
-        "o_proj",
-        "out_proj",
-        "o",
-        "out_lin",
-        "to_out",
-        "wo",
-        "Wo",
-        "c_proj",
-        "dense",
-        "proj",
-        "out",
-        "linear_out",
-    ),
-}
-FUSED = ("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "in_proj", "in_proj_weight", "attn_qkv")
-MLP = {
-    "gate": ("gate_proj", "wi_0", "w1", "gate", "linear_v", "Wg"),
-    "up": ("up_proj", "fc1", "wi", "wi_1", "lin1", "c_fc", "dense_h_to_4h", "linear1", "w3", "up", "fc_in",
-    "Wi",
-           "intermediate_dense"),
-    "down": ("down_proj", "fc2", "wo", "lin2", "c_proj", "dense_4h_to_h", "linear2", "w2", "fc_out",
-    "down", "Wo",
-             "output_dense"),
-}  # fmt: skip
-FUSED_MLP = ("gate_up_proj", "fused_gate_up", "Wgu")
-HEADS = ("lm_head", "classifier", "score", "cls", "head", "fc", "qa_outputs", "embed_out",
-    "output_projection", "proj_out",
-         "vocab_projector", "classification_head", "output_layer", "logits")  # fmt: skip
 _MATRIX = ("linear", "conv1d", "conv", "recurrent", "parameter", "experts")
 
 
@@ -88,8 +32,8 @@ def read_names(model: nn.Module, weights: dict[tuple[str, str], Weight]) -> Find
     found.encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     found.causal = bool(found.stacks) and _is_causal(model, found.stacks[-1].name)
     for core in found.cores:
-        stack = next((s for s in found.stacks if core.block in s.blocks), None)
-        core.causal = not core.cross and bool(stack) and _is_causal(model, stack.name if stack else "")
+        name = next((s.name for s in found.stacks if core.block in s.blocks), None)
+        core.causal = not core.cross and name is not None and _is_causal(model, name)
     for stack in found.stacks:
         stack.causal = any(core.causal for core in found.cores if core.block in stack.blocks)
     _around_stacks(model, weights, found)
@@ -166,13 +110,13 @@ def _read_block(model: nn.Module, weights: dict, block: str, found: Findings) ->
             _mlp_part(weight, leaf, above, block, found)
     mine = [p for p in found.parts if p.block == block]
     for role in ("attention", "cross_attention", "mlp"):
-        parts = [
+        whole = [
             p
             for p in mine
             if p.role.startswith(role + ".") or (role == "mlp" and p.role.startswith("expert."))
         ]
-        if parts:
-            names[role] = _common([p.key[0] for p in parts])
+        if whole:
+            names[role] = _common([p.key[0] for p in whole])
     norms = [
         w.module
         for w in weights.values()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 Key = tuple[str, str]  # (module, parameter)
 Ranges = tuple[tuple[int, int], ...]
@@ -110,7 +111,9 @@ class Findings:
             return there(name) if name else ""
 
         for stack in other.stacks:
-            changes = {f: maybe(getattr(stack, f)) for f in ("embedding", "token_embedding", "final")}
+            changes: dict[str, Any] = {
+                f: maybe(getattr(stack, f)) for f in ("embedding", "token_embedding", "final")
+            }
             backbones = tuple(there(b) for b in stack.backbones)
             self.stacks.append(
                 replace(stack, blocks=[there(b) for b in stack.blocks], backbones=backbones, **changes)

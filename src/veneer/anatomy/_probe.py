@@ -278,7 +278,7 @@ def _from_layers(model: nn.Module, names: dict[str, inspect.Parameter]) -> Itera
 
 def _kinds(model: nn.Module) -> Iterator[Tensor]:
     p = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(1))
-    make = {"device": p.device, "dtype": p.dtype}
+    make: dict[str, Any] = {"device": p.device, "dtype": p.dtype}
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             yield (torch.arange(TOKENS, device=p.device) % module.num_embeddings)[None]

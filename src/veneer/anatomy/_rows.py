@@ -119,7 +119,7 @@ class Rows:
                 return None
             if node.name in ("view", "view_as"):
                 args = (args[0].contiguous(), *args[1:])  # type: ignore[index]
-            out = node.func(*args, **kwargs)  # type: ignore[misc, operator]
+            out = node.func(*args, **kwargs)  # type: ignore
         except Exception:  # an argument that numbers of features cannot stand for
             return None
         if isinstance(out, Tensor):

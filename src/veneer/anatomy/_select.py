@@ -17,10 +17,10 @@ import fnmatch
 import itertools
 import re
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from veneer.anatomy._misses import BLOCK, NEXT, Selector, describe, nothing, show
 from veneer.anatomy._structure import inside
 from veneer.anatomy._types import Site
 from veneer.errors import BadOption, NoSiteFound, nearest
@@ -28,7 +28,6 @@ from veneer.errors import BadOption, NoSiteFound, nearest
 if TYPE_CHECKING:
     from veneer.anatomy._anatomy import Anatomy
 
-Selector = str | Sequence["str | Site"]
 PORTS = ("weight", "input", "output", "attention", "tokens", "exit", "around")
 ROLES = (
     *(f"{a}.{b}" for a in ("attention", "cross_attention") for b in ("query", "key", "value", "output")),
@@ -38,8 +37,6 @@ ROLES = (
     "mixer", "recurrent", "head", "pooler", "final", "linear", "bias", "parameter",
 )  # fmt: skip
 _WHOLE = {"bias", "parameter"}  # roles of parameters, not of places in the forward
-_NEXT = "veneer anatomy MODEL      shows every role and its modules"
-_BLOCK = re.compile(r"block(\[(?P<slice>[^\[\]]*)\])?(\.(?P<rest>.+))?$")
 
 
 class _BadIndex(Exception):
@@ -64,14 +61,14 @@ def select(
         )
     picked, missing, wrong_port = _match_all(anatomy, _as_list(selector), port)
     if not picked or (missing and not allow_partial):
-        raise _nothing(anatomy, selector, missing, wrong_port, port)
+        raise nothing(anatomy, selector, missing, wrong_port, port)
     if layers is not None:
         wanted = _layers(anatomy, layers)
         kept = [site for site in picked if site.block is not None and site.block in wanted]
         if not kept:
             raise NoSiteFound(
-                f"sites={_show(selector)} has no site in layers={layers!r} of {_describe(anatomy)}.",
-                next_step=_NEXT,
+                f"sites={show(selector)} has no site in layers={layers!r} of {describe(anatomy)}.",
+                next_step=NEXT,
             )
         picked = kept
     if exclude is not None:
@@ -115,7 +112,7 @@ def _match_all(
                 sites = _match(anatomy, alternative, port)
             except _BadIndex as bad:
                 raise NoSiteFound(
-                    f"sites={member!r}: {bad} in {_describe(anatomy)}.", next_step=_NEXT
+                    f"sites={member!r}: {bad} in {describe(anatomy)}.", next_step=NEXT
                 ) from None
             fitting = _fitting(anatomy, sites, port)
             picked += fitting
@@ -160,7 +157,7 @@ def _by_role(anatomy: Anatomy, text: str, port: str) -> list[Site] | None:
         if text == name or text.startswith(name + "."):
             stack, rest = name, text[len(name) + 1 :]
             break
-    found = _BLOCK.match(rest)
+    found = BLOCK.match(rest)
     numbers = None
     if found:
         rest = found["rest"] or "block"
@@ -288,7 +285,7 @@ def _layers(anatomy: Anatomy, layers: int | str | Iterable[int]) -> set[int]:
             set().union(*(_indices(str(piece).strip("[]"), count) for piece in pieces)) if pieces else set()
         )
     except _BadIndex as bad:
-        raise NoSiteFound(f"layers={layers!r}: {bad} in {_describe(anatomy)}.", next_step=_NEXT) from None
+        raise NoSiteFound(f"layers={layers!r}: {bad} in {describe(anatomy)}.", next_step=NEXT) from None
 
 
 def _without(
@@ -299,7 +296,7 @@ def _without(
         found, _missing, wrong = _match_all(anatomy, [member], port)
         found = found or wrong
         if not found:
-            raise _nothing(anatomy, [member], [str(member)], [], port, "exclude")
+            raise nothing(anatomy, [member], [str(member)], [], port, "exclude")
         out += found
     exact = {(s.module, s.parameter, s.ranges) for s in out} if port == "weight" else set()
     whole = {s.module for s in out if not s.ranges and (s.role not in _WHOLE or port != "weight")}
@@ -312,8 +309,8 @@ def _without(
     kept = [site for site in picked if not excluded(site)]
     if not kept:
         raise NoSiteFound(
-            f"exclude={_show(exclude)} leaves nothing of sites={_show(selector)} in {_describe(anatomy)}.",
-            next_step=_NEXT,
+            f"exclude={show(exclude)} leaves nothing of sites={show(selector)} in {describe(anatomy)}.",
+            next_step=NEXT,
         )
     return kept
 
@@ -331,56 +328,3 @@ def _once(sites: list[Site], anatomy: Anatomy) -> list[Site]:
                 (site.module, site.parameter, site.ranges, kind), dataclasses.replace(site, port="")
             )
     return sorted(chosen.values(), key=lambda s: (anatomy.order_of(s.module), rank.get(s.name, len(rank))))
-
-
-# ---------------------------------------------------------------- errors
-
-
-def _show(selector: object) -> str:
-    return (
-        repr(selector) if isinstance(selector, str) else repr([str(getattr(s, "name", s)) for s in selector])
-    )  # type: ignore[attr-defined]
-
-
-def _describe(anatomy: Anatomy) -> str:
-    count = sum(len(blocks) for blocks in anatomy.stacks.values())
-    return f"{anatomy.model_class} ({count} blocks)"
-
-
-def _nothing(
-    anatomy: Anatomy,
-    selector: Selector,
-    missing: list[str],
-    wrong: list[Site],
-    port: str,
-    option: str = "sites",
-) -> NoSiteFound:
-    members = _as_list(selector)
-    several = len(members) > 1 or (missing and [str(m) for m in members] != missing)
-    if wrong:
-        names = ", ".join(sorted({s.role or s.module for s in wrong}))
-        what = f" names {names} in {_describe(anatomy)}, which has no port {port!r}."
-    elif several and missing:
-        what = f": {', '.join(map(repr, missing))} matches nothing in {_describe(anatomy)}."
-    else:
-        what = f" matches nothing in {_describe(anatomy)}."
-    what = f"{option}={_show(selector)}{what}"
-    return NoSiteFound(what, nearest=_near(anatomy, (missing or [""])[0], wrong), next_step=_NEXT)
-
-
-def _near(anatomy: Anatomy, text: str, wrong: list[Site]) -> list[str]:
-    counts = Counter(s.role for s in anatomy.sites if s.role)
-    bare = _BLOCK.match(text)
-    word = (bare["rest"] or text) if bare else text
-    roles = [r for r in counts if any(r.startswith(s.role + ".") for s in wrong)] or nearest(word, counts)
-    leaves = Counter(
-        s.module.rpartition(".")[2]
-        for s in anatomy.sites
-        if s.parameter and not s.module.rpartition(".")[2].isdigit()
-    )
-    leaf = text.rpartition(".")[2] or text
-    modules = [name for name in nearest(leaf, leaves) if name not in roles]
-    near = [f"{role} ({counts[role]} sites)" for role in roles] + [
-        f"{name} ({leaves[name]} modules)" for name in modules
-    ]
-    return near or [f"{role} ({n} sites)" for role, n in counts.most_common(3)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
@@ -241,7 +242,7 @@ def block_width(block: str, known: dict, found: Findings) -> int:
 
 
 def _plain_site(
-    name: str, role: str, module: str, kind: str, width: int, places: Places, **fields: object
+    name: str, role: str, module: str, kind: str, width: int, places: Places, **fields: Any
 ) -> Site:
     fields = places.fields(module) | fields
     return Site(

@@ -95,7 +95,7 @@ def weight_of(name: str, module: nn.Module) -> Iterator[Weight]:
         return
     elif hasattr(module, "in_features") and hasattr(module, "out_features") and _holds(module, "weight"):
         # Sizes from the attributes: a quantised weight is stored packed.
-        n_out, n_in = int(module.out_features), int(module.in_features)
+        n_out, n_in = int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
         yield Weight(name, "linear", "weight", _bias(module), (n_out, n_in), n_in=n_in, n_out=n_out)
     elif hasattr(module, "nf") and _holds(module, "weight") and module.weight.ndim == 2:
         n_in, n_out = _shape(module, "weight")
