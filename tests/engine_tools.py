@@ -35,7 +35,9 @@ def base(family: str, double: bool = True) -> Any:
     return model.eval()
 
 
-def inputs(family: str, rows: int, tokens: int = 9, padding: str = "right", seed: int = 0) -> dict[str, Tensor]:
+def inputs(
+    family: str, rows: int, tokens: int = 9, padding: str = "right", seed: int = 0
+) -> dict[str, Tensor]:
     """Inputs of different lengths for a family of the zoo; positions are given where a base takes them."""
     generator = torch.Generator().manual_seed(seed)
     _, made = _factories()[family]()

@@ -1,10 +1,10 @@
-"""What strains the contract from the side of inputs: queries, two towers, teachers, inversion, pictures, skipped blocks."""
+"""What strains the contract from the side of inputs: queries, towers, teachers, inversion, pictures, skips."""
 
 import pytest
 import torch
-from engine_tools import add, base, inputs, out
 
 import veneer
+from engine_tools import add, base, inputs, out
 from veneer.edits import At, Method, Sites, Specs, Tensors, constant, hyper, method
 from veneer.errors import BadOption
 
@@ -91,7 +91,14 @@ def test_an_invertible_adapter_is_undone_before_a_tied_output(coupling):
     model.transformer.ln_f = torch.nn.Identity()
     ids = torch.randint(1, 50, (2, 6))
     before = model(input_ids=ids).logits
-    add(model, "invertible_adapter", "i", size=0.3, coupling=coupling, sites={"output": "transformer.drop", "input": "lm_head"})
+    add(
+        model,
+        "invertible_adapter",
+        "i",
+        size=0.3,
+        coupling=coupling,
+        sites={"output": "transformer.drop", "input": "lm_head"},
+    )
     torch.testing.assert_close(model(input_ids=ids).logits, before, atol=1e-9, rtol=1e-9)
     hidden = model.transformer(input_ids=ids).last_hidden_state
     with veneer.active(model, None):
@@ -123,7 +130,9 @@ def test_a_generator_shared_by_sites_makes_weights_for_the_task_of_each_row():
     together = out(model, given, tasks=tasks)
     for i in range(3):
         one = {k: v[i : i + 1] for k, v in given.items()}
-        torch.testing.assert_close(out(model, one, tasks=tasks[i : i + 1])[0], together[i], atol=1e-10, rtol=0)
+        torch.testing.assert_close(
+            out(model, one, tasks=tasks[i : i + 1])[0], together[i], atol=1e-10, rtol=0
+        )
     assert (out(model, given, tasks=tasks.flip(0))[0] - together[0]).abs().max() > 1e-8
 
 
@@ -140,9 +149,11 @@ def test_pictures_from_outside_go_through_inputs_embeds_with_prompts_in_front():
     with veneer.rows(model, ["p", "l"]):
         y = out(model, given)
     assert y.shape[1] == 9
-    prompt = veneer.adapters(model)["p"].named()["shared/prompt"] if False else next(iter(veneer.adapters(model)["p"].named().values()))
+    prompt = next(iter(veneer.adapters(model)["p"].named().values()))
     with veneer.active(model, None):
-        by_hand = out(model, {"inputs_embeds": torch.cat([prompt[None].expand(1, -1, -1), embeds[:1]], 1)})[:, 3:]
+        by_hand = out(model, {"inputs_embeds": torch.cat([prompt[None].expand(1, -1, -1), embeds[:1]], 1)})[
+            :, 3:
+        ]
     torch.testing.assert_close(y[:1], by_hand, atol=1e-9, rtol=0)
 
 

@@ -7,9 +7,9 @@ import random
 
 import pytest
 import torch
-from engine_tools import add, base, inputs, out, real
 
 import veneer
+from engine_tools import add, base, inputs, out, real
 from veneer.edits import registry
 from veneer.errors import NoSiteFound, Unsupported
 
@@ -105,19 +105,25 @@ def test_generation_with_a_name_a_sequence_equals_each_alone_and_without_a_cache
 
 def test_sampling_draws_each_sequence_from_its_own_adapter():
     model, names = populated("llama", size=0.3)
-    given = {k: v for k, v in inputs("llama", 4, padding="left").items() if k in ("input_ids", "attention_mask")}
+    given = {
+        k: v for k, v in inputs("llama", 4, padding="left").items() if k in ("input_ids", "attention_mask")
+    }
     order = ["lora.a", None, "prefix_tuning.a", "loreft.b"]
     torch.manual_seed(0)
-    sampled = model.generate(**given, adapters=order, do_sample=True, top_k=1, max_new_tokens=4, pad_token_id=0)
+    sampled = model.generate(
+        **given, adapters=order, do_sample=True, top_k=1, max_new_tokens=4, pad_token_id=0
+    )
     greedy = model.generate(**given, adapters=order, do_sample=False, max_new_tokens=4, pad_token_id=0)
-    assert torch.equal(sampled, greedy)  # the likeliest token alone: drawing must not change which row is whose
+    assert torch.equal(
+        sampled, greedy
+    )  # the likeliest token alone: drawing must not change which row is whose
     assert set(names) >= {"lora.a", "prefix_tuning.a", "loreft.b"}
 
 
 def test_threads_see_their_own_rows():
     import threading
 
-    model, names = populated("bert")
+    model, _names = populated("bert")
     given = inputs("bert", 2)
     wanted = {n: out(model, given, adapters=n) for n in ("lora.a", "dora.b")}
     wrong = []

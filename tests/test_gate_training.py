@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from engine_tools import add, base, inputs, out
 
 import veneer
+from engine_tools import add, base, inputs, out
 from veneer.edits import registry
-from veneer.engine import between_steps, parameters
-from veneer.errors import NotPrepared, NoSiteFound, Unsupported
+from veneer.engine import between_steps, parameters, prepare_training
+from veneer.errors import NoSiteFound, NotPrepared, Unsupported
 
 NOT_HERE = {"linear_probe", "fish_mask", "adapter_fusion", "q_peft"}
 
@@ -85,10 +85,8 @@ def test_checkpointing_changes_no_gradient_of_a_mixed_batch(reentrant):
 
 def test_adalora_prunes_while_it_trains_and_merges_at_any_rank():
     model = base("bert")
-    with pytest.raises(NotPrepared):
-        from veneer.engine import prepare_training
-
-        veneer.attach(model, "adalora", name="early")
+    veneer.attach(model, "adalora", name="early")
+    with pytest.raises(NotPrepared, match="total_steps"):
         prepare_training(model)
     veneer.detach(model, "early")
     add(model, "adalora", "a", size=0.1, init_r=4, target_rank=1, total_steps=8)

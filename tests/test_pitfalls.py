@@ -3,14 +3,15 @@
 import copy
 import inspect
 import io
+import itertools
 
 import pytest
 import torch
-from engine_tools import add, base, inputs, out
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import veneer
+from engine_tools import add, base, inputs, out
 from veneer.edits import Tensors
 from veneer.engine import between_steps, check_gradients, parameters, prepare_training
 from veneer.errors import NoGradient, ShapeDiffers, Unsupported
@@ -110,7 +111,10 @@ def test_6_padding_changes_nothing_where_positions_are_given():
         input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
     ).last_hidden_state[:, 3:]
     torch.testing.assert_close(
-        model_out, model.bert(input_ids=ids, position_ids=torch.arange(6)[None]).last_hidden_state, atol=1e-10, rtol=0
+        model_out,
+        model.bert(input_ids=ids, position_ids=torch.arange(6)[None]).last_hidden_state,
+        atol=1e-10,
+        rtol=0,
     )
     assert plain.isfinite().all()
 
@@ -267,7 +271,7 @@ def test_evaluation_after_a_step_sees_the_step(fused):
         with torch.no_grad():
             seen.append(out(model, given).clone())
         optimizer.zero_grad()
-    changed = [not torch.equal(a, b) for a, b in zip(seen, seen[1:])]
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(seen)]
     assert changed == [True, False, True, False, True]
 
 

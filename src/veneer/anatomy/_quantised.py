@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ def dense_stand_ins(model: nn.Module) -> Iterator[None]:
             parent._modules[name] = child
 
 
-def _stand_in(module: nn.Module) -> nn.Linear:
+def _stand_in(module: Any) -> nn.Linear:
     bias = getattr(module, "bias", None)
     made = nn.Linear(int(module.in_features), int(module.out_features), bias=False, device="meta")
     one = torch.full((1, 1), 0.01, dtype=module.weight.dtype, device=module.weight.device)

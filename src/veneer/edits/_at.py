@@ -42,10 +42,13 @@ class At:
     _prompt_all: Tensor | None = None
 
     def project(self, role: str, z: Tensor) -> Tensor:
-        """The site's own frozen projection: "query", "key" or "value", before rotary. (..., width) -> (..., heads, head_dim)."""
+        """The site's own frozen projection before rotary, "query", "key" or "value".
+
+        (..., width) -> (..., heads, head_dim)
+        """
         if self._project is None:
             raise Unsupported(
-                f"at.project('{role}') was asked where no attention module is known (site {self.site and self.site.name})."
+                f"at.project('{role}') is there in `attention` only (site '{self.site and self.site.name}')."
             )
         return self._project(role, z)
 

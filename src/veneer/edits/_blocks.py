@@ -42,14 +42,19 @@ def dropout(x: Tensor, p: float, at: Any) -> Tensor:
 
 
 def before(extra: Tensor, x: Tensor) -> Tensor:
-    """[extra; x] along the token axis. extra: (heads, length, d) or (rows, heads, length, d); x: (rows, heads, tokens, d)."""
+    """[extra; x] along the token axis.
+
+    extra: (heads, length, d) or (rows, heads, length, d); x: (rows, heads, tokens, d)
+    """
     if extra.dim() < x.dim():
         extra = extra.expand(x.shape[0], *extra.shape)
     return torch.cat([extra.to(x.dtype), x], dim=-2)
 
 
 def open_before(mask: Tensor, length: int | Tensor) -> Tensor:
-    """The mask for `length` more keys in front that every query sees: (rows or 1, 1 or heads, q, k) -> (..., q, length + k).
+    """The mask for `length` more keys in front that every query sees.
+
+    (rows or 1, 1 or heads, q, k) -> (..., q, length + k)
 
     Bool masks are True where a key is seen; float masks are added to the scores. `length` may be a (rows, length)
     bool tensor: keys of padding stay closed.

@@ -116,7 +116,9 @@ def _normal(std: float, shape: tuple[int, ...], generator: torch.Generator) -> T
 
 
 def _truncated(std: float, cut: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.nn.init.trunc_normal_(torch.empty(shape), 0.0, std, -cut * std, cut * std, generator=generator)
+    return torch.nn.init.trunc_normal_(
+        torch.empty(shape), 0.0, std, -cut * std, cut * std, generator=generator
+    )
 
 
 def _uniform(bound: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

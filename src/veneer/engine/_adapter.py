@@ -50,6 +50,8 @@ def _numel(shape: Iterable[int]) -> int:
 class Adapter(nn.Module):
     """One adapter. `model.veneer` holds it; its parameters are flat leaves."""
 
+    still: list[Tensor]
+
     def __init__(self, name: str, plan: Plan, seed: int, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.name, self.plan, self.seed = name, plan, seed

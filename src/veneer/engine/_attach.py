@@ -165,7 +165,8 @@ def _check_members(host: Host, adapter: Adapter) -> None:
         ]
         if missing:
             raise Unsupported(
-                f"adapter '{name}' ({member.method.key}) edits no '{missing[0]}', where {adapter.method.key} would combine it.",
+                f"adapter '{name}' ({member.method.key}) edits no '{missing[0]}', where "
+                f"{adapter.method.key} would combine it.",
                 next_step="name adapters that edit the same sites, or give sites=",
             )
 

@@ -23,7 +23,7 @@ from ._program import PORTS, Program, SiteOps, banks_of, build_banked, site_tens
 from ._rows import Rows
 from ._site import first, frame_of, leave, with_first
 from ._swap import HOST, NAME, kind, twin
-from ._tokens import extend_facts, extend_mask, forget_rows, extend_positions, insert, position_offset
+from ._tokens import extend_facts, extend_mask, extend_positions, forget_rows, insert, position_offset
 
 _UNSET: Any = object()
 
@@ -160,7 +160,7 @@ def _shift_positions(
                 offsets[(id(op.adapter), id(op.rows))] = (op, offset)
     if not offsets:
         return args, kwargs
-    frame.captured["shifted"] = True  # type: ignore[assignment]
+    frame.captured["shifted"] = True
     named = _named(names, args, kwargs)
     given, source = named.get("position_ids"), named.get("input_ids")
     source = named.get("inputs_embeds") if source is None else source
@@ -229,7 +229,7 @@ def _extend_for_cache(host: Any, module: Any, ops: list[Any], frame: Frame, name
     empty = torch.zeros(mask.shape[0], mask.shape[1], 1, dtype=host.dtype, device=mask.device)
     width = host.anatomy.facts.width
     _, where = insert(ops, frame, empty.expand(-1, -1, width), mask)
-    longer = extend_mask(mask, where, *mask.shape, mask.device)
+    longer = extend_mask(mask, where, mask.shape[0], mask.shape[1], mask.device)
     named = {**named, "attention_mask": longer}
     if named.get("position_ids") is not None:
         named["position_ids"] = named["position_ids"] + where.counts[:, None]
@@ -262,7 +262,9 @@ def _door(base: type) -> dict[str, Any]:
     made: dict[str, Any] = {"forward": forward}
     if hasattr(base, "generate"):
         made["generate"] = _generating(base)
-    if issubclass(base, nn.Sequential):  # a container runs and counts its children, and the host is none of them
+    if issubclass(
+        base, nn.Sequential
+    ):  # a container runs and counts its children, and the host is none of them
         made["__iter__"] = lambda self: iter(m for n, m in self._modules.items() if n != "veneer")
         made["__len__"] = lambda self: len(self._modules) - ("veneer" in self._modules)
     if hasattr(base, "save_pretrained"):
@@ -284,7 +286,9 @@ def enter(
         # Names would be guarded one by one; slots are tensors, so one graph serves every switch.
         banks = host.banks if session is None or session.banks is None else session.banks
         rows, program = (), build_banked(host, banks or (), total, module.training)
-        return _run(host, module, run, names, Frame(host, program, session), named, extra, total, rows, args, kwargs)
+        return _run(
+            host, module, run, names, Frame(host, program, session), named, extra, total, rows, args, kwargs
+        )
     rows = host.rows_for(session, total)
     if module.training:
         host.project()  # before any view of a leaf is taken
@@ -430,7 +434,7 @@ def _collect(host: Any, module: nn.Module, frame: Frame, named: dict, extra: dic
     session = frame.session
     cache = named.get("past_key_values")
     past = _length_of(cache)
-    frame.captured["cache"], frame.captured["total"] = cache, total  # type: ignore[assignment]
+    frame.captured["cache"], frame.captured["total"] = cache, total
     ids = named.get("input_ids")
     mask = named.get("attention_mask")
     mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -22,7 +22,7 @@ def facts(op: Op, frame: Frame) -> At:
         cached = frame.captured.get(key)
         if cached is None:
             cached = select(at, op.rows)
-            frame.captured[key] = cached  # type: ignore[assignment]
+            frame.captured[key] = cached
         at = cached  # type: ignore[assignment]
     changes: dict[str, Any] = {"site": op.site}
     found = frame.session.conditions.get(op.adapter.name) if frame.session else None

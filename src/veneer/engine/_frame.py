@@ -43,7 +43,7 @@ class Frame:
     program: dict[str, Any]
     session: Session | None = None
     at: dict[str, Any] = field(default_factory=dict)  # stack -> At
-    captured: dict[Any, Tensor] = field(default_factory=dict)
+    captured: dict[Any, Any] = field(default_factory=dict)
     taps: dict[str, dict[int, Tensor]] | None = None  # stack -> block -> (rows, tokens, width)
     key_mask: dict[str, Tensor] = field(
         default_factory=dict

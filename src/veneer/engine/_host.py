@@ -30,6 +30,8 @@ PROGRAMS_KEPT = 16
 class Host(nn.Module):
     """Adapters of one model: which there are, which are active, what is merged, what is shared."""
 
+    root: nn.Module
+
     def __init__(self, root: nn.Module, found: Anatomy) -> None:
         super().__init__()
         self.__dict__["root"] = root  # not a child: the root is the parent
@@ -143,7 +145,9 @@ class Host(nn.Module):
 
     def weight(self, site: Site) -> Tensor | None:
         """The bare W of a site in the method's shape; None where the site has none."""
-        if not site.parameter or (site.port != "weight" and site.kind not in ("linear", "conv1d", "embedding", "conv")):
+        if not site.parameter or (
+            site.port != "weight" and site.kind not in ("linear", "conv1d", "embedding", "conv")
+        ):
             return None
         return cut(self.bare(site), site)
 
@@ -206,7 +210,9 @@ class Host(nn.Module):
                     (s.module, "attention") for s in self.anatomy.select("attention", port="attention")
                 ]
         wanted += [
-            (n, "statistics") for n, m in self.root.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+            (n, "statistics")
+            for n, m in self.root.named_modules()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm)
         ]
         for name, kind in wanted:
             module = self.root if name == "" else self.module(name)

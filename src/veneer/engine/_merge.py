@@ -25,7 +25,7 @@ from ._weights import cut, paste, stored
 
 @dataclass
 class MergeReport:
-    """What a merge did. Errors are of the outputs on a probe batch, merged against attached, in the base's precision."""
+    """What a merge did. Errors are of outputs on a probe batch, merged against attached, in the base's precision."""
 
     adapters: list[str]
     sites: dict[str, float] = field(
@@ -118,6 +118,7 @@ def merge(
         raise
     if before is not None:
         after = _outputs(model, host, [], probe)
+        assert after is not None
         report.max_abs_error = float((after - before).abs().max())
         report.relative_error = report.max_abs_error / max(float(before.abs().max()), 1e-30)
     if not keep:

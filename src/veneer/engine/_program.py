@@ -118,7 +118,7 @@ def _add(
         slots = torch.tensor([slot for _, slot in indices], device=host.device)
         rows = None if rows.whole else rows
     for i, sp in enumerate(first.plan.sites):
-        if together and _broadcasts_at(sp):
+        if slots is not None and _broadcasts_at(sp):
             ops = [Op(sp, gather([t[i] for t in tensors], slots), rows, True, first, len(indices))]
         else:
             ops = [Op(sp, t[i], r, False, a) for (a, r), t in zip(members, tensors)]
@@ -159,7 +159,9 @@ def build_banked(host: Any, banks: Sequence[tuple[list[str], Tensor]], total: in
     for level in range(levels):
         for adapters, tensors, slots in read:
             mine = slots[level]
-            mine = mine.expand(total) if mine.shape[0] == 1 else mine.repeat_interleave(total // mine.shape[0])
+            mine = (
+                mine.expand(total) if mine.shape[0] == 1 else mine.repeat_interleave(total // mine.shape[0])
+            )
             for i, sp in enumerate(adapters[0].plan.sites):
                 if _broadcasts_at(sp):
                     t = gather([t[i] for t in tensors], (mine - 1).clamp(min=0))

@@ -76,7 +76,9 @@ def run(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args: tuple, 
         y = with_first(y, _paste_features(first(y), cut_features(part, site), site))
     if ops.tokens and not frame.host.has_token_ids(ops.tokens[0].site.stack):
         y = with_first(y, _insert_after(ops.tokens, frame, first(y)))
-    leaving = [] if "block" in kinds_of(module) else ops.exit  # a block leaves its own tap first, outside of `forward`
+    leaving = (
+        [] if "block" in kinds_of(module) else ops.exit
+    )  # a block leaves its own tap first, outside of `forward`
     for op in (*ops.output, *leaving):
         inner = first(y)
         if op.port == "exit":
@@ -146,7 +148,8 @@ def with_first(y: Any, new: Tensor) -> Any:
         return new
     if isinstance(y, tuple) and not hasattr(y, "keys"):
         if hasattr(y, "_replace"):
-            return y._replace(**{y._fields[0]: new})
+            named: Any = y
+            return named._replace(**{named._fields[0]: new})
         return (new, *y[1:])
     if isinstance(y, list):
         return [new, *y[1:]]
@@ -247,6 +250,7 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         now = first(y)
         if op.site.kind in ("linear", "conv1d", "conv", "embedding"):  # linear in W: what it adds, added
             new = now + new - first(plain(*args, **kwargs))
+        assert op.live is not None
         y = with_first(y, torch.where(op.live.view(-1, *[1] * (now.dim() - 1)), new, now))
     if factored:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -286,7 +290,8 @@ def _is_factored(op: Op, frame: Frame) -> bool:
 
 def _replaced(module: nn.Module, ops: list[Op], frame: Frame) -> dict[str, Tensor | None]:
     """Parameter name -> W' for the given dense edits, all of the bare W, added."""
-    host, replaced = frame.host, {}
+    host = frame.host
+    replaced: dict[str, Tensor | None] = {}
     name = module.__dict__[NAME]
     for op in ops:
         site = op.site
@@ -298,7 +303,7 @@ def _replaced(module: nn.Module, ops: list[Op], frame: Frame) -> dict[str, Tenso
         _check_shape(op, W)
         t = tensors_at(op, frame, None)
         if alone and "weight" in op.method.arguments and not site.experts:
-            replaced[site.parameter] = paste(bare, op.method.weight(t, W), site)
+            replaced[site.parameter] = paste(bare, op.method.weight(t, W), site)  # type: ignore[attr-defined]
             continue
         start = now if now is not None else stored(module, site.parameter)
         new = cut(start, site) + dense_delta(op.plan, t, W).to(start.dtype)

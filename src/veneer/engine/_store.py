@@ -118,7 +118,7 @@ def _record(
         "sha256": _digest_all(tensors),
         "base": {**_base_info(host), "fingerprint": fingerprint(host.anatomy, host.root)},
         "versions": {"veneer": _version(), "torch": torch.__version__},
-        **{k: v for k, v in {**adapter.info, **(extra or {})}.items()},
+        **dict({**adapter.info, **(extra or {})}.items()),
     }
 
 
@@ -148,7 +148,9 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(t: Tensor) -> str:
-    return hashlib.sha256(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 def _digest_all(tensors: Mapping[str, Tensor]) -> str:
@@ -297,7 +299,9 @@ def _compare(host: Host, record: dict[str, Any], found: Any, values: dict[str, T
     from ._plan import is_saved
 
     wanted = {e.key: e.shape for e in found.entries if is_saved(e.spec)}
-    fluid = {e.key for e in found.entries if found.sites[e.first].method.facts.data}  # data chose their shapes
+    fluid = {
+        e.key for e in found.entries if found.sites[e.first].method.facts.data
+    }  # data chose their shapes
     missing = sorted(set(wanted) - set(values))
     extra = sorted(set(values) - {e.key for e in found.entries})
     base = record.get("base", {}).get("fingerprint", {}).get("class", "another base")

@@ -67,7 +67,9 @@ def swap(module: nn.Module, name: str, host: Any, kind: str) -> None:
     if kind in kinds:
         return
     module.__dict__[HOST], module.__dict__[NAME] = host, name
-    ordered = tuple(k for k in ("statistics", "site", "attention", "block", "backbone", "door") if k in (*kinds, kind))
+    ordered = tuple(
+        k for k in ("statistics", "site", "attention", "block", "backbone", "door") if k in (*kinds, kind)
+    )
     module.__class__ = swapped_class(base, ordered)
 
 
@@ -91,7 +93,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 def _rebuild(base: type, kinds: tuple[str, ...]) -> nn.Module:
     made = swapped_class(base, kinds)
-    return made.__new__(made)
+    return made.__new__(made)  # type: ignore[call-overload]
 
 
 def _rebind_instance_forward(module: nn.Module, name: str) -> None:
@@ -121,7 +123,9 @@ def twin(module: nn.Module, replaced: dict[str, Tensor | None], **facts: Any) ->
     Thread-safe, since the module itself is untouched, and traced by dynamo.
     """
     base = plain_class(module)
-    if "weight" in replaced and hasattr(module, "dense_weight"):  # a quantised form reads its codes, not a weight
+    if "weight" in replaced and hasattr(
+        module, "dense_weight"
+    ):  # a quantised form reads its codes, not a weight
         made = object.__new__(nn.Linear)
         made.__dict__.update(module.__dict__)
         made.__dict__["_parameters"] = {"bias": getattr(module, "bias", None), **replaced}

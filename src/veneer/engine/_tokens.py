@@ -35,7 +35,7 @@ class Insertion:
 
     def extend(self, values: Tensor, fill: Any = 0, at_added: Any = None) -> Tensor:
         """(rows, T) -> (rows, T + length): `at_added` at added positions, `fill` at the padding before them."""
-        rows, tokens = values.shape
+        rows, _tokens = values.shape
         extra = torch.full((rows, self.length), fill, dtype=values.dtype, device=values.device)
         out = torch.cat([values, extra], 1).gather(1, self.index)
         out = out.masked_fill(self.padding, fill)
@@ -67,7 +67,11 @@ def insert(ops: list[Op], frame: Frame, embeds: Tensor, mask: Tensor | None) -> 
         given = apply(op, frame, "tokens", {"at": facts(op, frame)}).to(embeds.dtype)
         given = given.expand(len(mine), *given.shape) if given.dim() == 2 else given
         index = torch.tensor(mine, device=device)
-        live = torch.ones(len(mine), dtype=torch.bool, device=device) if op.live is None else op.live.expand(len(mine))
+        live = (
+            torch.ones(len(mine), dtype=torch.bool, device=device)
+            if op.live is None
+            else op.live.expand(len(mine))
+        )
         pieces.append((index, given, live))
         counts = counts.index_add(0, index, live.long() * given.shape[1])
         if getattr(op.method, "place", "first") == "after_first":

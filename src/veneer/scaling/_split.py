@@ -69,12 +69,12 @@ class _Remote(torch.autograd.Function):
 class RemoteLinear(nn.Module):
     """A frozen linear layer whose weight lies on the server: x (..., in) -> (..., out)."""
 
-    def __init__(self, name: str, module: nn.Module, exchange: Exchange) -> None:
+    def __init__(self, name: str, module: Any, exchange: Exchange) -> None:
         super().__init__()
         self.name, self.exchange = name, exchange
         self.in_features, self.out_features = int(module.in_features), int(module.out_features)
         self.bias = None
-        self._dtype = module.weight.dtype  # type: ignore[union-attr]
+        self._dtype = module.weight.dtype
 
     @property
     def weight(self) -> Tensor:
