@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 from torch import Tensor
 
 import veneer
+import zoo
 from veneer.errors import BadOption, Unsupported, VeneerError
 from veneer.interop.gguf import separate
 

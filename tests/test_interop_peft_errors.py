@@ -136,7 +136,7 @@ def test_a_base_with_fewer_or_more_blocks_is_another_base(folder):
 
     for blocks in (1, 3):
         other = t.LlamaForCausalLM(t.LlamaConfig(**{**zoo._LLAMA, "num_hidden_layers": blocks}))
-        with pytest.raises(ShapeDiffers, match="3 places lack a tensor|6 tensors are unexpected"):
+        with pytest.raises(ShapeDiffers, match=r"3 places lack a tensor|6 tensors are unexpected"):
             veneer.load(other, folder)
         assert "veneer" not in other._modules
 
@@ -255,7 +255,8 @@ _values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=12)
     | st.sampled_from(["LORA", "ADALORA", "VERA", "OFT", "IA3", "PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
                        "q_proj", "all-linear", "pissa", "all", ".*proj", "lm_head"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["q_proj", "", "(", "v"]), inner, max_size=2),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["q_proj", "", "(", "v"]), inner, max_size=2),
     max_leaves=4,
 )  # fmt: skip
 _keys = st.sampled_from([
@@ -276,8 +277,8 @@ def load_or_refuse(folder: Path) -> None:
         warnings.simplefilter("ignore")
         try:
             adapter = veneer.load(model, folder)
-        except VeneerError as e:
-            assert str(e)
+        except VeneerError:
+            pass
         else:
             veneer.detach(model, adapter.name)
     assert is_untouched(model)

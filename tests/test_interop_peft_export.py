@@ -54,11 +54,13 @@ EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "rank-stabilised lora at parts of several ranks": (
         "gpt2", "lora", {"sites": "attention.{query,value}", "rank_stabilized": True, "rank": 3,
                          "rank_pattern": {"attention.value": 2}}),
-    "lora with biases at parts": ("gpt2", "lora", {"sites": "attention.{query,value}", "bias": "lora_only", "lora_bias": True}),
+    "lora with biases at parts": (
+        "gpt2", "lora", {"sites": "attention.{query,value}", "bias": "lora_only", "lora_bias": True}),
     "lora with all biases": ("bert", "lora", {"bias": "all"}),
     "lora of rank by block": ("llama", "lora", {"rank_pattern": {"block[0].attention.query": 2}, "alpha": 5.0}),
     "lora that subtracts its start": ("t5", "lora", {"init": "pissa", "rank": 3}),
-    "lora that subtracts its start, rank-stabilised": ("llama", "lora", {"init": "olora", "rank": 3, "rank_stabilized": True}),
+    "lora that subtracts its start, rank-stabilised": (
+        "llama", "lora", {"init": "olora", "rank": 3, "rank_stabilized": True}),
     "lora of an embedding": ("llama", "lora", {"sites": ["token_embedding", "lm_head"]}),
     "lora of experts by role": ("mixtral", "lora", {"sites": ["expert.up", "expert.down", "attention.query"]}),
     "lora with a head": ("bert", "lora", {"whole": ["classifier"]}),
@@ -75,7 +77,8 @@ EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ia3 of an encoder-decoder": ("t5", "ia3", {}),
     "prompts": ("gpt2", "prompt_tuning", {"length": 4}),
     "prefixes": ("llama", "prefix_tuning", {"length": 3, "position_offset": 3}),
-    "prefixes by a network": ("llama", "prefix_tuning", {"length": 3, "position_offset": 3, "projection": True, "hidden": 6}),
+    "prefixes by a network": (
+        "llama", "prefix_tuning", {"length": 3, "position_offset": 3, "projection": True, "hidden": 6}),
     "llama adapter": ("llama", "llama_adapter", {"gate": "layer", "length": 3}),
 }  # fmt: skip
 
@@ -133,7 +136,8 @@ def test_a_task_with_a_head_takes_the_base_s_own_head_along_where_it_is_asked_fo
 REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "a method without a form": ("llama", "loreft", {}, "loreft"),
     "head gates": ("llama", "llama_adapter", {}, "head_tanh"),
-    "blocks that are not the last": ("llama", "llama_adapter", {"gate": "layer", "sites": "block[0].attention"}, "last blocks"),
+    "blocks that are not the last": (
+        "llama", "llama_adapter", {"gate": "layer", "sites": "block[0].attention"}, "last blocks"),
     "positions from zero": ("llama", "prefix_tuning", {}, "position_offset"),
     "prefixes of an encoder": ("bert", "prefix_tuning", {}, "cache"),
     "prefixes with distances": ("t5", "prefix_tuning", {}, "distance"),

@@ -21,7 +21,9 @@ from veneer.errors import BadFile, Unsupported, nearest
 CONFIG, TENSORS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 VERSION = "0.21.2"  # the release whose fields and defaults are meant
 
-COMMON = ("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version")  # fmt: skip
+COMMON = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Config(Mapping[str, Any]):
         if not field.supported:
             if value != field.default and value not in (None, False, {}, []):
                 raise Unsupported(
-                    f"{self.peft_type}: {name}={_short(value)} cannot be expressed here{': ' + field.why if field.why else ''}.",
+                    f"{self.peft_type}: {name}={_short(value)} has no form here{field.why and ': ' + field.why}.",
                     next_step=f"an adapter whose {name} is {field.default!r}",
                 )
             return field.default

@@ -141,9 +141,9 @@ class PrefixTuning(Converter):
             if sp.part != 0:
                 continue
             if sp.site.role != "attention" or sp.site.stack not in ("", "decoder"):
-                raise Unsupported(f"PREFIX_TUNING at '{sp.site.name}': HF PEFT gives a prefix to self-attention, of the "
-                                  "decoder where there are two stacks.")  # fmt: skip
-            found = sp.method.derive(Tensors(t)) if m.projection else t
+                raise Unsupported(f"PREFIX_TUNING at '{sp.site.name}': HF PEFT gives prefixes to self-attention, "
+                                  "of the decoder where there are two stacks.")  # fmt: skip
+            found = m.derive(Tensors(t)) if m.projection else t
             made[sp.site.block or 0] = (found["K"], found["V"])
         layers = max(sp.site.blocks for sp in job.plan.sites if sp.part == 0)
         if sorted(made) != list(range(layers)):
@@ -216,7 +216,7 @@ class AdaptionPrompt(Converter):
         name = job.config["target_modules"] or "self_attn"
         sites = [s for s in job.anatomy.sites if s.role == "attention"]
         if not sites or any(s.module.rpartition(".")[2] != name for s in sites):
-            raise NoSiteFound(f"'{job.config.path}': target_modules={name!r} is not what this base's attention is called.",
+            raise NoSiteFound(f"'{job.config.path}': target_modules={name!r} is not what attention is called here.",
                               nearest=sorted({s.module.rpartition(".")[2] for s in sites}))  # fmt: skip
         if count > len(sites):
             raise NoSiteFound(
@@ -229,8 +229,8 @@ class AdaptionPrompt(Converter):
     def check_base(self, anatomy: Any, host: Any) -> None:
         kind = getattr(getattr(host.root, "config", None), "model_type", "")
         if kind not in ("llama", "mistral"):
-            raise Unsupported(f"ADAPTION_PROMPT on a base of type {kind or type(host.root).__name__!r}: HF PEFT has it for "
-                              "llama and mistral, and for gpt2 as another method.")  # fmt: skip
+            raise Unsupported(f"ADAPTION_PROMPT on a base of type {kind or type(host.root).__name__!r}: HF PEFT has it "
+                              "for llama and mistral, and for gpt2 as another method.")  # fmt: skip
         for s in anatomy.sites:
             if s.role == "attention.output" and s.bias:
                 raise Unsupported(f"ADAPTION_PROMPT: the output projection '{s.module}' has a bias, which HF PEFT adds "

@@ -60,6 +60,9 @@ class Tensorfile:
             expected = " or ".join(map(str, shapes))
             self.wrong.append(f"'{key}' is {tuple(value.shape)}, expected {expected}")
             raise _Missed
+        if not value.is_floating_point():
+            self.wrong.append(f"'{key}' is of type {value.dtype}, expected floating numbers")
+            raise _Missed
         return value
 
     @contextmanager
@@ -78,7 +81,7 @@ class Tensorfile:
         lines += [f"unexpected '{k}'" for k in sorted(self._left)[:3]] + self.wrong[:3]
         raise ShapeDiffers(
             f"{self._what} does not fit this {base}: {len(self.missing)} places lack a tensor, {len(self._left)} "
-            f"tensors are unexpected, {len(self.wrong)} have another shape: {'; '.join(lines)}.",
+            f"tensors are unexpected, {len(self.wrong)} have another shape or type: {'; '.join(lines)}.",
             next_step="load it on the base, and with the config, that it was trained with",
         )
 
@@ -215,7 +218,7 @@ def converter(cls: type[Converter]) -> type[Converter]:
 
 def converters() -> dict[str, Converter]:
     """Type of HF PEFT -> its converter."""
-    from . import _context, _lora, _weights  # noqa: F401  # they register themselves
+    from . import _adalora, _context, _lora, _weights  # noqa: F401  # they register themselves
 
     return dict(_CONVERTERS)
 

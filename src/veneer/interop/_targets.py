@@ -83,7 +83,8 @@ def _all_linear(model: nn.Module, anatomy: Anatomy, config: Config) -> list[str]
     linear = [
         s.module for s in anatomy.whole_sites() if s.kind in ("linear", "conv1d") and s.parameter == "weight"
     ]
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    tell: Any = getattr(model, "get_output_embeddings", None)
+    head = tell() if tell else None
     if head is not None:
         left_out = {name for name, module in model.named_modules() if module is head}
     elif config.raw.get("task_type") == "SEQ_CLS":
@@ -122,7 +123,9 @@ def by_pattern(patterns: Mapping[str, Any], key: str, default: Any, config: Conf
 def saved_modules(model: nn.Module, config: Config) -> list[str]:
     """Modules that modules_to_save means: HF PEFT takes every name that *ends* with a member, dot or not."""
     wanted = config["modules_to_save"] or []
-    names = [n for n, _ in model.named_modules(remove_duplicate=False) if n and not n.startswith("veneer")]
+    names = [
+        n for n, _ in model.named_modules(remove_duplicate=False) if n and n.partition(".")[0] != "veneer"
+    ]
     return [n for n in names if any(w and n.endswith(w) for w in wanted)]
 
 

@@ -41,7 +41,7 @@ class Vera(Converter):
         }  # fmt: skip
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
-        rank = sp.method.rank
+        rank: int = sp.method.rank  # type: ignore[attr-defined]
         found = {
             "d": job.file.take(f"{prefix}vera_lambda_d", (rank,)),
             "b": job.file.take(f"{prefix}vera_lambda_b", (sp.site.shape[0],)),
@@ -97,8 +97,8 @@ class Vera(Converter):
                 )
                 raise Unsupported(f"VERA at '{site.name}', {why}, has no form in HF PEFT.")
             if site.ranges and site.ranges != ((0, site.n_out),):
-                raise Unsupported(f"VERA at '{site.name}': HF PEFT would multiply other rows of the frozen B at this part "
-                                  "of a fused projection.", next_step="sites=[module name] edits all of it")  # fmt: skip
+                raise Unsupported(f"VERA at '{site.name}': HF PEFT would use other rows of the frozen B at this part "
+                                  "of a fused projection.", next_step="edit all of it, by its module name")  # fmt: skip
             modules.append(site.module)
             job.tensors[f"{prefix}vera_lambda_d"] = t["d"]
             job.tensors[f"{prefix}vera_lambda_b"] = whole(site, job.host, t["b"])
@@ -107,8 +107,8 @@ class Vera(Converter):
         else:
             drawn = drawn_by_hf(tuple(pair["A"].shape), tuple(pair["B"].shape), m.seed)
             if not all(torch.equal(d, p.cpu().to(d.dtype)) for d, p in zip(drawn, (pair["A"], pair["B"]))):
-                raise Unsupported("VERA: save_projection=False, but the frozen pair is not the one that HF PEFT draws from "
-                                  f"projection_prng_key={m.seed}.", next_step="leave save_projection at True")  # fmt: skip
+                raise Unsupported("VERA: save_projection=False, but the frozen pair is not the one that HF PEFT draws "
+                                  f"from projection_prng_key={m.seed}.", next_step="save_projection=True")  # fmt: skip
         fields = {
             "projection_prng_key": m.seed, "save_projection": save, "vera_dropout": m.dropout, "d_initial": m.d_start,
             "fan_in_fan_out": any(sp.site.kind == "conv1d" for sp in job.plan.sites),
@@ -153,7 +153,7 @@ class Oft(Converter):
             )
         if c["use_cayley_neumann"] and version_of(c.raw) < (0, 18):
             warnings.warn(
-                f"'{c.path}' was written before HF PEFT 0.18, whose series was another one; it is read as 0.21.2 reads it.",
+                f"'{c.path}' was written before HF PEFT 0.18, with another series; it is read as 0.21.2 reads it.",
                 stacklevel=6,
             )
         sites = {s.module: s for s in job.anatomy.whole_sites() if (s.module, s.parameter) in made.places}
@@ -205,7 +205,7 @@ class Oft(Converter):
         if any(_nearest_divisor(widths[n], asked["oft_block_size"]) != size for n, size in sizes.items()):
             counts = {widths[n] // size for n, size in sizes.items()}
             if len(counts) > 1:
-                raise Unsupported(f"OFT: HF PEFT has one block size or one number of blocks for all sites; here are sizes "
+                raise Unsupported(f"OFT: HF PEFT has one block size or one number of blocks for all sites; these are "
                                   f"{sorted(set(sizes.values()))}.")  # fmt: skip
             asked = {"r": counts.pop(), "oft_block_size": 0}
         fields = {

@@ -23,7 +23,7 @@ from veneer.errors import BadOption, UnknownName, Unsupported, missing_package, 
 
 from ._converter import Writing
 from ._folder import put_file
-from ._lora import Pair, pairs_of
+from ._pairs import Pair, pairs_of
 from ._report import ExportReport
 
 # A model's own type -> llama.cpp's architecture. Their converters change rows of query and key at most.

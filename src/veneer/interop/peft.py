@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from veneer.edits import TrainedCopy, build
 from veneer.engine import Adapter, attach, detach, host_of, read_tensors
 from veneer.engine._attach import _plan_for, _split
-from veneer.engine._plan import Plan, SitePlan
+from veneer.engine._plan import Plan
 from veneer.engine._store import inside
-from veneer.engine._weights import cut, paste
-from veneer.errors import BadFile, ShapeDiffers, Unsupported
+from veneer.errors import BadFile, Unsupported
 
-from . import _targets
 from ._config import CONFIG, TENSORS, Config, read_json, type_of, version_of
 from ._converter import Converter, Reading, Request, Tensorfile, Writing, converters, writer_for
+from ._copies import copy_of, drop_copies_of_the_base, saved_modules, with_head, write_copies
 from ._folder import put_folder
 from ._report import ExportReport
 
@@ -71,7 +70,7 @@ def read(
         request = kind.request(job)
         job.rows = request.rows
         engine, own = _split(request.options)
-        engine |= _add_saved_modules(job)
+        engine |= saved_modules(job)
         method = build(request.method, **own)
         plan = _plan_for(model, method, **engine)
         _check_plan(plan, request, config)
@@ -111,11 +110,11 @@ def _values(kind: Converter, job: Reading, plan: Plan) -> dict[str, Tensor]:
     for sp, keys in zip(plan.sites, plan.keys):
         with job.file.together(f"{job.prefix}{sp.site.module}."):
             if isinstance(sp.method, TrainedCopy):
-                found = {"W": _copy(job, sp)}
+                found = {"W": copy_of(job, sp)}
             else:
                 found = kind.take(job, sp, f"{job.prefix}{sp.site.module}.")
             values.update({keys[n]: v for n, v in found.items()})
-    _drop_copies_of_the_base(job)
+    drop_copies_of_the_base(job)
     return values
 
 
@@ -134,88 +133,6 @@ def _frozen_starts(
     found = {k: getattr(adapter, b).clone() for k, b in adapter.frozen_own.items()}
     host_of(model).drop(temporary)  # the host stays: the adapter itself comes next
     return {e.key: found[e.key] for e in left}
-
-
-# -- modules trained whole, biases ----------------------------------------------------------------------------------
-
-
-def _add_saved_modules(job: Reading) -> dict[str, Any]:
-    """`whole=` for modules_to_save and trained token rows."""
-    names = _targets.saved_modules(job.model, job.config) if "modules_to_save" in job.config.fields else []
-    whole = [n for n in names if any(k.startswith(f"{job.prefix}{n}.") for k in job.file.names())]
-    idle = [n for n in names if n not in whole and any(True for _ in job.host.module(n).parameters())]
-    if idle:
-        raise ShapeDiffers(
-            f"'{job.config.path}' trains '{idle[0]}' whole (modules_to_save), and {TENSORS} has no tensor of it.",
-            next_step="copy the folder again",
-        )
-    whole += [m for m in job.rows if m not in whole]
-    if not whole:
-        return {}
-    chosen = {s.module for n in whole for s in _whole_sites(job, n)}
-    asked = {
-        m for n in whole for m, module in job.host.module(n).named_modules(prefix=n)
-        if any(True for _ in module.named_parameters(recurse=False))
-    }  # fmt: skip
-    if chosen != asked:
-        odd = sorted(chosen ^ asked)
-        raise Unsupported(
-            f"'{job.config.path}' trains '{whole[0]}' whole, and '{odd[0]}' cannot be copied apart: it shares its "
-            "weight with another module, or its name is the end of another one's.",
-        )
-    return {"whole": tuple(whole)}
-
-
-def _whole_sites(job: Reading, name: str) -> list[Any]:
-    from veneer.engine._plan import _whole_sites as sites
-
-    return sites(job.anatomy, name)
-
-
-def _copy(job: Reading, sp: SitePlan) -> Tensor:
-    """A trained copy of a parameter, in the method's shape; the base's own where HF PEFT would not have saved it."""
-    site = sp.site
-    base = job.host.bare(site)
-    if site.module in job.rows and site.parameter == "weight":
-        ids = job.rows[site.module]
-        delta = job.file.take(
-            f"{job.prefix}{site.module}.token_adapter.trainable_tokens_delta", (len(ids), base.shape[1])
-        )
-        return base.detach().cpu().index_copy(0, torch.tensor(ids), delta.to(base.dtype))
-    end = f"{site.module}.{site.parameter}" if site.module else site.parameter
-    for key in (f"{job.prefix}{end}", f"{job.prefix}{site.module}.base_layer.{site.parameter}"):
-        if job.file.has(key):
-            return cut(job.file.take(key, tuple(base.shape)), site)
-    if sp.part > 0 and not end.endswith("bias"):
-        return cut(base.detach().clone(), site)
-    return cut(job.file.take(f"{job.prefix}{end}", tuple(base.shape)), site)
-
-
-def _drop_copies_of_the_base(job: Reading) -> None:
-    """HF PEFT also writes weights of the base (targeted embeddings, wrapped modules): fine where they are the base's."""
-    for key in job.file.names():
-        if ".original_module." in key or ".modules_to_save." in key:
-            job.file.pop(key)
-            continue
-        path = key.removeprefix(job.prefix).replace(".base_layer", "")
-        module, _, parameter = path.rpartition(".")
-        try:
-            base = getattr(job.host.module(module), parameter)
-        except (KeyError, AttributeError):
-            continue
-        if not isinstance(base, Tensor):
-            continue
-        value = job.file.pop(key)
-        if (
-            value is None
-            or value.shape != base.shape
-            or not torch.equal(value, base.detach().cpu().to(value.dtype))
-        ):
-            raise Unsupported(
-                f"'{job.config.path.parent}' holds '{key}', which is not what this base has: it was trained on a base "
-                "whose weights (or vocabulary) were changed.",
-                next_step="load it on that base",
-            )
 
 
 # -- writing --------------------------------------------------------------------------------------------------------
@@ -246,9 +163,9 @@ def write(
     kind = writer_for(adapter.method.key)
     job = Writing(host, adapter, options, kind.prefix)
     fields = kind.write(job)
-    fields.update(_write_copies(job, kind))
+    fields.update(write_copies(job))
     kept = adapter.info.get("peft", {})
-    task = _with_head(job, fields, task_type, kept.get("task_type") or _task(model))
+    task = with_head(job, fields, task_type, kept.get("task_type") or _task(model))
     if options:
         raise Unsupported(f"{kind.peft_type} has no export option '{next(iter(options))}'.")
     config = {
@@ -292,79 +209,6 @@ def _task(model: nn.Module) -> str | None:
             if name.endswith(end):
                 return task
     return None
-
-
-# HF PEFT trains and expects these heads, whatever the config says.
-_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
-
-
-def _with_head(job: Writing, fields: dict[str, Any], asked: str | None, likely: str | None) -> str | None:
-    """The task to write. Tasks with a head want its tensors: the base's own are added where the task was asked for."""
-    task = asked or likely
-    heads = [n for n in job.host.anatomy.module_names if n.endswith(_HEADS.get(task or "", ()))]
-    heads = [
-        n
-        for n in heads
-        if not any(n == r or n.startswith(r + ".") for r in fields.get("modules_to_save", []))
-    ]
-    if not heads:
-        return task
-    if asked is None:
-        job.note(f"task_type is left out: HF PEFT's {task} would want a trained '{heads[0]}'")
-        return None
-    for n in heads:
-        for key, value in job.host.module(n).state_dict(prefix=f"{job.prefix}{n}.").items():
-            job.tensors.setdefault(key, value)
-    fields["modules_to_save"] = sorted({*fields.get("modules_to_save", []), *heads})
-    job.note(f"'{heads[0]}' is written as the base has it, since {task} wants a head")
-    return task
-
-
-def _write_copies(job: Writing, kind: Converter) -> dict[str, Any]:
-    """Modules trained whole, and biases: their parameters by their own names."""
-    fields: dict[str, Any] = {}
-    targets = {sp.site.module for sp in job.plan.sites if sp.part == 0 and sp.site.port == "weight"}
-    saved: list[str] = []
-    for sp, t in zip(job.plan.sites, job.values()):
-        if not isinstance(sp.method, TrainedCopy):
-            continue
-        site = sp.site
-        layer = ".base_layer" if sp.part > 0 and site.module in targets else ""
-        bare = job.host.bare(site)
-        key = f"{job.prefix}{site.module}{layer}.{site.parameter}"
-        job.tensors[key] = paste(torch.zeros_like(bare, dtype=t["W"].dtype), t["W"], site)
-        if sp.part < 0:
-            saved.append(site.module)
-    if job.plan.whole:
-        roots = _saved_roots(job, saved)
-        if targets & {m for m in targets if any(m == r or m.startswith(r + ".") for r in roots)}:
-            raise Unsupported("a module is edited and trained whole at once; HF PEFT can do one of them.")
-        fields["modules_to_save"] = roots
-    return fields
-
-
-def _saved_roots(job: Writing, saved: list[str]) -> list[str]:
-    """The modules to name in modules_to_save: HF PEFT wraps whole modules, so all of their parameters are written."""
-    roots: list[str] = []
-    modules = dict(job.host.root.named_modules())
-    for module in dict.fromkeys(saved):
-        root = module
-        for asked in job.plan.whole:  # the module that was asked for, where it holds this one
-            parts = module.split(".")
-            for i in range(len(parts), 0, -1):
-                path = ".".join(parts[:i])
-                if path == asked or path.endswith("." + asked):
-                    root = path
-        if root not in roots:
-            roots.append(root)
-    for root in roots:
-        for n, value in modules[root].state_dict(prefix=f"{job.prefix}{root}.", keep_vars=True).items():
-            job.tensors.setdefault(n, value)  # what stays the base's: buffers, tied parameters
-    return roots
 
 
 @torch.no_grad()
