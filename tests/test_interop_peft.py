@@ -336,6 +336,24 @@ def test_a_folder_of_hf_peft_reads_to_the_same_outputs_and_gradients_and_is_writ
         torch.testing.assert_close(output(again, kwargs, tokens), expected.detach(), rtol=0, atol=close)
 
 
+def test_blocks_of_an_encoder_decoder_share_prefixes_as_in_hf_peft(tmp_path, monkeypatch):
+    """Its table is cut four rows a block, counted around. BART's decoder counts positions by itself, which is refused
+    elsewhere; here they are moved by hand."""
+    from veneer.interop import _context
+
+    monkeypatch.setattr(_context, "_check_prefix", lambda host: None)
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")
+    _, expected = witness("bart", config, tmp_path / "theirs")
+    model, kwargs = base_of("bart")
+    veneer.load(model, tmp_path / "theirs", "mine")
+    veneer.export(model, "mine", tmp_path / "ours", format="peft")
+    model.model.decoder.embed_positions.offset += 3
+    torch.testing.assert_close(output(model, kwargs), expected, rtol=0, atol=1e-10)
+    bare, _ = base_of("bart")
+    again = peft.PeftModel.from_pretrained(bare, tmp_path / "ours").eval()
+    torch.testing.assert_close(output(again, kwargs), expected, rtol=0, atol=1e-6)
+
+
 def compare_gradients(model: nn.Module, adapter: Any, adapted: nn.Module, close: float, folder: Path) -> None:
     """Gradients are read like tensors: whatever a tensor's name and layout become, its gradient's become too."""
     (folder / "grads").mkdir()

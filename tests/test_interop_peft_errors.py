@@ -18,7 +18,7 @@ from torch import nn
 
 import veneer
 import zoo
-from veneer.errors import BadFile, NoSiteFound, ShapeDiffers, Unsupported, VeneerError
+from veneer.errors import BadFile, NoSiteFound, ShapeDiffers, UnknownOption, Unsupported, VeneerError
 
 torch.set_num_threads(1)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -247,6 +247,30 @@ def test_trained_token_rows_read_as_a_trained_copy_of_the_table(tmp_path):
         veneer.load(base, tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(base(**kwargs).logits, adapted(**kwargs).logits, rtol=0, atol=1e-5)
+
+
+def test_a_head_that_shares_the_embedding_s_weight_is_refused_by_name(tmp_path):
+    import transformers as t
+
+    peft = pytest.importorskip("peft")
+
+    def tied() -> nn.Module:
+        return t.LlamaForCausalLM(t.LlamaConfig(**zoo._LLAMA, tie_word_embeddings=True))
+
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.get_peft_model(tied(), config).save_pretrained(tmp_path / "out")
+    base = tied()
+    with pytest.raises(Unsupported, match=r"(?s)'lm_head' whole.*shares.*tie_word_embeddings=False"):
+        veneer.load(base, tmp_path / "out")
+    assert "veneer" not in base._modules
+
+
+def test_options_of_the_method_are_the_folder_s_own(folder):
+    with pytest.raises(UnknownOption, match="rank"):
+        veneer.load(llama(), folder, rank=2)
+    assert is_untouched(llama())
 
 
 # -- anything at all ------------------------------------------------------------------------------------------------

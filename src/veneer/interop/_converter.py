@@ -1,8 +1,8 @@
 """A converter: what one type of HF PEFT is here. Its fields, its options, its tensors, in both directions.
 
-A new type is one class with `@converter`: a table of fields, `options` (config -> hyperparameters), `take` (file
-tensors -> a site's tensors) and their inverses `fields_of` and `give`. Reading and writing, the modules that are
-trained whole, missing and unexpected tensors are the same for all and live in `peft`.
+A new type is one class with `@converter`: a table of fields, `options` (config -> hyperparameters), `take` (file tensors
+-> a site's tensors), and `write` (their inverse). Choosing sites, modules that are trained whole, what is missing or
+left over, and files are the same for all types, and live elsewhere.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from veneer.edits import TrainedCopy
 from veneer.engine._plan import SitePlan
 from veneer.engine._weights import cut, paste
-from veneer.errors import ShapeDiffers, Unsupported
+from veneer.errors import NoSiteFound, ShapeDiffers, Unsupported
 
 from . import _targets
 from ._config import TENSORS
@@ -33,7 +33,16 @@ def saved_modules(job: Reading) -> dict[str, Any]:
     whole += [m for m in job.rows if m not in whole]
     if not whole:
         return {}
-    chosen = {s.module for n in whole for s in _whole_sites(job, n)}
+    try:
+        chosen = {s.module for n in whole for s in _whole_sites(job, n)}
+    except NoSiteFound:
+        shared = {p.rpartition(".")[0] for pair in job.anatomy.facts.tied for p in pair}
+        name = next((n for n in whole if n in shared), whole[0])
+        raise Unsupported(
+            f"'{job.config.path}' trains '{name}' whole, whose weight another module shares: a copy of its own has no "
+            "form here.",
+            next_step="load it on a base that was loaded with tie_word_embeddings=False",
+        ) from None
     asked = {
         m for n in whole for m, module in job.host.module(n).named_modules(prefix=n)
         if any(True for _ in module.named_parameters(recurse=False))

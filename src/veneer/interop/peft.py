@@ -21,7 +21,7 @@ from veneer.engine import Adapter, attach, detach, host_of, read_tensors
 from veneer.engine._attach import _plan_for, _split
 from veneer.engine._plan import Plan
 from veneer.engine._store import inside
-from veneer.errors import BadFile, Unsupported
+from veneer.errors import BadFile, UnknownOption, Unsupported
 
 from ._config import CONFIG, TENSORS, Config, read_json, type_of, version_of
 from ._converter import Converter, Reading, Request, Tensorfile, Writing, converters, writer_for
@@ -54,6 +54,10 @@ def read(
     options: of `attach` (seed, dtype). Raises BadFile (unreadable), Unsupported (a type or an option that has no
     form here), NoSiteFound (modules that this base has not), ShapeDiffers (missing, unexpected or other tensors).
     """
+    odd = sorted(set(options) - {"seed", "dtype"})
+    if odd:
+        raise UnknownOption(f"reading an HF PEFT folder has no option '{odd[0]}'; its config says the rest.",
+                            nearest=("seed", "dtype"))  # fmt: skip
     folder = Path(folder)
     path, raw = read_json(folder)
     known = converters()
