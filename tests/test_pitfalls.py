@@ -62,6 +62,10 @@ def test_3_deepcopy_and_pickle_rebuild_the_exact_class():
     loaded = torch.load(buffer, weights_only=False)
     for other in (copied, loaded):
         assert torch.equal(out(other, given), y)
+        add(other, "prefix_tuning", "b", length=3, seed=5)
+        veneer.activate(other, "a")
+        assert torch.equal(out(other, given), y)
+        veneer.detach(other, "b")
         assert type(other.model.layers[0].self_attn) is type(model.model.layers[0].self_attn)
     with torch.no_grad():
         for leaf in veneer.adapters(copied)["a"].leaves():

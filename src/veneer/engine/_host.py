@@ -40,7 +40,7 @@ class Host(nn.Module):
         self.active: Names = ()
         self.merged: list[str] = []
         self.update_statistics = False  # whether running statistics of the base move in training
-        self.members: dict[int, list[str]] = {}  # plan -> names of its adapters, in the order of their slots
+        self.members: dict[int, dict[str, int]] = {}  # plan -> {adapter: slot}, in the order of the slots
         self.banks: Any = ()  # for compiled code: the active adapters as banks
         self.kept: dict[
             tuple[str, str], Tensor
@@ -80,11 +80,14 @@ class Host(nn.Module):
         child = child + "%" if hasattr(self, child) else child  # "adapter" and the like are names of ours
         self.add_module(child, adapter)
         self.names[adapter.name] = child
-        self.members.setdefault(id(adapter.plan), []).append(adapter.name)
+        bank = self.members.setdefault(id(adapter.plan), {})
+        bank[adapter.name] = len(bank) + 1
         self.reach(adapter.plan)
 
     def drop(self, name: str) -> None:
-        self.members[id(self.adapter(name).plan)].remove(name)
+        plan = id(self.adapter(name).plan)
+        rest = [n for n in self.members[plan] if n != name]
+        self.members[plan] = {n: i + 1 for i, n in enumerate(rest)}
         del self._modules[self.names.pop(name)]
         self.active = tuple(n for n in self.active if n != name)
         self.banks = banks_of(self, self.active)
@@ -318,6 +321,14 @@ class Host(nn.Module):
         state = dict(self.__dict__)
         state["_programs"] = OrderedDict()
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.members = {}
+        for name, adapter in self.adapters().items():
+            bank = self.members.setdefault(id(adapter.plan), {})
+            bank[name] = len(bank) + 1
+        self.banks = banks_of(self, self.active)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         import copy

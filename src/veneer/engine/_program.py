@@ -128,7 +128,7 @@ def _add(
             place(program, op)
 
 
-def banks_of(host: Any, rows: Any) -> list[tuple[list[str], Tensor]]:
+def banks_of(host: Any, rows: Any) -> list[tuple[dict[str, int], Tensor]]:
     """For compiled code: the live banks of a composition, each with slots (levels, rows); slot 0 is the bare row.
 
     A bank is all resident adapters of one plan, so that a switch among them changes a tensor and nothing else. For
@@ -141,14 +141,15 @@ def banks_of(host: Any, rows: Any) -> list[tuple[list[str], Tensor]]:
         plans.update({id(host.adapter(n).plan): None for n in names})
     banks = []
     for key in sorted(plans, key=list(host.members).index):
-        members = host.members[key]
-        slot = {n: i + 1 for i, n in enumerate(members)}
+        slot = host.members[key]
         numbers = [[slot.get(n[level], 0) if level < len(n) else 0 for n in table] for level in range(levels)]
-        banks.append((members, torch.tensor(numbers, device=host.device).reshape(levels, len(table))))
+        leaves = host.adapter(next(iter(slot))).leaves()
+        device = leaves[0].device if leaves else None
+        banks.append((slot, torch.tensor(numbers, device=device).reshape(levels, len(table))))
     return banks
 
 
-def build_banked(host: Any, banks: Sequence[tuple[list[str], Tensor]], total: int, training: bool) -> Program:
+def build_banked(host: Any, banks: Sequence[tuple[dict[str, int], Tensor]], total: int, training: bool) -> Program:
     """The program in the banked form: all `total` rows run, and `live` chooses."""
     program: Program = {}
     levels = max([0, *[slots.shape[0] for _, slots in banks]])
