@@ -693,7 +693,19 @@ def test_unknown_laws_and_bases_are_errors_with_the_nearest():
 
 
 def test_there_are_fourteen_laws_by_number_and_name():
-    names = "identity equation one_form trains detach merge save rows cohort padding cache".split()
+    names = [
+        "identity",
+        "equation",
+        "one_form",
+        "trains",
+        "detach",
+        "merge",
+        "save",
+        "rows",
+        "cohort",
+        "padding",
+        "cache",
+    ]
     names += ["compile", "precision", "quantised"]
     assert {law.number: law.name for law in testing.LAWS.values()} == dict(enumerate(names, 1))
     assert all(law.meaning.endswith(".") for law in testing.LAWS.values())
