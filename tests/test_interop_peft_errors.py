@@ -221,6 +221,21 @@ def test_a_config_without_targets_is_read_off_the_tensors(folder):
     veneer.detach(llama(), adapter.name)
 
 
+@pytest.mark.parametrize(
+    "kind", ["ADALORA", "VERA", "OFT", "IA3", "PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"]
+)
+@pytest.mark.parametrize("targets", ["<absent>", [], ["q_proj"]])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_another_type_are_refused(kind, targets, folder):
+    sizes = {"num_virtual_tokens": 2, "adapter_len": 2, "adapter_layers": 1, "r": 0 if kind == "OFT" else 4}
+    edit(
+        folder, peft_type=kind, target_modules="self_attn" if kind == "ADAPTION_PROMPT" else targets, **sizes
+    )
+    with pytest.raises((ShapeDiffers, NoSiteFound)):
+        veneer.load(llama(), folder)
+    assert is_untouched(llama())
+
+
 def test_a_base_weight_in_the_file_that_is_not_this_base_s_is_refused(folder):
     table = llama().model.embed_tokens.weight.detach()
     key = "base_model.model.model.embed_tokens.base_layer.weight"

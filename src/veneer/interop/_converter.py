@@ -1,8 +1,8 @@
 """A converter: what one type of HF PEFT is here. Its fields, its options, its tensors, in both directions.
 
-A new type is one class with `@converter`: a table of fields, `options` (config -> hyperparameters), `take` (file tensors
--> a site's tensors), and `write` (their inverse). Choosing sites, modules that are trained whole, what is missing or
-left over, and files are the same for all types, and live elsewhere.
+A new type is one class with `@converter`: a table of fields, `options` (config -> hyperparameters), `take` (file
+tensors -> a site's tensors), and `write` (their inverse). Choosing sites, modules that are trained whole, what is
+missing or left over, and files are the same for all types, and live elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from veneer.anatomy import Anatomy, Site
 from veneer.engine import Adapter, Host
 from veneer.engine._plan import Plan, SitePlan
 from veneer.engine._weights import features
-from veneer.errors import ShapeDiffers, Unsupported
+from veneer.errors import NoSiteFound, ShapeDiffers, Unsupported
 
 from . import _targets
 from ._config import TARGETS, Config, Field
@@ -168,13 +168,23 @@ class Converter:
 
     def request(self, job: Reading) -> Request:
         """Config -> what to attach."""
-        modules = _targets.target_modules(job.model, job.anatomy, job.config)
-        if job.config["target_modules"] is None:
-            modules = self.modules_in(job)
-        self.check_sites(job, modules)
+        modules = self.modules(job)
         options = self.options(job)
         options["sites"] = _targets.selector(job.anatomy, modules, job.config["target_modules"])
         return Request(self.methods[0], options, {(m, "weight") for m in modules})
+
+    def modules(self, job: Reading) -> list[str]:
+        """Names of the edited modules: those that the config means, or that the file names where it is silent."""
+        modules = _targets.target_modules(job.model, job.anatomy, job.config)
+        if job.config["target_modules"] is None:
+            modules = self.modules_in(job)
+        if not modules:
+            raise NoSiteFound(
+                f"'{job.config.path}' names no module, and no tensor of the file is one of {self.peft_type}.",
+                nearest=sorted(job.file.names())[:3],
+            )
+        self.check_sites(job, modules)
+        return modules
 
     def options(self, job: Reading) -> dict[str, Any]:
         """Config -> hyperparameters of the method."""

@@ -69,14 +69,7 @@ class Lora(Converter):
     def request(self, job: Reading) -> Request:
         config = job.config
         parameters = parameter_sites(job)
-        modules = _targets.target_modules(job.model, job.anatomy, config)
-        if config["target_modules"] is None and not parameters:
-            modules = self.modules_in(job)
-        self.check_sites(job, modules)
-        if not modules and not parameters:
-            raise NoSiteFound(
-                f"'{config.path}' names no module, and the file holds no tensor that names one."
-            )
+        modules = self.modules(job) if config["target_modules"] or not parameters else []
         options = self.options(job)
         keys = [(m, _targets.exact(job.anatomy, m)) for m in modules]
         own: Any = _targets.selector(job.anatomy, modules, config["target_modules"]) if modules else []

@@ -247,8 +247,7 @@ class Ia3(Converter):
 
     def request(self, job: Reading) -> Request:
         c = job.config
-        modules = _targets.target_modules(job.model, job.anatomy, c) or self.modules_in(job)
-        self.check_sites(job, modules)
+        modules = self.modules(job)
         inner = c["feedforward_modules"] or []
         whole_name = (
             _targets.pattern(inner, c, "feedforward_modules").fullmatch if isinstance(inner, str) else None
