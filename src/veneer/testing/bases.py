@@ -171,15 +171,27 @@ def _draw(model: nn.Module) -> None:
             p.copy_(noise * (0.5 if embeds else p.shape[1:].numel() ** -0.5))
 
 
-_TEXT = {"vocab_size": WORDS, "hidden_size": WIDTH, "num_hidden_layers": BLOCKS, "num_attention_heads": HEADS,
-         "intermediate_size": 48, "pad_token_id": PAD}  # fmt: skip
-_ENDS = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+_TEXT: dict[str, Any] = {
+    "vocab_size": WORDS,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 48,
+    "pad_token_id": PAD,
+}
+_ENDS: dict[str, Any] = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def _made(config: Any, **options: Any) -> Any:
+    """A config; transformers adds options of its own to those that its types know."""
+    return config(**options)
 
 
 def _bert() -> nn.Module:
     import transformers as t
 
-    config = t.BertConfig(
+    config = _made(
+        t.BertConfig,
         **_TEXT,
         max_position_embeddings=64,
         num_labels=CLASSES,
@@ -193,7 +205,7 @@ def _llama() -> nn.Module:
     import transformers as t
 
     return t.LlamaForCausalLM(
-        t.LlamaConfig(**{**_TEXT, **_ENDS}, num_key_value_heads=2, max_position_embeddings=96)
+        _made(t.LlamaConfig, **{**_TEXT, **_ENDS}, num_key_value_heads=2, max_position_embeddings=96)
     )
 
 
@@ -201,7 +213,7 @@ def _gpt2() -> nn.Module:
     import transformers as t
 
     return t.GPT2LMHeadModel(
-        t.GPT2Config(vocab_size=WORDS, n_embd=WIDTH, n_layer=BLOCKS, n_head=HEADS, n_positions=96,
+        _made(t.GPT2Config, vocab_size=WORDS, n_embd=WIDTH, n_layer=BLOCKS, n_head=HEADS, n_positions=96,
                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_ENDS)
     )  # fmt: skip
 
@@ -210,7 +222,7 @@ def _t5() -> nn.Module:
     import transformers as t
 
     return t.T5ForConditionalGeneration(
-        t.T5Config(vocab_size=WORDS, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=BLOCKS, num_heads=HEADS,
+        _made(t.T5Config, vocab_size=WORDS, d_model=WIDTH, d_kv=8, d_ff=48, num_layers=BLOCKS, num_heads=HEADS,
                    dropout_rate=0.0, decoder_start_token_id=1, pad_token_id=PAD, eos_token_id=2)
     )  # fmt: skip
 
@@ -220,7 +232,8 @@ def _bart() -> nn.Module:
 
     sides = {f"{side}_{what}": n for side in ("encoder", "decoder")
              for what, n in (("layers", BLOCKS), ("attention_heads", HEADS), ("ffn_dim", 48))}  # fmt: skip
-    config = t.BartConfig(
+    config = _made(
+        t.BartConfig,
         vocab_size=WORDS,
         d_model=WIDTH,
         dropout=0.0,
@@ -237,7 +250,8 @@ def _vit() -> nn.Module:
     import transformers as t
 
     text = {k: v for k, v in _TEXT.items() if k not in ("vocab_size", "pad_token_id")}
-    config = t.ViTConfig(
+    config = _made(
+        t.ViTConfig,
         **text,
         image_size=32,
         patch_size=16,

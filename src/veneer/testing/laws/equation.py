@@ -98,10 +98,11 @@ def _one(s: Subject, trial: Trial, case: Any) -> float:
     method = type(s.method)(**{"sites": sites, **trial.options})
     model = Layer(trial.W, trial.bias)
     plan = engine.plan(model, method)
-    values = {key: trial.tensors.get(trial.name(key)) for names in plan.keys for key in names.values()}
-    missing = [k for k, v in values.items() if v is None]
-    if missing:
-        raise Broken(f"case '{case['name']}': the reference has no tensor for {missing}")
+    values = {}
+    for key in (key for names in plan.keys for key in names.values()):
+        if trial.name(key) not in trial.tensors:
+            raise Broken(f"case '{case['name']}': the reference has no tensor for '{key}'")
+        values[key] = trial.tensors[trial.name(key)]
     adapter = engine.attach(model, method, "a", values=values)
     x = trial.x.clone().requires_grad_()
     model.train(trial.training)

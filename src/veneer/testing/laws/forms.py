@@ -37,7 +37,9 @@ def one_form(s: Subject) -> str:
             continue
         seen.add((sp.site.shape, sp.site.role))
         values = {**adapter.named(), **adapter.frozen(host.shared)}
-        W = host.weight(sp.site).detach()
+        weight = host.weight(sp.site)
+        assert weight is not None  # a site of these kinds has one
+        W = weight.detach()
         t = {n: _cast(values[k][tuple(slice(0, d) for d in sp.specs[n].shape)], W) for n, k in names.items()}
         worst = max(worst, _compare(sp.method, t, W, sp.site))
     if not seen:

@@ -24,7 +24,10 @@ FACTOR = 6.0  # times the base's own rounding error
 @law(13, "precision")
 def precision(s: Subject) -> str:
     """Half-precision bases, `.to()`, deepcopy, pickle and gradient checkpointing change only rounding."""
-    parts = [functools.partial(_half, s, torch.bfloat16), functools.partial(_half, s, torch.float16)]
+    parts: list[Any] = [
+        functools.partial(_half, s, torch.bfloat16),
+        functools.partial(_half, s, torch.float16),
+    ]
     parts += [functools.partial(part, s) for part in (_moved, _copied, _pickled)]
     if s.base.checkpoints:
         parts.append(functools.partial(_checkpointed, s))

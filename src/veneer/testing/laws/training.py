@@ -164,7 +164,8 @@ def _penalties(
     expected = torch.zeros(())
     for n in members:
         with engine.active(model, n):
-            expected = expected + engine.penalty(model).detach()
+            own = engine.penalty(model)
+        expected = expected if own is None else expected + own.detach()
     engine.activate(model, list(members))
     batch = s.labelled(contents)
     with torch.no_grad():
