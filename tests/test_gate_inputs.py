@@ -6,7 +6,7 @@ import torch
 import veneer
 from engine_tools import add, base, inputs, out
 from veneer.edits import At, Method, Sites, Specs, Tensors, constant, hyper, method
-from veneer.errors import BadOption
+from veneer.errors import BadOption, Unsupported
 
 
 @pytest.mark.parametrize("variant", ["retrieve", "attend"])
@@ -191,3 +191,14 @@ def test_a_block_is_skipped_for_some_rows(family):
         options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
         cached = model.generate(**ids, adapters=names, **options)
         assert torch.equal(cached, model.generate(**ids, adapters=names, use_cache=False, **options))
+
+
+def test_a_prefix_whose_positions_cannot_be_moved_is_refused_at_attach():
+    with pytest.raises(Unsupported, match="position_offset"):
+        veneer.attach(base("bart"), "prefix_tuning", position_offset=4)
+    model, given = base("gpt2"), inputs("gpt2", 2)
+    add(model, "prefix_tuning", "a", length=4, position_offset=4, seed=1)
+    add(model, "prefix_tuning", "b", length=4, seed=1)
+    shifted = {**given, "position_ids": given["position_ids"] + 4}
+    torch.testing.assert_close(out(model, given, adapters="a"), out(model, shifted, adapters="b"), atol=1e-10, rtol=0)
+    assert (out(model, given, adapters="a") - out(model, given, adapters="b")).abs().max() > 1e-6

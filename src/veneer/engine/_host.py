@@ -6,6 +6,7 @@ The base's own `state_dict` keys stay; all adapters sit under this one child.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import urllib.parse
 from collections import OrderedDict
 from typing import Any
@@ -202,6 +203,7 @@ class Host(nn.Module):
             site = sp.site
             if site.port == "attention":
                 _attention.check(self.module(site.module), site.module)
+                self._check_positions(sp.method)
                 wanted.append((site.module, "attention"))
             else:
                 wanted.append((site.module, "site"))
@@ -222,6 +224,18 @@ class Host(nn.Module):
             swap(module, name, self, kind)
             self.swapped[name] = module
         plan.cache["reached"] = id(self)
+
+    def _check_positions(self, method: Any) -> None:
+        """Positions that start behind a prefix can only be given where a backbone takes them."""
+        if not getattr(method, "position_offset", 0) or self.anatomy.facts.positions not in ("absolute", "rotary"):
+            return
+        backbones = [self.module(b) for b in self.anatomy.facts.backbones] or [self.root]
+        if not any("position_ids" in inspect.signature(type(b).forward).parameters for b in backbones):
+            raise Unsupported(
+                f"{method.key}: position_offset={method.position_offset} needs a base that takes position ids, and "
+                f"this {self.anatomy.model_class} counts its own.",
+                next_step="position_offset=0",
+            )
 
     def has_token_ids(self, stack: str) -> bool:
         return any(s == stack for s, _ in self.anatomy.facts.token_embeddings)
