@@ -14,6 +14,8 @@ import inspect
 import io
 import re
 import shlex
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 GENERATED = {"catalogue.md", "capabilities.md"}
 PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
     + [p for p in (ROOT / "docs").rglob("*.md") if p.name not in GENERATED]
 )
 
@@ -73,10 +75,11 @@ def run_page(page: Path, folder: Path, slow: bool) -> list[str]:
     import torch
 
     torch.set_num_threads(1)
-    names: dict[str, Any] = {"__name__": "page"}
+    module = types.ModuleType("page")  # a real one: what a page defines can be pickled
     wrong: list[str] = []
     said: str | None = None  # by the block above; None where it was left out
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "page", module)
         for block in blocks_of(page):
             if block.language == "python":
                 if "slow" in block.marks and not slow:
@@ -86,7 +89,7 @@ def run_page(page: Path, folder: Path, slow: bool) -> list[str]:
                 # Lines of the page, so that a traceback names them.
                 code = compile("\n" * block.line + block.text, str(page), "exec", dont_inherit=True)
                 with contextlib.redirect_stdout(out):
-                    exec(code, names)
+                    exec(code, vars(module))
                 said = out.getvalue()
             elif "prints" in block.marks and said is not None and said.rstrip() != block.text.rstrip():
                 wrong.append(f"{page.name}:{block.line} says\n{block.text}but it prints\n{said}")
