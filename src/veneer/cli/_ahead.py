@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Ahead:
         self,
         runner: Any,
         folder: Path,
-        rates: dict[str, Sequence[float]],
+        rates: Mapping[str, Sequence[float]],
         arms: Sequence[Arm],
         tuning_seeds: Sequence[int],
         seeds: Sequence[int],
@@ -56,7 +56,9 @@ class Ahead:
         self.runner, self.folder, self.rates, self.seeds = runner, folder, rates, seeds
         self.tuning_seeds, self.arms = tuning_seeds, [arm for arm in arms if arm.is_trained]
         lines = Ledger(folder).of_kind("run") if (folder / "ledger.jsonl").is_file() else []
-        self.done = {(x["stage"], x["arm"], x["seed"], x["learning_rate"]) for x in lines if x["status"] != "failed"}
+        self.done = {
+            (x["stage"], x["arm"], x["seed"], x["learning_rate"]) for x in lines if x["status"] != "failed"
+        }
         self.begun: dict[tuple[Any, ...], Future[Any]] = {}
         self.tuned = 0
         os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers, which are new processes
@@ -84,6 +86,10 @@ class Ahead:
                 self._begin("confirm", arm, each, learning_rate)
         self._tune_until(self._place(arm) + 3)
         return self._begin(stage, arm, seed, learning_rate, again=True).result()
+
+    def finished(self) -> int:
+        """Runs that have ended, asked for or not."""
+        return sum(each.done() for each in self.begun.values())
 
     def _place(self, arm: Arm) -> int:
         return next((i for i, each in enumerate(self.arms) if str(each) == str(arm)), 0)

@@ -62,35 +62,56 @@ class Announce:
     def pairs(self, run: Any) -> list[tuple[str, str]]:
         from veneer import engine
 
-        (adapter,) = (a for a in engine.adapters(run.model).values() if a.name in engine.host_of(run.model).active)
+        (adapter,) = (
+            a for a in engine.adapters(run.model).values() if a.name in engine.host_of(run.model).active
+        )
         total = sum(p.numel() for n, p in run.model.named_parameters() if not n.startswith("veneer."))
         trained = sum(p.numel() for p in run.subject.parameters())
         s = run.settings
-        low, high = getattr(run.recipe, "rates", None) or adapter.method.facts.rates
-        where = "given" if self.rate_given else f"from the range {low:g} to {high:g} of the {'recipe' if getattr(run.recipe, 'rates', None) else 'method'}"
         length = max(f["length"] for f in run.rows)
         needed: Any = adapter.plan.memory(batch_size=math.ceil(s.batch_size / s.accumulate), length=length)
         tokens = sum(f["length"] for f in run.rows)
         passes = run.total_steps / run.steps_an_epoch
-        fresh = ", ".join(adapter.plan.whole) or "none: the base's own is kept"
+        labels = cut(", ".join(run.task.labels), 60)
+        fresh = ", ".join(adapter.plan.whole)
+        sites = sum(sp.part >= 0 for sp in adapter.plan.sites)
         return [
-            ("base", f"{self.model} ({type(run.model).__name__}, {total:,} parameters, {str(run.device)})"),
-            ("task", run.task.name + (f", {len(run.task.labels)} labels: {cut(', '.join(run.task.labels), 60)}" if run.task.labels else "")),
+            ("base", f"{self.model} ({type(run.model).__name__}, {total:,} parameters, {run.device!s})"),
+            ("task", run.task.name + (f", {len(run.task.labels)} labels: {labels}" if labels else "")),
             ("data", data_line(self.splits)),
-            ("head", f"fresh, trained whole and saved in the adapter: {fresh}" if adapter.plan.whole else fresh),
-            ("method", f"{adapter.method} at {sum(sp.part >= 0 for sp in adapter.plan.sites)} sites"),
+            ("head", f"fresh, trained whole and saved in the adapter: {fresh}" if fresh else "the base's own"),
+            ("method", f"{adapter.method} at {sites} sites"),
             ("trained", f"{trained:,} parameters ({100 * trained / max(1, total):.3g} % of the base's)"),
-            ("rate", f"{run.learning_rate:.3g}, {where}; {s.schedule} schedule"),
-            ("steps", f"{run.total_steps:,} of {s.batch_size} rows: {passes:.3g} passes, about {passes * tokens:,.0f} tokens"),
-            ("memory", f"at least {human(needed['total'] if isinstance(needed, dict) else needed.total)} at the longest batch of {length} tokens"),
+            ("rate", f"{run.learning_rate:.3g}, {self.source(run, adapter)}; {s.schedule} schedule"),
+            ("steps", f"{run.total_steps:,} of {s.batch_size} rows: {passes:.3g} passes, "
+                      f"about {passes * tokens:,.0f} tokens"),
+            ("memory", f"at least {human(total_of(needed))} at the longest batch of {length} tokens"),
             *(("note", text) for text in self.gathered.notes),
         ]  # fmt: skip
+
+    def source(self, run: Any, adapter: Any) -> str:
+        """Where the learning rate is from."""
+        if self.rate_given:
+            return "as given"
+        of_recipe = getattr(run.recipe, "rates", None)
+        low, high = of_recipe or adapter.method.facts.rates
+        return f"from the {'recipe' if of_recipe else 'method'}'s range {low:g} to {high:g}"
+
+
+def total_of(memory: Any) -> int:
+    """The sum of a forecast, which is a value of its own or plain numbers by name."""
+    parts = memory.to_dict() if hasattr(memory, "to_dict") else dict(memory)
+    return parts.get("total", sum(parts.values()))
 
 
 def data_line(splits: Any) -> str:
     counts = ", ".join(f"{name} {len(rows):,}" for name, rows in splits.parts.items())
     report = splits.report
-    aside = f"; {report.set_aside:,} bad rows set aside" if report is not None and report.set_aside else "; nothing wrong found"
+    aside = (
+        f"; {report.set_aside:,} bad rows set aside"
+        if report is not None and report.set_aside
+        else "; nothing wrong found"
+    )
     notes = "".join(f"\n{text}" for text in (report.notes if report is not None else ()))
     return f"{splits.spec}: {counts}{aside}{notes}"
 

@@ -96,7 +96,9 @@ def print_error(error: BaseException) -> None:
     if isinstance(error, VeneerError):
         say(f"{type(error).__name__}: {error}")
     else:
-        say(f"{type(error).__name__}: {error}\n  next:    the same command with --debug shows where it happened")
+        say(
+            f"{type(error).__name__}: {error}\n  next:    the same command with --debug shows where it happened"
+        )
 
 
 def _explained(error: Any) -> VeneerError:
@@ -107,7 +109,9 @@ def _explained(error: Any) -> VeneerError:
     wrong = getattr(error, "option_name", None)
     if wrong is not None and ctx is not None:
         known = [name for p in ctx.command.params for name in getattr(p, "opts", ())]
-        return UnknownOption(f"{path} has no option '{wrong}'.", nearest=nearest(wrong, known), next_step=step)
+        return UnknownOption(
+            f"{path} has no option '{wrong}'.", nearest=nearest(wrong, known), next_step=step
+        )
     message = error.format_message().strip().rstrip(".")
     return BadOption(f"{path}: {message[:1].lower()}{message[1:]}.", next_step=step)
 
@@ -123,10 +127,11 @@ def _epilog(module: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-app: Any = typer.main.get_command
+app = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-def _root(
+@app.callback(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+def root(
     version: bool = typer.Option(False, "--version", help="print the version and leave"),
     debug: bool = typer.Option(False, "--debug", help="show tracebacks"),
 ) -> None:
@@ -134,15 +139,3 @@ def _root(
         import veneer
 
         print(f"veneer {veneer.__version__}")
-        raise typer.Exit
-
-
-def _make() -> Any:
-    root = typer.Typer(cls=Commands, add_completion=False, rich_markup_mode=None)
-    root.callback(
-        invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
-    )(_root)
-    return typer.main.get_command(root)
-
-
-app = _make()

@@ -6,6 +6,7 @@ Short and honest: every figure has its n, and what was not measured is not there
 from __future__ import annotations
 
 import json
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def write_card(folder: str | Path, splits: Any = None) -> Path:
         return target
     record = json.loads((folder / "veneer.json").read_text(encoding="utf-8"))
     found = TrainResult.read(folder)
-    written = (folder / "veneer.json").stat().st_mtime  # of the adapter, not of the card: a card is the same again
+    # Of the adapter, not of the card: a card that is written again is the same.
+    written = (folder / "veneer.json").stat().st_mtime
     day = datetime.fromtimestamp(written, UTC).date().isoformat()
     target.write_text(card(record, found, str(folder), day, splits) + f"\n{mark}\n", encoding="utf-8")
     return target
@@ -34,39 +36,25 @@ def card(record: dict[str, Any], found: Any, folder: str, day: str, splits: Any 
     """The text of the card."""
     from veneer.edits import lookup
 
-    method, options = record["method"], record.get("options") or {}
-    cls = lookup(method)
-    paper = getattr(cls, "facts").paper
-    training = record.get("training") or {}
-    opens = record.get("opens") or {}
-    task = record.get("task") or {}
-    base = opens.get("spec") or record.get("base", {}).get("spec") or opens.get("name") or "not recorded"
+    base, task = _base(record), record.get("task") or {}
     lines = [
         "---",
         f"base_model: {base}",
         "library_name: veneer",
-        f"tags: [{method}]",
+        f"tags: [{record['method']}]",
         "---",
         "",
-        f"# {cls.__name__} adapter for {base}",
+        f"# {lookup(record['method']).__name__} adapter for {base}",
         "",
         f"An adapter: it needs its base, {base}, to run.",
         "",
         "| | |",
         "|---|---|",
-        f"| base | {base} (fingerprint {record.get('base', {}).get('fingerprint', {}).get('values', 'not recorded')}) |",
-        f"| method | {method}, {paper} |",
-        f"| options | {', '.join(f'{k} = {v}' for k, v in sorted(options.items())) or 'defaults'} |",
-        f"| task | {_task(task)} |",
-        f"| data | {training.get('data') or 'not recorded'}{_counts(splits)} |",
-        f"| training | {training.get('steps', '?')} steps, rate {training.get('learning_rate', 0):.3g}, seed {training.get('seed', '?')}"
-        f"{', recipe ' + training['recipe'] if training.get('recipe') else ''} |",
-        f"| size | {sum(_size(s) for s in record.get('tensors', {}).values()):,} numbers saved |",
-        f"| made | {day}, veneer {record.get('versions', {}).get('veneer', '?')}, torch {record.get('versions', {}).get('torch', '?')} |",
+        *(f"| {name} | {value} |" for name, value in _facts(record, splits, day)),
         "",
         "## Results",
         "",
-        *_metrics(training.get("metrics") or {}, found),
+        *_metrics((record.get("training") or {}).get("metrics") or {}, found),
         "",
         "## Use",
         "",
@@ -77,20 +65,42 @@ def card(record: dict[str, Any], found: Any, folder: str, day: str, splits: Any 
     return "\n".join(lines)
 
 
+def _facts(record: dict[str, Any], splits: Any, day: str) -> list[tuple[str, str]]:
+    from veneer.edits import lookup
+
+    training, versions = record.get("training") or {}, record.get("versions") or {}
+    base = record.get("base") or {}
+    options = ", ".join(f"{k} = {v}" for k, v in sorted((record.get("options") or {}).items()))
+    recipe = f", recipe {training['recipe']}" if training.get("recipe") else ""
+    return [
+        ("base", f"{_base(record)}, fingerprint {base.get('fingerprint', {}).get('values', 'not recorded')}"),
+        ("method", f"{record['method']}, {lookup(record['method']).facts.paper}"),
+        ("options", options or "defaults"),
+        ("task", _task(record.get("task") or {})),
+        ("data", f"{training.get('data') or 'not recorded'}{_counts(splits)}"),
+        ("training", f"{training.get('steps', '?')} steps, rate {training.get('learning_rate', 0):.3g}, "
+                     f"seed {training.get('seed', '?')}{recipe}"),
+        ("size", f"{sum(map(math.prod, record.get('tensors', {}).values())):,} numbers saved"),
+        ("made", f"{day}, veneer {versions.get('veneer', '?')}, torch {versions.get('torch', '?')}"),
+    ]  # fmt: skip
+
+
+def _base(record: dict[str, Any]) -> str:
+    opens = record.get("opens") or {}
+    return opens.get("spec") or record.get("base", {}).get("spec") or opens.get("name") or "not recorded"
+
+
 def _task(task: dict[str, Any]) -> str:
     labels = task.get("labels") or ()
     return task.get("name", "not recorded") + (f": {', '.join(map(str, labels))}" if labels else "")
 
 
 def _counts(splits: Any) -> str:
-    return "" if splits is None else " (" + ", ".join(f"{n} {len(rows):,}" for n, rows in splits.parts.items()) + ")"
-
-
-def _size(shape: list[int]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
+    return (
+        ""
+        if splits is None
+        else " (" + ", ".join(f"{n} {len(rows):,}" for n, rows in splits.parts.items()) + ")"
+    )
 
 
 def _metrics(metrics: dict[str, dict[str, float]], found: Any) -> list[str]:

@@ -58,18 +58,21 @@ AsJson = Annotated[
     bool,
     typer.Option("--json", help="one JSON document on standard output", callback=_set_json, is_eager=True),
 ]
-Debug = Annotated[
-    bool, typer.Option("--debug", help="show tracebacks", callback=_set_debug, is_eager=True)
-]
+Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks", callback=_set_debug, is_eager=True)]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="no progress, no notes", callback=_set_quiet, is_eager=True)
 ]
 Seed = Annotated[int, typer.Option("--seed", help="of everything that is drawn")]
-Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="of the base: float32, bfloat16, float16; default: its files'")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help="of the base: float32, bfloat16, float16; default: its files'")
+]
 Columns = Annotated[str | None, typer.Option("--columns", help="which column is what: text=...,label=...")]
 Option = Annotated[
-    list[str] | None, typer.Option("--option", "-o", help="an option of the method: --option rank=8; --rank 8 too")
+    list[str] | None,
+    typer.Option("--option", "-o", help="an option of the method: --option rank=8; --rank 8 too"),
 ]
 
 OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}  # options of methods: --rank 8
@@ -186,7 +189,9 @@ def extra_options(arguments: Sequence[str], command: str) -> dict[str, Any]:
     return found
 
 
-def method_options(method: str, given: Mapping[str, Any], command: str, flags: Sequence[str] = ()) -> dict[str, Any]:
+def method_options(
+    method: str, given: Mapping[str, Any], command: str, flags: Sequence[str] = ()
+) -> dict[str, Any]:
     """`given`, after every name was found among the method's options and the engine's.
 
     A name that is neither is looked for among the flags of the command as well, so that --learning-rat finds
@@ -220,7 +225,9 @@ def arm_of(text: str) -> tuple[str, dict[str, Any]]:
 
     arm = parse_arm(text)
     if arm.recipes:
-        raise BadOption(f"'{text}' names a recipe, which acts in training alone.", next_step=f"{arm.method}, without +")
+        raise BadOption(
+            f"'{text}' names a recipe, which acts in training alone.", next_step=f"{arm.method}, without +"
+        )
     return arm.method, dict(arm.options)
 
 

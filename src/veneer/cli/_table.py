@@ -40,7 +40,9 @@ def table(
     lines = []
     for row in [head, *rows]:
         cells = [
-            cut(row[i], widths[i]).rjust(widths[i]) if head[i] in right else cut(row[i], widths[i]).ljust(widths[i])
+            cut(row[i], widths[i]).rjust(widths[i])
+            if head[i] in right
+            else cut(row[i], widths[i]).ljust(widths[i])
             for i in shown
         ]
         lines.append("  ".join(cells).rstrip())

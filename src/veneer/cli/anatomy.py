@@ -13,8 +13,12 @@ EXAMPLES = ("veneer anatomy builtin:minilm", "veneer anatomy ./my-model --json")
 
 
 def anatomy(
-    model: Annotated[str, typer.Argument(help="folder, hub id, file.gguf, timm:NAME, builtin:NAME, module:PATH:FUNCTION")],
-    modules: Annotated[bool, typer.Option("--modules", help="name every module, not one for each role")] = False,
+    model: Annotated[
+        str, typer.Argument(help="folder, hub id, file.gguf, timm:NAME, builtin:NAME, module:PATH:FUNCTION")
+    ],
+    modules: Annotated[
+        bool, typer.Option("--modules", help="name every module, not one for each role")
+    ] = False,
     dtype: Dtype = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -43,7 +47,8 @@ def _text(found: object, modules: bool) -> str:
     notes = [line for line in rest if line.startswith("note: ")]
     if not rows or max(map(len, [head, *rows])) <= terminal_width():
         return str(found)
-    starts = [head.index(name) for name in ("role", "sites", "for example", "shape")] + [None]  # type: ignore[list-item]
-    cells = [[line[a:b].strip() for a, b in zip(starts, starts[1:])] for line in [head, *rows]]
+    starts = [head.index(name) for name in ("role", "sites", "for example", "shape")]
+    ends = [*starts[1:], None]
+    cells = [[line[a:b].strip() for a, b in zip(starts, ends)] for line in [head, *rows]]
     narrow = table(cells[0], cells[1:], drop=("for example",), right=("sites",))
     return "\n".join([title, narrow, *notes])

@@ -8,12 +8,17 @@ import typer
 
 from veneer.cli._common import AsJson, Columns, Debug, Quiet, result
 
-EXAMPLES = ("veneer check reviews.csv", "veneer check reviews.csv --task classify --columns text=body,label=stars --json")
+EXAMPLES = (
+    "veneer check reviews.csv",
+    "veneer check reviews.csv --task classify --columns text=body,label=stars --json",
+)
 
 
 def check(
     data: Annotated[str, typer.Argument(help="CSV, TSV, JSONL, Parquet, a folder, a hub id, builtin:NAME")],
-    task: Annotated[str | None, typer.Option(help="the task that it is for; default: found from its columns")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="the task that it is for; default: found from its columns")
+    ] = None,
     columns: Columns = None,
     group: Annotated[str | None, typer.Option(help="a column whose rows stay in one split")] = None,
     sizes: Annotated[str | None, typer.Option(help="of the splits: validation=500,test=0.1")] = None,

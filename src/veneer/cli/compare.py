@@ -6,7 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from veneer.cli._common import OPEN, AsJson, Columns, Debug, Device, Dtype, Quiet, extra_options, note, result, still
+from veneer.cli._common import (
+    OPEN,
+    AsJson,
+    Columns,
+    Debug,
+    Device,
+    Dtype,
+    Quiet,
+    extra_options,
+    note,
+    result,
+    still,
+)
 from veneer.errors import BadOption, UnknownOption, nearest
 
 EXAMPLES = (
@@ -18,21 +30,40 @@ SETTINGS = OPEN
 
 def compare(
     ctx: typer.Context,
-    model: Annotated[str | None, typer.Option("--model", help="folder, hub id, file.gguf, builtin:NAME, module:PATH:FUNCTION")] = None,
-    data: Annotated[str | None, typer.Option("--data", help="CSV, TSV, JSONL, Parquet, a folder, a hub id, builtin:NAME")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="folder, hub id, file.gguf, builtin:NAME, module:PATH:FUNCTION"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="CSV, TSV, JSONL, Parquet, a folder, a hub id, builtin:NAME")
+    ] = None,
     methods: Annotated[str, typer.Option(help="arms separated by commas, families, or all")] = "",
-    output: Annotated[str | None, typer.Option("--output", help="the folder of the comparison; the same command goes on in it")] = None,
-    from_file: Annotated[str | None, typer.Option("--from", help="results made elsewhere: a line an item, with arm, seed, item, score")] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", help="the folder of the comparison; the same command goes on in it"),
+    ] = None,
+    from_file: Annotated[
+        str | None,
+        typer.Option("--from", help="results made elsewhere: a line an item, with arm, seed, item, score"),
+    ] = None,
     task: Annotated[str | None, typer.Option(help="default: found from the data")] = None,
     metric: Annotated[str | None, typer.Option(help="default: the task's")] = None,
-    lower_is_better: Annotated[bool, typer.Option("--lower-is-better", help="for results made elsewhere")] = False,
-    budget: Annotated[str, typer.Option(help="published, demo, examples=N, tokens=N, minutes=N")] = "published",
+    lower_is_better: Annotated[
+        bool, typer.Option("--lower-is-better", help="for results made elsewhere")
+    ] = False,
+    budget: Annotated[
+        str, typer.Option(help="published, demo, examples=N, tokens=N, minutes=N")
+    ] = "published",
     seeds: Annotated[int, typer.Option(help="runs of each arm")] = 6,
     trials: Annotated[int | None, typer.Option(help="learning rates of each arm; default 7")] = None,
-    contrast: Annotated[list[str] | None, typer.Option(help="a planned pair, lora,dora; default: all against the best")] = None,
+    contrast: Annotated[
+        list[str] | None, typer.Option(help="a planned pair, lora,dora; default: all against the best")
+    ] = None,
     correction: Annotated[str, typer.Option(help="holm (planned) or fdr_bh (screens)")] = "holm",
     smallest_effect: Annotated[float, typer.Option(help="the smallest difference that would matter")] = 0.01,
-    extend: Annotated[bool, typer.Option("--extend", help="add arms or seeds to a comparison that is there")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="add arms or seeds to a comparison that is there")
+    ] = False,
     columns: Columns = None,
     group: Annotated[str | None, typer.Option(help="a column whose rows stay in one split")] = None,
     sizes: Annotated[str | None, typer.Option(help="of the splits: validation=500,test=0.1")] = None,
@@ -62,21 +93,28 @@ def compare(
         )  # fmt: skip
         result(found, text_of(found, terminal_width()))
         return
-    missing = [f"--{n}" for n, v in (("model", model), ("data", data), ("methods", methods), ("output", output)) if not v]
+    missing = [
+        f"--{n}"
+        for n, v in (("model", model), ("data", data), ("methods", methods), ("output", output))
+        if not v
+    ]
     if missing:
         raise BadOption(f"veneer compare needs {', '.join(missing)}.", next_step="veneer compare --help")
+    from veneer.cli._watch import Watch
     from veneer.comparing import compare as run_comparison
-    from veneer.comparing.runs import print_progress
 
-    options = training_options(extra_options(ctx.args, "compare"), [o for p in ctx.command.params for o in p.opts])
+    options = training_options(
+        extra_options(ctx.args, "compare"), [o for p in ctx.command.params for o in p.opts]
+    )
     given = {"columns": columns, "group": group, "sizes": sizes, "device": device, "dtype": dtype}
     options |= {k: v for k, v in given.items() if v is not None}
     still()
-    found = run_comparison(
-        model, data, methods, output=str(output), task=task, metric=metric, budget=budget, seeds=seeds, trials=trials,
-        contrasts=pairs, correction=correction, smallest_effect=smallest_effect, extend=extend,
-        progress=None if quiet else print_progress, **options,
-    )  # fmt: skip
+    with Watch() as watch:
+        found = run_comparison(
+            model, data, methods, output=str(output), task=task, metric=metric, budget=budget, seeds=seeds,
+            trials=trials, contrasts=pairs, correction=correction, smallest_effect=smallest_effect, extend=extend,
+            progress=None if quiet else watch, **options,
+        )  # fmt: skip
     finish(found)
     result(found, text_of(found, terminal_width()))
 

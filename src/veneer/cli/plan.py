@@ -7,12 +7,27 @@ from typing import Annotated, Any
 import typer
 
 from veneer.cli._common import (
-    OPEN, AsJson, Debug, Dtype, Option, Quiet, arm_of, extra_options, human, method_options, note, result, still,
+    OPEN,
+    AsJson,
+    Debug,
+    Dtype,
+    Option,
+    Quiet,
+    arm_of,
+    extra_options,
+    human,
+    method_options,
+    note,
+    result,
+    still,
     typed_options,
 )  # fmt: skip
 from veneer.cli._table import facts, table
 
-EXAMPLES = ("veneer plan builtin:minilm lora --rank 8", 'veneer plan builtin:smollm2 "lora:rank=8,sites=block[-4:].mlp.down" --json')
+EXAMPLES = (
+    "veneer plan builtin:minilm lora --rank 8",
+    'veneer plan builtin:smollm2 "lora:rank=8,sites=block[-4:].mlp.down" --json',
+)
 SETTINGS = OPEN
 
 
@@ -23,7 +38,9 @@ def plan(
     option: Option = None,
     batch_size: Annotated[int, typer.Option(help="rows of a step, for the memory forecast")] = 8,
     length: Annotated[int, typer.Option(help="tokens of a row, for the memory forecast")] = 256,
-    task: Annotated[str | None, typer.Option(help="the task whose head the base gets; default: the one of its files")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="the task whose head the base gets; default: the one of its files")
+    ] = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -38,7 +55,9 @@ def plan(
 
     key, options = arm_of(method)
     flags = [f"--{name}" for name in ("batch-size", "length", "task", "dtype", "option")]
-    options |= method_options(key, {**extra_options(ctx.args, "plan"), **typed_options(option)}, "plan", flags)
+    options |= method_options(
+        key, {**extra_options(ctx.args, "plan"), **typed_options(option)}, "plan", flags
+    )
     still()
     base = open_base(model, task=task, dtype=dtype)
     for text in base.notes:
@@ -59,8 +78,7 @@ def _text(made: Any, plain: dict[str, Any], parts: dict[str, int]) -> str:
     for sp in made.sites:
         groups.setdefault((sp.site.role or sp.site.kind, sp.site.port), []).append(sp)
     rows = [
-        (role, port, str(len(members)), " ".join(f"{n} {'x'.join(map(str, s.shape))}" for n, s in members[0].specs.items()),
-         members[0].site.module)
+        (role, port, str(len(members)), shapes(members[0].specs), members[0].site.module)
         for (role, port), members in groups.items()
     ]  # fmt: skip
     needs = ", ".join(f"{name} {human(n)}" for name, n in parts.items() if n and name != "total")
@@ -68,10 +86,11 @@ def _text(made: Any, plain: dict[str, Any], parts: dict[str, int]) -> str:
         [
             ("method", str(made.method)),
             ("model", f"{plain['model']}, {plain['parameters']:,} parameters"),
-            ("trained", f"{plain['trainable_parameters']:,} parameters ({100 * plain['share']:.3g} %) at {len(made.sites)} sites"),
+            ("trained", f"{plain['trainable_parameters']:,} parameters ({100 * plain['share']:.3g} %) "
+                        f"at {len(made.sites)} sites"),
             ("on disk", f"{human(made.bytes_on_disk)}, float32"),
-            ("memory", f"about {human(parts.get('total', sum(parts.values())))} a step of {plain['memory']['batch_size']} x "
-                       f"{plain['memory']['length']} tokens ({needs})"),
+            ("memory", f"about {human(parts.get('total', sum(parts.values())))} a step of "
+                       f"{plain['memory']['batch_size']} x {plain['memory']['length']} tokens ({needs})"),
         ]
     )  # fmt: skip
     sites = table(
@@ -79,3 +98,8 @@ def _text(made: Any, plain: dict[str, Any], parts: dict[str, int]) -> str:
         drop=("for example", "port"), right=("sites",),
     )  # fmt: skip
     return f"{head}\n\n{sites}"
+
+
+def shapes(specs: dict[str, Any]) -> str:
+    """`A 8x384 B 384x8`."""
+    return " ".join(f"{name} {'x'.join(map(str, spec.shape))}" for name, spec in specs.items())

@@ -19,8 +19,12 @@ EXAMPLES = (
 
 def predict(
     adapter: Annotated[str, typer.Option("--adapter", help="a folder that train or compare wrote")],
-    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="texts; - reads lines")] = None,
-    input: Annotated[str | None, typer.Option("--input", help="a file, a folder or builtin:NAME instead of texts")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="[TEXT]...", help="texts; - reads lines")
+    ] = None,
+    input: Annotated[
+        str | None, typer.Option("--input", help="a file, a folder or builtin:NAME instead of texts")
+    ] = None,
     columns: Columns = None,
     model: Annotated[str | None, typer.Option("--model", help="another place of the base")] = None,
     task: Annotated[str | None, typer.Option(help="for folders that name no task")] = None,
@@ -69,7 +73,10 @@ def line_of(prediction: dict[str, Any], text: str, width: int | None = None) -> 
     probabilities = prediction.get("probabilities")
     if isinstance(probabilities, dict):
         names = said if isinstance(said, list) else [said]
-        said = ", ".join(f"{name} {probabilities[name]:.3f}" for name in names if name in probabilities) or "none"
+        said = (
+            ", ".join(f"{name} {probabilities[name]:.3f}" for name in names if name in probabilities)
+            or "none"
+        )
     elif isinstance(said, float):
         said = f"{said:.4g}"
     elif isinstance(said, list):

@@ -7,23 +7,45 @@ from typing import Annotated, Any
 import typer
 
 from veneer.cli._common import (
-    OPEN, AsJson, Columns, Debug, Device, Dtype, Option, Quiet, Seed, extra_options, method_options, note,
-    result, still, typed_options,
+    OPEN,
+    AsJson,
+    Columns,
+    Debug,
+    Device,
+    Dtype,
+    Option,
+    Quiet,
+    Seed,
+    extra_options,
+    method_options,
+    note,
+    result,
+    still,
+    typed_options,
 )  # fmt: skip
 from veneer.errors import BadOption
 
 EXAMPLES = (
     "veneer train --model builtin:minilm --data reviews.csv --method lora --rank 8 --output runs/one",
-    'veneer train --model builtin:smollm2 --data builtin:dialog --method "dora:rank=16+lora_plus" --max-steps 200 --output runs/two',
+    "veneer train --model builtin:smollm2 --data builtin:dialog --method dora --max-steps 200 --output runs/two",
 )
 SETTINGS = OPEN
 
 
 def train(
     ctx: typer.Context,
-    model: Annotated[str, typer.Option("--model", help="folder, hub id, file.gguf, timm:NAME, builtin:NAME, module:PATH:FUNCTION")],
-    data: Annotated[str, typer.Option("--data", help="CSV, TSV, JSONL, Parquet, a folder, a hub id, builtin:NAME")],
-    output: Annotated[str, typer.Option("--output", help="the folder of the run; the same command goes on in it")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", help="folder, hub id, file.gguf, timm:NAME, builtin:NAME, module:PATH:FUNCTION"
+        ),
+    ],
+    data: Annotated[
+        str, typer.Option("--data", help="CSV, TSV, JSONL, Parquet, a folder, a hub id, builtin:NAME")
+    ],
+    output: Annotated[
+        str, typer.Option("--output", help="the folder of the run; the same command goes on in it")
+    ],
     method: Annotated[str, typer.Option("--method", help="method[:option=value,...][+recipe]")] = "lora",
     option: Option = None,
     recipe: Annotated[str | None, typer.Option(help="a recipe: lora_plus, galore, mezo")] = None,
@@ -31,7 +53,9 @@ def train(
     columns: Columns = None,
     group: Annotated[str | None, typer.Option(help="a column whose rows stay in one split")] = None,
     sizes: Annotated[str | None, typer.Option(help="of the splits: validation=500,test=0.1")] = None,
-    skip_bad_rows: Annotated[str | None, typer.Option(help="a file that takes rows that cannot be trained on")] = None,
+    skip_bad_rows: Annotated[
+        str | None, typer.Option(help="a file that takes rows that cannot be trained on")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="default: from the method's range")] = None,
     epochs: Annotated[float | None, typer.Option(help="passes over the training rows; default 3")] = None,
     max_steps: Annotated[int | None, typer.Option(help="instead of passes")] = None,
@@ -39,17 +63,25 @@ def train(
     accumulate: Annotated[int | None, typer.Option(help="parts of a step, for less memory")] = None,
     max_length: Annotated[int | None, typer.Option(help="tokens of a row that are read")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="default 0.01")] = None,
-    warmup: Annotated[float | None, typer.Option(help="a part of the steps, or their number; default 0.06")] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="a part of the steps, or their number; default 0.06")
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine, constant")] = None,
     clip: Annotated[float | None, typer.Option(help="the gradient's largest norm; default 1")] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="less memory, more time")] = False,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="less memory, more time")
+    ] = False,
     mixed_precision: Annotated[str | None, typer.Option(help="bf16, fp16")] = None,
     early_stopping: Annotated[int | None, typer.Option(help="stop after so many looks without gain")] = None,
     evaluate_every: Annotated[int | None, typer.Option(help="steps; default: a pass")] = None,
     evaluate_on: Annotated[str | None, typer.Option(help="splits: validation,test")] = None,
     save_every: Annotated[int | None, typer.Option(help="steps between checkpoints")] = None,
-    whole: Annotated[list[str] | None, typer.Option(help="a module that is trained whole, beside a fresh head")] = None,
-    member: Annotated[list[str] | None, typer.Option(help="NAME=DIR, an adapter that the method combines")] = None,
+    whole: Annotated[
+        list[str] | None, typer.Option(help="a module that is trained whole, beside a fresh head")
+    ] = None,
+    member: Annotated[
+        list[str] | None, typer.Option(help="NAME=DIR, an adapter that the method combines")
+    ] = None,
     quantise: Annotated[str | None, typer.Option(help="the base's form: nf4, int8")] = None,
     seed: Seed = 0,
     device: Device = None,
@@ -63,10 +95,10 @@ def train(
     Options of the method are given by their names: --rank 8 --sites attention.query
     """
     from veneer import data as data_room
+    from veneer.cli._announce import Announce, Gather
     from veneer.training import Settings
     from veneer.training import train as run_training
     from veneer.training._progress import progress_for
-    from veneer.cli._announce import Announce, Gather
 
     given = {
         "learning_rate": learning_rate, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
@@ -75,12 +107,14 @@ def train(
         "early_stopping": early_stopping, "evaluate_every": evaluate_every, "save_every": save_every,
         "evaluate_on": tuple(evaluate_on.split(",")) if evaluate_on else None,
     }  # fmt: skip
-    settings = {name: value for name, value in given.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     extras = extra_options(ctx.args, "train")
     settings |= {name: extras.pop(name) for name in list(extras) if name in Settings.__dataclass_fields__}
     flags = [opt for p in ctx.command.params for opt in p.opts]
     key = method.partition(":")[0].partition("+")[0].strip()
-    options = {} if key == "untrained" else method_options(key, {**extras, **typed_options(option)}, "train", flags)
+    options = (
+        {} if key == "untrained" else method_options(key, {**extras, **typed_options(option)}, "train", flags)
+    )
     still()
     reading = {"columns": columns, "group": group, "sizes": sizes, "skip_bad_rows": skip_bad_rows}
     splits = data_room.read(data, task=task, **{k: v for k, v in reading.items() if v is not None})
@@ -135,7 +169,11 @@ def _text(found: Any, output: str, announce: Any, splits: Any) -> str:
     ]  # fmt: skip
     if not found.bytes_on_disk:
         return facts(pairs)
-    return facts(pairs) + "\n\nnext:\n" + "\n".join(f"  {line}" for line in next_commands(found.task, output, announce.can_merge))
+    return (
+        facts(pairs)
+        + "\n\nnext:\n"
+        + "\n".join(f"  {line}" for line in next_commands(found.task, output, announce.can_merge))
+    )
 
 
 def next_commands(task: str, output: str, can_merge: bool) -> list[str]:
@@ -153,5 +191,3 @@ def next_commands(task: str, output: str, can_merge: bool) -> list[str]:
     }.get(task, [f'veneer predict --adapter {place} "a text"'])
     merge = [f"veneer merge --adapter {place} --output {place}-merged"] if can_merge else []
     return [*asks, *merge, f"veneer export --adapter {place} --format peft --output {place}-peft"]
-
-
