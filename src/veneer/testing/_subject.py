@@ -89,6 +89,8 @@ class Subject:
             found = engine.plan(_bare(self.base.name), method, **engine_options)
         except (NoSiteFound, Unsupported) as e:
             return e.what
+        if not self.base.sides and any(n.endswith("_ids") for n in getattr(method, "inputs", ())):
+            return f"{method.key} reads token ids, and this base has none"
         if not found.sites:
             return f"{method.key} edits nothing here"
         if method.facts.data and not self.base.labelled:
