@@ -1,5 +1,6 @@
 """The engine: attach, banks, rows, merge, save and load. The only room that touches modules; it names no method."""
 
+from . import _attention, _blocks, _door, _site  # noqa: F401  (they register what generated classes add)
 from ._adapter import Adapter
 from ._api import activate, active, adapters, bare, rows
 from ._attach import attach, detach, host_of, plan, read, relayout

@@ -10,9 +10,9 @@ from torch import nn
 
 from ._adapter import Adapter
 from ._attach import host_of
-from ._door import session_for
 from ._frame import local, opened
 from ._host import Host
+from ._names import session_for
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -227,7 +227,10 @@ class Host(nn.Module):
 
     def _check_positions(self, method: Any) -> None:
         """Positions that start behind a prefix can only be given where a backbone takes them."""
-        if not getattr(method, "position_offset", 0) or self.anatomy.facts.positions not in ("absolute", "rotary"):
+        if not getattr(method, "position_offset", 0) or self.anatomy.facts.positions not in (
+            "absolute",
+            "rotary",
+        ):
             return
         backbones = [self.module(b) for b in self.anatomy.facts.backbones] or [self.root]
         if not any("position_ids" in inspect.signature(type(b).forward).parameters for b in backbones):

@@ -17,9 +17,9 @@ from veneer.edits import call
 from veneer.errors import Unsupported
 
 from ._attach import host_of
+from ._dense import dense_delta
 from ._host import Host
 from ._program import Op, build, site_tensors
-from ._site import dense_delta
 from ._weights import cut, paste, stored
 
 

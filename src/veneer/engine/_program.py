@@ -149,7 +149,9 @@ def banks_of(host: Any, rows: Any) -> list[tuple[dict[str, int], Tensor]]:
     return banks
 
 
-def build_banked(host: Any, banks: Sequence[tuple[dict[str, int], Tensor]], total: int, training: bool) -> Program:
+def build_banked(
+    host: Any, banks: Sequence[tuple[dict[str, int], Tensor]], total: int, training: bool
+) -> Program:
     """The program in the banked form: all `total` rows run, and `live` chooses."""
     program: Program = {}
     levels = max([0, *[slots.shape[0] for _, slots in banks]])

@@ -13,7 +13,7 @@ from veneer.errors import NoGradient, NotPrepared, ShapeDiffers
 
 from ._adapter import Adapter
 from ._attach import host_of, relayout
-from ._door import penalty_of
+from ._conditions import penalty_of
 from ._frame import Frame
 
 

@@ -1,0 +1,258 @@
+"""Weight edits: dense ones through W', factored ones added to the output.
+
+All are functions of the *bare* W and add up, so merging one of two adapters leaves the other what it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.edits import Tensors, delta_of
+from veneer.errors import ShapeDiffers, Unsupported
+
+from ._facts import apply, facts, select, tensors_at
+from ._frame import Frame, entered
+from ._outputs import cut_features, first, with_first
+from ._plan import SitePlan
+from ._program import Op, is_shift
+from ._rows import Rows
+from ._swap import NAME, twin
+from ._weights import cut, features, paste, stored
+
+
+def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: tuple, kwargs: dict) -> Any:
+    """The base's output under weight edits: dense ones through W', factored ones added to the output."""
+    factored = [op for op in ops if _is_factored(op, frame)]
+    dense = [op for op in ops if not _is_factored(op, frame)]
+    chosen_later = [op for op in dense if op.live is not None]
+    whole = [op for op in dense if op.rows is None and op.live is None]
+    parts = [op for op in dense if op.rows is not None]
+    apart = any("y" in op.method.arguments.get("branch", ()) for op in factored)
+    bias = getattr(module, "bias", None) if apart else None
+    replaced = _replaced(module, whole, frame)
+    if bias is not None and "bias" not in replaced:
+        replaced["bias"] = torch.zeros_like(bias)  # not every class can do without one
+    else:
+        bias = None
+    segments = _segments(parts)
+    if segments:
+        args, kwargs = _spread_rows(segments[0][0].total, args, kwargs)
+    y = twin(module, replaced).forward(*args, **kwargs) if replaced else plain(*args, **kwargs)
+    for rows, members in segments:
+        chosen = [_take(rows, v) for v in args]
+        named = {k: _take(rows, v) for k, v in kwargs.items()}
+        swapped = _replaced(module, [*whole, *members], frame)
+        if bias is not None:
+            swapped["bias"] = torch.zeros_like(bias)
+        stand_in = twin(module, swapped)
+        if module._modules:  # its children see these rows only
+            with entered(_narrowed(frame, rows)):
+                part = stand_in.forward(*chosen, **named)
+        else:
+            part = stand_in.forward(*chosen, **named)
+        y = _put(rows, y, part)
+    for op in chosen_later:  # banked form: every row runs, `live` chooses
+        swapped = _replaced(module, [op], frame)
+        new = first(twin(module, swapped).forward(*args, **kwargs))
+        now = first(y)
+        if op.site.kind in ("linear", "conv1d", "conv", "embedding"):  # linear in W: what it adds, added
+            new = now + new - first(plain(*args, **kwargs))
+        assert op.live is not None
+        y = with_first(y, torch.where(op.live.view(-1, *[1] * (now.dim() - 1)), new, now))
+    if factored:
+        x = args[0] if args else next(iter(kwargs.values()))
+        y = with_first(y, _add_branches(factored, frame, x, first(y), bias))
+    return y
+
+
+def _narrowed(frame: Frame, rows: Rows) -> Frame:
+    """The frame of some rows of the call: their names, their facts."""
+    names = [frame.names[i] for i in rows.indices]
+    program = frame.host.program(names, any(at.training for at in frame.at.values()))
+    at = {stack: select(facts, rows) for stack, facts in frame.at.items()}
+    return dataclasses.replace(frame, program=program, at=at, names=names, captured={"total": len(names)})
+
+
+def _spread_rows(total: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Inputs that all rows share (positions: one row for the batch) -> one for each row."""
+
+    def spread(v: Any) -> Any:
+        if isinstance(v, Tensor) and v.dim() > 1 and v.shape[0] == 1 and total > 1:
+            return v.expand(total, *v.shape[1:])
+        return v
+
+    return tuple(spread(v) for v in args), {k: spread(v) for k, v in kwargs.items()}
+
+
+def _is_factored(op: Op, frame: Frame) -> bool:
+    """Whether the edit adds its own change to the output. One that reads the bare output cannot while another
+    adapter is merged into the weight: there is no bare output then, and it goes by `delta` on the kept weight."""
+    if is_shift(op.plan):
+        return True
+    reads_output = "y" in op.method.arguments.get("branch", ())
+    if reads_output and (op.site.module, op.site.parameter) in frame.host.kept:
+        return False
+    return op.site.kind in ("linear", "conv1d") and "branch" in op.method.arguments and not op.site.experts
+
+
+def _replaced(module: nn.Module, ops: list[Op], frame: Frame) -> dict[str, Tensor | None]:
+    """Parameter name -> W' for the given dense edits, all of the bare W, added."""
+    host = frame.host
+    replaced: dict[str, Tensor | None] = {}
+    name = module.__dict__[NAME]
+    for op in ops:
+        site = op.site
+        now = replaced.get(site.parameter)
+        kept = host.kept.get((name, site.parameter))
+        bare = kept if kept is not None else stored(module, site.parameter)
+        alone = kept is None and sum(o.site.parameter == site.parameter for o in ops) == 1
+        W = cut(bare, site)
+        _check_shape(op, W)
+        t = tensors_at(op, frame, None)
+        if alone and "weight" in op.method.arguments and not site.experts:
+            replaced[site.parameter] = paste(bare, op.method.weight(t, W), site)  # type: ignore[attr-defined]
+            continue
+        start = now if now is not None else stored(module, site.parameter)
+        new = cut(start, site) + dense_delta(op.plan, t, W).to(start.dtype)
+        replaced[site.parameter] = paste(start, new, site)
+    return replaced
+
+
+def _check_shape(op: Op, W: Tensor) -> None:
+    """The base may have been resized since the adapter came."""
+    site = op.site
+    shape = (site.experts, *site.shape) if site.experts else site.shape
+    if shape and tuple(W.shape) != tuple(shape):
+        raise ShapeDiffers(
+            f"'{site.name}' was {tuple(shape)} when '{op.adapter.name}' was attached, and is {tuple(W.shape)} now.",
+            next_step="resize the base first, then attach or load the adapter",
+        )
+
+
+def dense_delta(sp: SitePlan, t: Tensors, W: Tensor) -> Tensor:
+    """dW in the method's shape; over experts by vmap, shared tensors unmapped."""
+    if not sp.site.experts:
+        return delta_of(sp.method, t, W)
+    shared = {n: v for n, v in t.items() if n in sp.specs and sp.specs[n].scope != "site"}
+    mapped = {n: v for n, v in t.items() if n not in shared}
+
+    def one(own: dict[str, Tensor], w: Tensor) -> Tensor:
+        return delta_of(sp.method, Tensors({**shared, **own}), w)
+
+    return torch.vmap(one)(mapped, W)
+
+
+def _segments(ops: list[Op]) -> list[tuple[Rows, list[Op]]]:
+    """Rows with the same dense edits, each group once."""
+    by_row: dict[int, list[Op]] = {}
+    total = 0
+    for op in ops:
+        _check_rows(op)
+        total = op.rows.total  # type: ignore[union-attr]
+        for i in op.rows.indices:  # type: ignore[union-attr]
+            by_row.setdefault(i, []).append(op)
+    groups: dict[tuple[int, ...], tuple[list[int], list[Op]]] = {}
+    for i in sorted(by_row):
+        key = tuple(id(op) for op in by_row[i])
+        groups.setdefault(key, ([], by_row[i]))[0].append(i)
+    return [(Rows(indices, total), members) for indices, members in groups.values()]
+
+
+def _check_rows(op: Op) -> None:
+    """A table of relative positions sees (tokens, tokens): it has no rows to tell apart."""
+    if op.site.kind == "embedding" and op.adapter.plan.anatomy.facts.positions == "relative":
+        tables = {m for _, m in op.adapter.plan.anatomy.facts.token_embeddings}
+        if op.site.module not in tables:
+            raise Unsupported(
+                f"'{op.site.module}' is a table of relative positions that all rows of a batch share, so "
+                f"'{op.adapter.name}' cannot edit it for some rows only.",
+                next_step=f"exclude={op.site.module!r}, or use this adapter for whole batches",
+            )
+
+
+def _take(rows: Rows, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.dim() and value.shape[0] % rows.total == 0 and value.shape[0]:
+        return rows.take(value)
+    return value
+
+
+def _put(rows: Rows, y: Any, new: Any) -> Any:
+    if isinstance(y, Tensor):
+        return rows.put(*_lone(rows, y, new))
+    if isinstance(y, tuple):
+        return tuple(_put_one(rows, a, b) for a, b in zip(y, new))
+    return with_first(y, rows.put(first(y), first(new)))
+
+
+def _lone(rows: Rows, y: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs that all rows share (learned positions) -> one for each row."""
+    if y.dim() > 1 and y.shape[0] == 1 and new.shape[0] == 1 and rows.total > 1:
+        return y.expand(rows.total, *y.shape[1:]), new.expand(len(rows.indices), *new.shape[1:])
+    return y, new
+
+
+def _put_one(rows: Rows, a: Any, b: Any) -> Any:
+    if not isinstance(a, Tensor):
+        return tuple(_put_one(rows, p, q) for p, q in zip(a, b)) if isinstance(a, tuple) else a
+    axis = (
+        0 if a.shape[0] % rows.total == 0 and b.shape[0] != a.shape[0] else 1
+    )  # recurrent states: batch on axis 1
+    return rows.put(a, b, axis)
+
+
+def _add_branches(ops: list[Op], frame: Frame, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    # Without gradients dy is added in place; an edit that reads the bare output then needs a copy of it.
+    reads = not torch.is_grad_enabled() and any("y" in op.method.arguments.get("branch", ()) for op in ops)
+    bare = y.clone() if reads else y
+    for op in ops:
+        m, site = op.method, op.site
+        rows = op.rows
+        mine = rows.take(x) if rows is not None else x
+        if is_shift(op.plan):
+            W = cut(frame.host.bare(site), site)
+            dy = delta_of(m, tensors_at(op, frame, None), W)
+            dy = _shift_like(rows.take(y) if rows is not None else y, dy, op, frame)
+        else:
+            have: dict[str, Any] = {"x": _as_rows(mine, op)}
+            if "y" in m.arguments["branch"]:
+                inner = cut_features(rows.take(bare) if rows is not None else bare, site)
+                have["y"] = _as_rows(inner, op)
+            if "at" in m.arguments["branch"]:
+                have["at"] = facts(op, frame)
+            dy = apply(op, frame, "branch", have)
+            dy = dy.reshape(*mine.shape[:-1], dy.shape[-1]) if op.rowed else dy
+        if op.live is not None:
+            dy = torch.where(
+                op.live.view(-1, *[1] * (dy.dim() - 1)), dy, torch.zeros((), dtype=dy.dtype, device=dy.device)
+            )
+        dy = dy.to(y.dtype)
+        if site.ranges and not is_shift(op.plan):
+            wide = torch.zeros(*dy.shape[:-1], y.shape[-1], dtype=dy.dtype, device=dy.device)
+            dy = wide.index_copy(-1, features(site, dy.device), dy)
+        y = y + dy if rows is None else rows.add(y, dy)
+    return y if bias is None else y + bias
+
+
+_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+def _shift_like(y: Tensor, dy: Tensor, op: Op, frame: Frame) -> Tensor:
+    """A change of a bias, (features,) or (rows, 1, features), in the shape of the output that it shifts."""
+    width = dy.shape[-1]
+    first_axis = y.dim() > 2 and y.shape[1] == width
+    if first_axis and y.shape[-1] == width:  # either axis could be the features: the module's kind decides
+        first_axis = isinstance(frame.host.module(op.site.module), _CHANNELS_FIRST)
+    features_at = 1 if first_axis else y.dim() - 1
+    if op.rowed:
+        dy = dy.reshape(op.count, *[1] * (y.dim() - 2), -1)
+        dy = dy.movedim(-1, features_at)
+        return dy.repeat_interleave(y.shape[0] // op.count, 0).expand_as(y)
+    return dy.view(-1, *[1] * (y.dim() - 1 - features_at)).expand_as(y)
+
+
+def _as_rows(value: Tensor, op: Op) -> Tensor:
+    return value.reshape(op.count, -1, value.shape[-1]) if op.rowed else value

@@ -1,0 +1,48 @@
+"""Names for rows: what a person gives, checked, as a session."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from veneer.errors import BadOption, Unsupported
+
+from ._frame import Names, Session
+from ._program import banks_of
+
+
+def session_for(host: Any, names: Any, base: Session | None = None) -> Session:
+    """A session from what a person gives: a name, None, a list of names by row, or {stack: names by row}."""
+    if isinstance(names, Mapping):
+        return Session(host, by_stack={s: _row_names(host, n) for s, n in names.items()})
+    if names is None or isinstance(names, str):
+        chosen = () if names is None else (names,)
+        _known(host, chosen)
+        return Session(host, names=chosen, banks=banks_of(host, chosen))
+    rows = _row_names(host, names)
+    return Session(host, rows=rows, banks=banks_of(host, rows))
+
+
+def _row_names(host: Any, names: Sequence[Any]) -> list[Names]:
+    rows: list[Names] = []
+    for n in names:
+        row = () if n is None else (n,) if isinstance(n, str) else tuple(n)
+        _known(host, row)
+        rows.append(row)
+    if not rows:
+        raise BadOption(
+            "names for the rows of a batch: the list is empty.", next_step='for example ["a", None, "b"]'
+        )
+    return rows
+
+
+def _known(host: Any, names: Sequence[str]) -> None:
+    for n in names:
+        host.adapter(n)
+        if n in host.merged:
+            raise Unsupported(f"adapter '{n}' is merged into the base, so every row has it.",
+                              next_step="veneer.unmerge(model) takes it out again")  # fmt: skip
+
+
+def any_names(rows: Any) -> bool:
+    return any(bool(r) for r in rows)
