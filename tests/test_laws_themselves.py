@@ -653,7 +653,7 @@ def test_quantised_catches_a_weight_that_is_read_around_its_form(monkeypatch):
     sound(Turns, "quantised", "mlp")
     real = _site.stored
     monkeypatch.setattr(
-        _site, "stored", lambda m, name: real(m, name) * (1.01 if hasattr(m, "dense_weight") else 1.0)
+        _dense, "stored", lambda m, name: real(m, name) * (1.01 if hasattr(m, "dense_weight") else 1.0)
     )
     broken(Turns, "quantised", "over the nf4 base", base="mlp")
 

@@ -17,6 +17,7 @@ from ._blocks import (
     running_mean,
     skew,
     split_heads,
+    widen,
 )
 from ._method import (
     FUNCTIONS,
@@ -107,6 +108,7 @@ __all__ = [
     "split_heads",
     "truncated_normal",
     "uniform",
+    "widen",
     "xavier",
     "zeros",
 ]

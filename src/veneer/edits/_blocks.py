@@ -41,11 +41,20 @@ def dropout(x: Tensor, p: float, at: Any) -> Tensor:
     return F.dropout(x, p, True) if p and at.training else x
 
 
+def widen(extra: Tensor, width: int) -> Tensor:
+    """(..., d) -> (..., width), zeros behind: keys and values beside an edit further out that works at more width.
+
+    Such an edit keeps the attention's own heads in the first d places, and zeros meet nothing in the others.
+    """
+    return extra if extra.shape[-1] == width else F.pad(extra, (0, width - extra.shape[-1]))
+
+
 def before(extra: Tensor, x: Tensor) -> Tensor:
     """[extra; x] along the token axis.
 
     extra: (heads, length, d) or (rows, heads, length, d); x: (rows, heads, tokens, d)
     """
+    extra = widen(extra, x.shape[-1])
     if extra.dim() < x.dim():
         extra = extra.expand(x.shape[0], *extra.shape)
     return torch.cat([extra.to(x.dtype), x], dim=-2)

@@ -168,11 +168,18 @@ class Adapter(nn.Module):
         if not kept:
             return
         views = self.named()
+        moved = False
         for e in kept:
-            views[e.key].copy_(e.spec.keep(views[e.key]))  # type: ignore[misc]
-        for leaf in self.leaves():
-            torch.autograd.graph.increment_version(leaf)
-        self._cached.clear()
+            now, new = views[e.key], e.spec.keep(views[e.key])  # type: ignore[misc]
+            if (new - now).abs().max() > 64 * torch.finfo(
+                now.dtype
+            ).eps:  # else it lies on it, but for rounding
+                now.copy_(new)
+                moved = True
+        if moved:
+            for leaf in self.leaves():
+                torch.autograd.graph.increment_version(leaf)
+            self._cached.clear()
 
     # -- reading ------------------------------------------------------------------------------------------------
 

@@ -162,20 +162,8 @@ def _narrowed(op: Op, rows: Rows) -> Op:
     """The op on a subset of its rows."""
     if op.rows is not None and op.rows.indices == rows.indices:
         return op
-    made = Op(op.plan, op.t, None if rows.whole else rows, op.rowed, op.adapter, len(rows.indices))
-    made.members, made.live = op.members, op.live
-    if op.rowed:
-        mine = op.rows.indices if op.rows is not None else tuple(range(rows.total))
-        index = torch.tensor([mine.index(i) for i in rows.indices])
-        from veneer.edits import Tensors
-
-        made.t = Tensors(
-            {
-                n: v.index_select(0, index.to(v.device)) if v.shape[:1] == (len(mine),) else v
-                for n, v in op.t.items()
-            }
-        )
-    return made
+    mine = op.rows.indices if op.rows is not None else tuple(range(rows.total))
+    return op.for_rows(rows, [(row, mine.index(row)) for row in rows.indices])
 
 
 def _bare_rows(ops: list[Op], total: int) -> Rows | None:

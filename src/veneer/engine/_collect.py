@@ -86,7 +86,7 @@ def collect(host: Any, module: nn.Module, frame: Frame, named: dict, extra: dict
         prompt = _prompt(facts, session, named, now, past, total, tokens)
     at = At(
         training=module.training, past=past, mask=now, mask_all=mask,
-        prompt=prompt, tasks=extra.get("tasks"), ids=ids if isinstance(ids, Tensor) else None, inputs=extra,
+        prompt=prompt, tasks=_tasks(extra, session, total), ids=ids if isinstance(ids, Tensor) else None, inputs=extra,
         added=_added(session, total) if past == 0 else None,
         step=host.__dict__.get("step", 0),
     )  # fmt: skip
@@ -106,6 +106,16 @@ def collect(host: Any, module: nn.Module, frame: Frame, named: dict, extra: dict
         )
     if any(ops.exit for ops in frame.program.values()):
         frame.taps = {}
+
+
+def _tasks(extra: dict, session: Session | None, total: int) -> Tensor | None:
+    """The task of each row: of this call, or of when generation began, for every beam."""
+    tasks = extra.get("tasks")
+    if tasks is None and session is not None:
+        tasks = session.extra.get("tasks")
+    if isinstance(tasks, Tensor) and tasks.dim() and tasks.shape[0] and total > tasks.shape[0]:
+        tasks = tasks.repeat_interleave(total // tasks.shape[0], 0)
+    return tasks
 
 
 def _added(session: Session | None, total: int) -> Tensor | None:

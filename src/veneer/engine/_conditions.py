@@ -46,7 +46,11 @@ def conditions(
                 at = (frame.at.get("") or At()).with_(site=sp.site, _bare=functools.partial(_bare, host, run))
                 with entered(Frame(host, {})):
                     merged.update(call(sp.method, "condition", t, {"inputs": inputs, "at": at}))
-        frame.session.conditions[name] = merged
+        # For all rows of the call, so that an edit at any place of a stack finds its own.
+        frame.session.conditions[name] = {
+            k: v if chosen is None else chosen.put(v.new_zeros(total, *v.shape[1:]), v)
+            for k, v in merged.items()
+        }
 
 
 def _bare(host: Any, run: Any, **inputs: Any) -> Any:

@@ -18,7 +18,7 @@ from ._facts import apply, facts, select, tensors_at
 from ._frame import Frame, entered
 from ._outputs import cut_features, first, with_first
 from ._plan import SitePlan
-from ._program import Op, is_shift
+from ._program import Op, is_shift, narrow
 from ._rows import Rows
 from ._swap import NAME, twin
 from ._weights import cut, features, paste, stored
@@ -28,6 +28,9 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
     """The base's output under weight edits: dense ones through W', factored ones added to the output."""
     factored = [op for op in ops if _is_factored(op, frame)]
     dense = [op for op in ops if not _is_factored(op, frame)]
+    if dense:  # beside a dense edit there is no bare output to read
+        dense += [op for op in factored if "y" in op.method.arguments.get("branch", ())]
+        factored = [op for op in factored if op not in dense]
     chosen_later = [op for op in dense if op.live is not None]
     whole = [op for op in dense if op.rows is None and op.live is None]
     parts = [op for op in dense if op.rows is not None]
@@ -50,7 +53,7 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
             swapped["bias"] = torch.zeros_like(bias)
         stand_in = twin(module, swapped)
         if module._modules:  # its children see these rows only
-            with entered(_narrowed(frame, rows)):
+            with entered(_narrowed(frame, rows, module.__dict__[NAME])):
                 part = stand_in.forward(*chosen, **named)
         else:
             part = stand_in.forward(*chosen, **named)
@@ -69,10 +72,10 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
     return y
 
 
-def _narrowed(frame: Frame, rows: Rows) -> Frame:
+def _narrowed(frame: Frame, rows: Rows, module: str) -> Frame:
     """The frame of some rows of the call: their names, their facts."""
     names = [frame.names[i] for i in rows.indices]
-    program = frame.host.program(names, any(at.training for at in frame.at.values()))
+    program = narrow(frame.program, rows, module)
     at = {stack: select(facts, rows) for stack, facts in frame.at.items()}
     return dataclasses.replace(frame, program=program, at=at, names=names, captured={"total": len(names)})
 
@@ -175,7 +178,8 @@ def _check_rows(op: Op) -> None:
 
 
 def _take(rows: Rows, value: Any) -> Any:
-    if isinstance(value, Tensor) and value.dim() and value.shape[0] % rows.total == 0 and value.shape[0]:
+    # One axis alone is no batch: positions that all rows share.
+    if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] % rows.total == 0 and value.shape[0]:
         return rows.take(value)
     return value
 

@@ -41,11 +41,12 @@ _NO_FACTS = At()
 def _spread(conditions: dict[str, Tensor], op: Op, frame: Frame) -> dict[str, Tensor]:
     """Conditions made for one row, for all of its beams."""
     total: Any = frame.captured.get("total", 0)
-    mine = len(op.rows.indices) if op.rows is not None else total
-    return {
-        k: v.repeat_interleave(mine // v.shape[0], 0) if v.dim() and mine > v.shape[0] and v.shape[0] else v
-        for k, v in conditions.items()
-    }
+
+    def own(v: Tensor) -> Tensor:
+        v = v.repeat_interleave(total // v.shape[0], 0) if v.shape[0] and total > v.shape[0] else v
+        return v if op.rows is None else op.rows.take(v)
+
+    return {k: own(v) for k, v in conditions.items()}
 
 
 def select(at: At, rows: Rows) -> At:

@@ -31,7 +31,7 @@ class Session:
     prompt: Tensor | None = None  # (rows, tokens when generation began) bool
     inserted: Any = None  # the Insertion of `tokens` edits made when generation began
     conditions: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
-    history: dict[Any, Tensor] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # inputs for adapters, given when generation began
     banks: Any = None  # for compiled code: the live banks, each with its slots
 
 

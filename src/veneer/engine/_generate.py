@@ -74,6 +74,7 @@ def _open_generation(host: Any, model: Any, session: Session, kwargs: dict) -> d
     ids, embeds = named.get("input_ids"), named.get("inputs_embeds")
     source = embeds if embeds is not None else ids
     extra = taken(host, named, named)
+    session.extra = extra
     if source is None:
         return named
     rows, tokens = source.shape[:2]

@@ -310,7 +310,8 @@ class Host(nn.Module):
         history = cache.__dict__.setdefault("_veneer_history", {})
         if "_veneer_reorder" not in cache.__dict__ and hasattr(cache, "reorder_cache"):
             _follow_reordering(cache, history)
-        name = (op.adapter.name, op.site.name, key)
+        which = None if op.rows is None else op.rows.indices
+        name = (op.adapter.name, op.site.name, key, op.level, which)
         full = x
         if op.rows is not None:
             total = frame.captured["total"]

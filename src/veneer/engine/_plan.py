@@ -217,21 +217,25 @@ def _sites_of(found: Anatomy, m: Method, exclude: Any, layers: Any, partial: boo
 
 def _tied(found: Anatomy, plans: list[SitePlan]) -> list[SitePlan]:
     """A site is a parameter: one that two modules share is edited at both, with the same tensors."""
-    partner: dict[tuple[str, str], tuple[str, str]] = {}
+    groups: dict[str, set[str]] = {}  # parameter -> all parameters that are the same tensor
     for a, b in found.facts.tied:
-        one, two = a.rpartition("."), b.rpartition(".")
-        partner[one[0], one[2]], partner[two[0], two[2]] = (two[0], two[2]), (one[0], one[2])
+        joined = groups.get(a, {a}) | groups.get(b, {b})
+        groups.update(dict.fromkeys(joined, joined))
     chosen = {(sp.site.module, sp.site.parameter) for sp in plans if sp.site.port == "weight"}
     owners = {(s.module, s.parameter): s for s in found.sites}
     more = []
     for sp in plans:
-        other = partner.get((sp.site.module, sp.site.parameter)) if sp.site.port == "weight" else None
-        if other is None or other in chosen:
-            continue
-        there = owners.get(other)
-        kind, bias = (there.kind, there.bias) if there is not None else (sp.site.kind, "")
-        site = dataclasses.replace(sp.site, module=other[0], parameter=other[1], kind=kind, bias=bias)
-        more.append(dataclasses.replace(sp, site=site))
+        own = f"{sp.site.module}.{sp.site.parameter}"
+        for name in sorted(groups.get(own, ())) if sp.site.port == "weight" else ():
+            other = (name.rpartition(".")[0], name.rpartition(".")[2])
+            if other in chosen:
+                continue
+            chosen.add(other)
+            there = owners.get(other)
+            # An owner that no role names is a table of tokens, like the one that was chosen.
+            kind, bias = (there.kind, there.bias) if there is not None else (sp.site.kind, "")
+            site = dataclasses.replace(sp.site, module=other[0], parameter=other[1], kind=kind, bias=bias)
+            more.append(dataclasses.replace(sp, site=site))
     return [*plans, *more]
 
 
@@ -243,7 +247,11 @@ def _null_gradients(found: Anatomy, sp: SitePlan) -> SitePlan:
     if sp.site.module not in keys or not sp.site.parameter.endswith("bias"):
         return sp
     why = "a shift of all scores of a query leaves its softmax alone"
-    specs = {n: dataclasses.replace(s, null_gradient=s.null_gradient or why) for n, s in sp.specs.items()}
+    moved = getattr(sp.method, "penalised", ())  # a penalty of their own still moves these
+    specs = {
+        n: s if n in moved else dataclasses.replace(s, null_gradient=s.null_gradient or why)
+        for n, s in sp.specs.items()
+    }
     return dataclasses.replace(sp, specs=specs)
 
 

@@ -31,6 +31,7 @@ class Op:
     __slots__ = (
         "adapter",
         "count",
+        "level",
         "live",
         "members",
         "method",
@@ -49,7 +50,23 @@ class Op:
         self.count = count  # rowed: how many rows its tensors have
         self.method, self.site, self.port = plan.method, plan.site, plan.site.port
         self.members: tuple[Op, ...] = ()
+        self.level = 0  # place in the stack of its rows
         self.live: Tensor | None = None  # banked form: (rows, 1, 1) bool
+
+    def for_rows(self, rows: Rows, kept: Sequence[tuple[int, int]]) -> Op:
+        """The op on some of its rows. kept: (place among the new rows, place among its own)."""
+        t = self.t
+        if self.rowed:
+            chosen = [j for _, j in kept]
+
+            def take(v: Any) -> Any:
+                mine = isinstance(v, Tensor) and v.dim() >= 3 and v.shape[0] == self.count
+                return v[torch.tensor(chosen, device=v.device)] if mine else v
+
+            t = Tensors({n: take(v) for n, v in t.items()})
+        made = Op(self.plan, t, None if rows.whole else rows, self.rowed, self.adapter, len(kept))
+        made.members, made.live, made.level = self.members, self.live, self.level
+        return made
 
 
 class SiteOps:
@@ -77,8 +94,8 @@ def build(
     """The program for a whole batch under one stack of names, or for a stack of names a row."""
     program: Program = {}
     if isinstance(rows, tuple) and all(isinstance(n, str) for n in rows):
-        for name in rows:
-            _add(program, host, [(host.adapter(name), None)], training)
+        for level, name in enumerate(rows):
+            _add(program, host, [(host.adapter(name), None)], training, level=level)
         return program
     total = len(rows)
     for level in range(max((len(names) for names in rows), default=0)):
@@ -94,7 +111,7 @@ def build(
                 chosen = None
             banks.setdefault(id(adapter.plan) if _can_bank(adapter) else name, []).append((adapter, chosen))
         for members in banks.values():
-            _add(program, host, members, training, total)
+            _add(program, host, members, training, total, level)
     return program
 
 
@@ -104,7 +121,12 @@ def _can_bank(adapter: Adapter) -> bool:
 
 
 def _add(
-    program: Program, host: Any, members: list[tuple[Adapter, Rows | None]], training: bool, total: int = 0
+    program: Program,
+    host: Any,
+    members: list[tuple[Adapter, Rows | None]],
+    training: bool,
+    total: int = 0,
+    level: int = 0,
 ) -> None:
     first = members[0][0]
     tensors = [site_tensors(host, a, training) for a, _ in members]
@@ -123,6 +145,7 @@ def _add(
         else:
             ops = [Op(sp, t[i], r, False, a) for (a, r), t in zip(members, tensors)]
         for op in ops:
+            op.level = level
             if op.adapter.of:
                 op.members = _members(host, op, training)
             place(program, op)
@@ -169,12 +192,13 @@ def build_banked(
                 if _broadcasts_at(sp):
                     t = gather([t[i] for t in tensors], (mine - 1).clamp(min=0))
                     op = Op(sp, t, None, True, adapters[0], mine.shape[0])
-                    op.live = mine > 0
+                    op.live, op.level = mine > 0, level
                     place(program, op)
                     continue
                 for j, adapter in enumerate(adapters):
                     op = Op(sp, tensors[j][i], None, False, adapter)
-                    op.live = mine == j + 1
+                    op.live, op.level = mine == j + 1, level
+                    op.members = _members(host, op, training) if adapter.of else ()
                     place(program, op)
     return program
 
@@ -192,6 +216,8 @@ def _broadcasts_at(sp: SitePlan) -> bool:
     if sp.site.kind in ONE_BY_ONE or sp.site.experts or sp.part < 0:
         return False
     m = sp.method
+    if m.facts.data or getattr(m, "needs_members", False):  # shapes of their own; members of their own
+        return False
     if not m.broadcasts or "at" in m.arguments.get("derive", ()) or "condition" in m.arguments:
         return False
     if sp.site.port == "weight":
@@ -205,6 +231,26 @@ def is_shift(sp: SitePlan) -> bool:
     """A weight edit of a bias: it shifts the output, whatever the module is."""
     site = sp.site
     return len(site.shape) == 1 and site.parameter in ("bias", site.bias or "bias") and not site.ranges
+
+
+def narrow(program: Program, rows: Rows, module: str) -> Program:
+    """The program below `module` for some rows of the call, with the very tensors of the whole: noise included."""
+    place_of = {row: j for j, row in enumerate(rows.indices)}
+    small: Program = {}
+    for name, ops in program.items():
+        if module and not name.startswith(module + "."):
+            continue
+        made = small[name] = SiteOps()
+        made.capture = ops.capture
+        for port in PORTS:
+            for op in getattr(ops, port):
+                mine = op.rows.indices if op.rows is not None else tuple(range(rows.total))
+                kept = [(place_of[row], j) for j, row in enumerate(mine) if row in place_of]
+                if kept:
+                    getattr(made, port).append(
+                        op.for_rows(Rows([p for p, _ in kept], len(rows.indices)), kept)
+                    )
+    return small
 
 
 def _members(host: Any, op: Op, training: bool) -> tuple[Op, ...]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from veneer.anatomy import Site
-from veneer.errors import BadData
+from veneer.errors import BadData, Unsupported
 
 from ._weights import cut
 
@@ -23,6 +23,11 @@ def squared_gradients(
     would square the sum in place of summing the squares.
     """
     owners = [host.root.get_submodule(s.module) if s.module else host.root for s in sites]
+    if any(hasattr(m, "dense_weight") for m in owners):
+        raise Unsupported(
+            "this base is quantised, and its codes have no gradients to square.",
+            next_step="prepare the adapter on the base before it is quantised, save it, and load it here",
+        )
     parameters = []
     for s, m in zip(sites, owners):
         owner: Any = m

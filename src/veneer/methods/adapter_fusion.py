@@ -44,6 +44,7 @@ def _near_identity(shape: tuple[int, ...], generator: torch.Generator) -> Tensor
     starts_as_identity=False,
     reason="it starts as a mean of its adapters",
     mergeable=False,
+    kinds=("attention", "mlp", "block"),
     rates=(1e-5, 1e-3),
 )
 class AdapterFusion(OutputMethod):

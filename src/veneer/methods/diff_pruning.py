@@ -30,6 +30,7 @@ from ._masks import largest
 
 @method("diff_pruning", paper="arXiv:2012.07463", family="selective/mask", rates=(1e-6, 1e-4))
 class DiffPruning(WeightMethod):
+    penalised = ("alpha", "alpha_group")  # the penalty moves the gates even where the loss does not
     penalty_weight: float = hyper(1.25e-7, "weight of the expected number of open gates", at_least=0)
     keep_ratio: float = hyper(0.005, "share of all entries that `finish` keeps", more_than=0, at_most=1)
     structured: bool = hyper(True, "one more gate for each parameter tensor")

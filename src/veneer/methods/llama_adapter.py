@@ -15,7 +15,7 @@ method. The gated part depends on q, so nothing can be merged.
 import torch
 from torch import Tensor
 
-from veneer.edits import At, AttentionMethod, Site, Sites, Specs, Tensors, hyper, method, normal, zeros
+from veneer.edits import At, AttentionMethod, Site, Sites, Specs, Tensors, hyper, method, normal, widen, zeros
 
 
 @method("llama_adapter", paper="arXiv:2303.16199", family="additive/prompt", rates=(1e-3, 3e-2))
@@ -36,6 +36,7 @@ class LlamaAdapter(AttentionMethod):
     def attention(self, t: Tensors, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, attend, at: At) -> Tensor:
         """q: (rows, heads, queries, head_dim), k and v: (rows, kv_heads, keys, head_dim) -> like q"""
         K, V = (self.projected(role, t.prompt, q.shape[0], at) for role in ("key", "value"))
+        K, V = widen(K, k.shape[-1]), widen(V, v.shape[-1])
         seen = torch.ones_like(q[:1, :1, :, :1], dtype=torch.bool).expand(-1, -1, -1, self.length)
         if self.gate == "head_tanh":
             gate = t.gate.tanh().reshape(-1, q.shape[1], 1, 1)

@@ -35,6 +35,7 @@ from veneer.edits import (
     normal,
     open_before,
     running_mean,
+    widen,
     zeros,
 )
 
@@ -99,8 +100,9 @@ class UniPELT(Method):
             return attend(q, before(gate * t.K, k), before(gate * t.V, v), mask)
         # A gate for each query cannot be put into keys that all queries share. Twice the width can: the
         # second half of q is G q and meets the prefix alone; that of the output is what G has to scale.
-        K = before(torch.cat([torch.zeros_like(t.K), t.K], -1), torch.cat([k, torch.zeros_like(k)], -1))
-        V = before(torch.cat([torch.zeros_like(t.V), t.V], -1), torch.cat([v, torch.zeros_like(v)], -1))
+        own_K, own_V = widen(t.K, k.shape[-1]), widen(t.V, v.shape[-1])
+        K = before(torch.cat([torch.zeros_like(own_K), own_K], -1), torch.cat([k, torch.zeros_like(k)], -1))
+        V = before(torch.cat([torch.zeros_like(own_V), own_V], -1), torch.cat([v, torch.zeros_like(v)], -1))
         own, prefix = attend(torch.cat([q, gate * q], -1), K, V, mask).chunk(2, -1)
         return own + gate * prefix
 
