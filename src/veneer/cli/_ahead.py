@@ -27,10 +27,13 @@ def processors() -> int:
 
 def _open(runner: Any) -> None:
     global _runner
+    import signal
+
     import torch
 
     from veneer.cli._common import still
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that began this one
     torch.set_num_threads(1)  # as many runs at once as there are processors
     still()
     _runner = runner
@@ -62,6 +65,7 @@ class Ahead:
         self.begun: dict[tuple[Any, ...], Future[Any]] = {}
         self.tuned = 0
         os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers, which are new processes
+        self.others = multiprocessing.active_children()
         context = multiprocessing.get_context("spawn")
         self.pool = ProcessPoolExecutor(workers, context, initializer=_open, initargs=(runner,))
 
@@ -70,10 +74,10 @@ class Ahead:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        mine = [child for child in multiprocessing.active_children() if child not in self.others]
         self.pool.shutdown(wait=error[0] is None, cancel_futures=True)
-        if error[0] is not None:
-            for process in list(getattr(self.pool, "_processes", None) or {}):
-                os.kill(process, 15)
+        for child in mine if error[0] is not None else ():
+            child.terminate()  # what they were at is done again
 
     def __call__(
         self, *, arm: Arm, seed: int, learning_rate: float | None, splits: tuple[str, ...], output: Path

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -80,7 +81,24 @@ OPEN = {"allow_extra_args": True, "ignore_unknown_options": True}  # options of 
 
 def say(text: str) -> None:
     """A message for people, on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(fitted(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def fitted(text: str, stream: Any) -> str:
+    """Long lines broken between words where `stream` is a terminal; for other programs lines stay whole."""
+    if not stream.isatty():
+        return text
+    from veneer.cli._table import terminal_width
+
+    lines: list[str] = []
+    for line in text.split("\n"):
+        hanging = " " * (len(line) - len(line.lstrip()) + 2)
+        broken = textwrap.wrap(
+            line, terminal_width(), subsequent_indent=hanging, break_long_words=False, break_on_hyphens=False,
+            drop_whitespace=True, replace_whitespace=False,
+        )  # fmt: skip
+        lines += broken or [""]
+    return "\n".join(lines)
 
 
 def note(text: str) -> None:
@@ -96,7 +114,7 @@ def result(value: Any, text: str | None = None) -> None:
         print(json.dumps(finite(plain), ensure_ascii=False, indent=2, default=_plain), file=STATE.stdout)
         STATE.stdout.flush()
     else:
-        print(str(value) if text is None else text)
+        print(fitted(str(value) if text is None else text, sys.stdout))
 
 
 def finite(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """`make demo`: which method, for a small encoder and a few film sentences? A whole comparison in minutes.
 
-The budget is small on purpose, and the result is a screen: of sentences of at most 20 words 190 to train on,
+The budget is small on purpose, and the result is a screen: of sentences of at most 16 words 190 to train on,
 twice; 200 to choose rates on, 300 to test on; three rates an arm, six seeds. `make study` asks the same
 question in earnest.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL, DATA = "builtin:minilm", "builtin:movie-sentences"
-WORDS = 20  # of a sentence at most: half of the work, and nothing is cut off
+WORDS = 16  # of a sentence at most: half of the work, and nothing is cut off
 ARMS = (
     "lora", "vera", "bitfit", "fish_mask", "serial_adapter", "ia3", "loreft", "prefix_tuning", "unipelt",
     "ladder_side_tuning",
@@ -70,7 +70,8 @@ def short(data: Any) -> Any:
     return splits
 
 
-def main(output: Path = OUTPUT) -> None:
+def main(output: Path = OUTPUT, **given: Any) -> None:
+    """Run it, print the table, and let the winner speak. given: for `run`."""
     from veneer.cli._common import say, still
     from veneer.cli._table import terminal_width
     from veneer.cli.compare import finish, text_of
@@ -82,9 +83,12 @@ def main(output: Path = OUTPUT) -> None:
     say(f"{len(ARMS)} methods and three controls, on {DATA} with {MODEL}.")
     say("A screen of some minutes; stop it at any moment, the same command goes on.")
     still()
-    found = run(output)
+    found = run(output, **given)
     finish(found)
     print(text_of(found, terminal_width()))
+    if found.best_folder is None or not (found.best_folder / "veneer.json").is_file():
+        say("the winner has no adapter, so there is nothing to predict with")
+        return
     command = [sys.executable, "-m", "veneer", "predict", "--adapter", str(found.best_folder), *SENTENCES]
     shown = " ".join(repr(sentence) for sentence in SENTENCES)
     print(
@@ -98,5 +102,21 @@ def main(output: Path = OUTPUT) -> None:
     )
 
 
+def run_as_program() -> None:
+    """`main`, with the messages and exit codes of all commands."""
+    from veneer.cli._app import print_error
+    from veneer.cli._common import say
+    from veneer.errors import VeneerError
+
+    try:
+        main()
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on")
+        sys.exit(130)
+    except VeneerError as error:
+        print_error(error)
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    main()
+    run_as_program()

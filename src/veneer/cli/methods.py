@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,12 +91,22 @@ def listing(rows: list[dict[str, Any]]) -> str:
 
 def page(found: MethodInfo) -> str:
     """One method for a terminal: what its page in a paper would say, its options, what it can."""
-    lines = [found.doc, "", "options:"]
+    lines = [*reflowed(found.doc), "", "options:"]
     for option in found.hyperparameters:
         limits = f" ({words(option.bounds)})" if option.bounds else ""
         alias = f"; also {', '.join(option.alias)}" if option.alias else ""
         lines.append(_hanging(f"{option.name} = {shown(option.default)}", f"{option.meaning}{limits}{alias}"))
     return "\n".join([*lines, "", facts(facts_of(found)), "", f"try: veneer plan builtin:minilm {found.key}"])
+
+
+def reflowed(doc: str) -> list[str]:
+    """The paragraphs of a docstring as wide as the terminal; equations and tables, which are indented, as they are."""
+    lines: list[str] = []
+    for paragraph in doc.split("\n\n"):
+        is_prose = not any(line.startswith(" ") for line in paragraph.split("\n"))
+        text = textwrap.wrap(" ".join(paragraph.split()), terminal_width(), break_on_hyphens=False)
+        lines += [*(text if is_prose else paragraph.split("\n")), ""]
+    return lines[:-1]
 
 
 def facts_of(found: MethodInfo) -> list[tuple[str, str]]:
@@ -152,6 +163,4 @@ def shares(keys: Iterable[str]) -> dict[str, float]:
 
 
 def _hanging(name: str, text: str) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(f"  {name}    {text}", terminal_width(), subsequent_indent="      "))

@@ -154,7 +154,8 @@ def summary(found: Any) -> dict[str, Any]:
 
 def _text(found: Any, output: str, announce: Any, splits: Any) -> str:
     from veneer.cli._common import human
-    from veneer.cli._table import facts
+    from veneer.cli._page import folded
+    from veneer.cli._table import facts, terminal_width
 
     pairs = []
     for split, metrics in found.metrics.items():
@@ -169,11 +170,9 @@ def _text(found: Any, output: str, announce: Any, splits: Any) -> str:
     ]  # fmt: skip
     if not found.bytes_on_disk:
         return facts(pairs)
-    return (
-        facts(pairs)
-        + "\n\nnext:\n"
-        + "\n".join(f"  {line}" for line in next_commands(found.task, output, announce.can_merge))
-    )
+    commands = next_commands(found.task, output, announce.can_merge)
+    lines = [line for command in commands for line in folded(command, terminal_width())]
+    return "\n".join([facts(pairs), "", "next:", *lines])
 
 
 def next_commands(task: str, output: str, can_merge: bool) -> list[str]:
