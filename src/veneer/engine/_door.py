@@ -18,6 +18,7 @@ from ._collect import collect, length_of, named_inputs, taken, totals
 from ._conditions import conditions, penalty_of
 from ._frame import Frame, Session, current, entered, session_of
 from ._generate import generating, saving
+from ._host import keep_history
 from ._names import any_names, session_for
 from ._program import PORTS, Program, SiteOps, build_banked
 from ._prompts import cut_back, extend_for_cache, put_in, shift_positions, token_ops
@@ -136,6 +137,8 @@ def _run(
             if host.anatomy.facts.encoder_decoder:
                 args, kwargs = _encoder_prompts(host, module, names, frame, named, args, kwargs)
         y = run(*args, **kwargs)
+        if "pending" in frame.captured:
+            keep_history(frame, y)
         if program and module.training and hasattr(y, "keys") and y.get("loss") is not None:
             penalty = penalty_of(host, frame)
             if penalty is not None:

@@ -18,7 +18,7 @@ def facts(op: Op, frame: Frame) -> At:
     """The facts of this op's rows at its site."""
     at = frame.at.get(op.site.stack) or frame.at.get("") or _NO_FACTS
     if op.rows is not None:
-        key = ("rows", op.site.stack, id(op.rows))
+        key = ("rows", op.site.stack, op.rows.indices)
         cached = frame.captured.get(key)
         if cached is None:
             cached = select(at, op.rows)
@@ -28,7 +28,7 @@ def facts(op: Op, frame: Frame) -> At:
     found = frame.session.conditions.get(op.adapter.name) if frame.session else None
     if found:
         changes["conditions"] = _spread(found, op, frame)
-    if frame.captured.get("cache") is not None:
+    if "total" in frame.captured:
         changes["_history"] = functools.partial(_history, frame, op)
     if op.members:
         changes["members"] = tuple(functools.partial(_member, frame, m) for m in op.members)

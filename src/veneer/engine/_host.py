@@ -305,11 +305,8 @@ class Host(nn.Module):
     def remember(self, frame: Frame, op: Op, key: str, x: Tensor) -> Tensor:
         """x of all tokens so far, kept on the cache object and reordered with it."""
         cache = frame.captured.get("cache")
-        if cache is None:
-            return x
-        history = cache.__dict__.setdefault("_veneer_history", {})
-        if "_veneer_reorder" not in cache.__dict__ and hasattr(cache, "reorder_cache"):
-            _follow_reordering(cache, history)
+        # Without a cache yet, the one that the base makes in this call takes it (see `keep_history`).
+        history = frame.captured.setdefault("pending", {}) if cache is None else history_of(cache)
         which = None if op.rows is None else op.rows.indices
         name = (op.adapter.name, op.site.name, key, op.level, which)
         full = x
@@ -373,6 +370,22 @@ def _moved(fn: Any, value: Tensor) -> Tensor:
 
 def _is_names(rows: Any) -> bool:
     return isinstance(rows, tuple) and all(isinstance(n, str) for n in rows)
+
+
+def history_of(cache: Any) -> dict[Any, Tensor]:
+    """What is kept beside a cache, and follows its reordering."""
+    history = cache.__dict__.setdefault("_veneer_history", {})
+    if "_veneer_reorder" not in cache.__dict__ and hasattr(cache, "reorder_cache"):
+        _follow_reordering(cache, history)
+    return history
+
+
+def keep_history(frame: Frame, y: Any) -> None:
+    """Hand what a first call remembered to the cache that it made."""
+    pending = frame.captured.get("pending")
+    made = y.get("past_key_values") if pending and hasattr(y, "keys") else None
+    if made is not None and hasattr(made, "__dict__"):
+        history_of(made).update(pending)
 
 
 def _follow_reordering(cache: Any, history: dict[Any, Tensor]) -> None:
