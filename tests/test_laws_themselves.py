@@ -20,7 +20,7 @@ from veneer.edits import (
     open_before,
     zeros,
 )
-from veneer.engine import _adapter, _door, _merge, _program, _site
+from veneer.engine import _adapter, _dense, _door, _merge, _program
 from veneer.errors import UnknownName
 from veneer.testing import Broken, Trial
 
@@ -651,7 +651,7 @@ def test_quantised_catches_a_weight_that_is_read_around_its_form(monkeypatch):
             return (W.mT * t.gain).mT
 
     sound(Turns, "quantised", "mlp")
-    real = _site.stored
+    real = _dense.stored
     monkeypatch.setattr(
         _dense, "stored", lambda m, name: real(m, name) * (1.01 if hasattr(m, "dense_weight") else 1.0)
     )

@@ -36,7 +36,8 @@ def test_importing_veneer_loads_nothing_but_itself_and_the_core_needs_torch_and_
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('transformers', 'peft', 'accelerate', 'datasets', 'sklearn', 'scipy', 'typer', 'rich'):
+        apart = ('transformers', 'peft', 'accelerate', 'datasets', 'sklearn', 'scipy', 'typer', 'rich')
+        if name.split('.')[0] in apart:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 import torch

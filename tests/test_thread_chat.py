@@ -16,7 +16,9 @@ def test_a_chat_file_trains_a_real_decoder_that_others_can_load(tmp_path):
 
     rows = veneer.data.read("builtin:dialog", task="instruct")
     chat = tmp_path / "my chat.jsonl"
-    chat.write_text("".join(json.dumps({"messages": r["messages"]}) + "\n" for r in rows.train[:300]), encoding="utf-8")
+    chat.write_text(
+        "".join(json.dumps({"messages": r["messages"]}) + "\n" for r in rows.train[:300]), encoding="utf-8"
+    )
     options = {"data_options": {"sizes": {"validation": 40, "test": 0}}, "max_length": 96, "batch_size": 8}
     common = {"model": "builtin:smollm2", "data": str(chat), "task": "instruct", "progress": False, **options}
     before = veneer.train(**common, method="untrained", output=tmp_path / "before")
@@ -41,6 +43,8 @@ def test_a_chat_file_trains_a_real_decoder_that_others_can_load(tmp_path):
         assert report.relative_error < 1e-4
         veneer.unmerge(base.model)
         assert torch.equal(base.model(**ids).logits, mine)
-        other = peft.PeftModel.from_pretrained(open_base("builtin:smollm2", task="instruct").model, tmp_path / "peft").eval()
+        other = peft.PeftModel.from_pretrained(
+            open_base("builtin:smollm2", task="instruct").model, tmp_path / "peft"
+        ).eval()
         torch.testing.assert_close(other(**ids).logits, mine, atol=2e-4, rtol=1e-4)
     assert list((tmp_path / "gguf").glob("*.gguf"))

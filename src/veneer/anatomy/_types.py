@@ -21,11 +21,14 @@ class Site:
     name: str  # unique and stable, the prefix in saved files: "block.3.attention.query"
     role: str  # "attention.query"; "" where structure names none
     module: str  # dotted name of the module at which an edit enters (its output, unless the port is `input`)
-    kind: str  # linear, conv1d (transposed), conv, embedding, norm, attention, mlp, block, experts, recurrent, parameter, other
+    # linear, conv1d (transposed), conv, embedding, norm, attention, mlp, block, experts, recurrent, parameter, other
+    kind: str
     parameter: str = "weight"  # parameter of `module` that holds W ("experts.gate_up_proj" is module + this)
     bias: str = ""  # parameter of `module` that holds the bias; "" where there is none
     shape: tuple[int, ...] = ()  # W as a method sees it: (out, in), (out, in, kh, kw), (rows, width), (size,)
-    ranges: tuple[tuple[int, int], ...] = ()  # output features [start, stop) of a fused parameter; () is all of it
+    ranges: tuple[
+        tuple[int, int], ...
+    ] = ()  # output features [start, stop) of a fused parameter; () is all of it
     transposed: bool = False  # the module stores (in, out): transformers' Conv1D
     experts: int = 0  # leading axis of a 3-D expert parameter; 0 where there is none
     groups: int = 1  # of a convolution
@@ -47,7 +50,11 @@ class Site:
 
     def at(self, port: str, **changes: Any) -> Site:
         """The same site for one port; `width` follows the port."""
-        width = self.n_in if port == "input" and self.kind in ("linear", "conv1d", "conv", "embedding") else self.width
+        width = (
+            self.n_in
+            if port == "input" and self.kind in ("linear", "conv1d", "conv", "embedding")
+            else self.width
+        )
         return dataclasses.replace(self, port=port, width=width, **changes)
 
 
@@ -55,11 +62,17 @@ class Site:
 class BaseFacts:
     """What is true of the whole base. Module names are dotted; "" is the root or "there is none" as said."""
 
-    blocks: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (stack, names of its blocks in the order of the forward)
-    backbones: tuple[str, ...] = ()  # modules that can be called by themselves and own a stack (LlamaModel, T5Stack)
-    embeddings: tuple[tuple[str, str], ...] = ()  # (stack, module whose output enters the first block's stream)
+    blocks: tuple[
+        tuple[str, tuple[str, ...]], ...
+    ] = ()  # (stack, names of its blocks in the order of the forward)
+    backbones: tuple[
+        str, ...
+    ] = ()  # modules that can be called by themselves and own a stack (LlamaModel, T5Stack)
+    embeddings: tuple[
+        tuple[str, str], ...
+    ] = ()  # (stack, module whose output enters the first block's stream)
     token_embeddings: tuple[tuple[str, str], ...] = ()  # (stack, the nn.Embedding of token ids)
-    finals: tuple[tuple[str, str], ...] = ()  # (stack, module whose output is the final hidden state, last norm included)
+    finals: tuple[tuple[str, str], ...] = ()  # (stack, module that gives the final hidden state)
     head: str = ""  # the module that makes logits; "" where there is none
     pooler: str = ""  # a module that picks one position before the head; "" where there is none
     tied: tuple[tuple[str, str], ...] = ()  # (parameter, parameter) that are one tensor

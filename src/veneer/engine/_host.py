@@ -43,12 +43,9 @@ class Host(nn.Module):
         self.update_statistics = False  # whether running statistics of the base move in training
         self.members: dict[int, dict[str, int]] = {}  # plan -> {adapter: slot}, in the order of the slots
         self.banks: Any = ()  # for compiled code: the active adapters as banks
-        self.kept: dict[
-            tuple[str, str], Tensor
-        ] = {}  # (module, parameter) -> the bare weight, while something is merged
-        self.kept_codes: dict[
-            str, dict[str, Tensor]
-        ] = {}  # the same for quantised modules: their own buffers
+        # While something is merged: (module, parameter) -> the bare weight; of quantised modules, their own buffers.
+        self.kept: dict[tuple[str, str], Tensor] = {}
+        self.kept_codes: dict[str, dict[str, Tensor]] = {}
         self.shared: dict[Any, Tensor] = {}  # frozen tensors that adapters share
         self.plans: dict[str, Plan] = {}
         self.flags: dict[str, bool] = {n: p.requires_grad for n, p in root.named_parameters()}
@@ -382,7 +379,7 @@ def history_of(cache: Any) -> dict[Any, Tensor]:
 
 def keep_history(frame: Frame, y: Any) -> None:
     """Hand what a first call remembered to the cache that it made."""
-    pending = frame.captured.get("pending")
+    pending: dict[Any, Tensor] = frame.captured.get("pending") or {}
     made = y.get("past_key_values") if pending and hasattr(y, "keys") else None
     if made is not None and hasattr(made, "__dict__"):
         history_of(made).update(pending)
