@@ -200,5 +200,7 @@ def test_a_prefix_whose_positions_cannot_be_moved_is_refused_at_attach():
     add(model, "prefix_tuning", "a", length=4, position_offset=4, seed=1)
     add(model, "prefix_tuning", "b", length=4, seed=1)
     shifted = {**given, "position_ids": given["position_ids"] + 4}
-    torch.testing.assert_close(out(model, given, adapters="a"), out(model, shifted, adapters="b"), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        out(model, given, adapters="a"), out(model, shifted, adapters="b"), atol=1e-10, rtol=0
+    )
     assert (out(model, given, adapters="a") - out(model, given, adapters="b")).abs().max() > 1e-6
