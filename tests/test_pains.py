@@ -674,10 +674,7 @@ def test_importing_veneer_adds_little_to_importing_torch():
         "[getattr(veneer, n) for n in ('attach', 'methods')]\nprint(time.process_time() - began)\n"
         "import sys\nassert 'transformers' not in sys.modules"
     )
-    took = []
-    for _ in range(2):
-        found = python(script)
-        assert found.returncode == 0, found.stderr
-        took.append(float(found.stdout))
-    print(f"import veneer: {min(took):.3f} s of CPU time behind torch")
-    assert min(took) < 1.0
+    found = python(script)
+    assert found.returncode == 0, found.stderr
+    print(f"import veneer: {float(found.stdout):.3f} s of CPU time behind torch")
+    assert float(found.stdout) < 1.0

@@ -173,7 +173,7 @@ def load_or_refuse(kept, folder):
 
 METHODS = ("lora", "vera", "prefix_tuning", "serial_adapter", "fish_mask")
 anything = settings(
-    max_examples=60, deadline=None,
+    max_examples=40, deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 scalars = st.one_of(
@@ -464,7 +464,7 @@ def test_kills_at_random_moments_of_saves_over_and_over_never_tear_a_folder(tmp_
     a_save = time.perf_counter() - began
 
     seen = []
-    for _ in range(40):
+    for _ in range(25):
         reader, writer = os.pipe()
 
         def work(writer=writer):
