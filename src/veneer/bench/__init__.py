@@ -1,0 +1,96 @@
+"""Benchmarks: speed and memory side by side with HF PEFT, in one run, on this machine.
+
+The outputs of both libraries are compared before anything is timed. A row says veneer's cost over HF PEFT's, and
+whether what the project expects of it is met; a miss is printed as a miss. Benchmarks never gate tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from veneer.errors import UnknownName, nearest
+
+from ._report import Expectation, Report, Row
+from ._size import Size
+
+CASES: dict[str, tuple[str, str, tuple[Any, ...]]] = {  # case -> module, function, arguments before the size
+    "attach": ("_residents", "attach", ()),
+    "load": ("_residents", "load", ()),
+    "activate": ("_residents", "activate", ()),
+    "forward": ("_rows", "forward", ()),
+    "decode": ("_rows", "decode", ()),
+    "lora": ("_training", "step", ("lora",)),
+    "dora": ("_training", "step", ("dora",)),
+    "ia3": ("_training", "step", ("ia3",)),
+    "prefix_tuning": ("_training", "step", ("prefix_tuning",)),
+    "memory": ("_training", "memory", ()),
+}
+GROUPS = {
+    "residents": ("attach", "load", "activate"),
+    "rows": ("forward", "decode"),
+    "training": ("lora", "dora", "ia3", "prefix_tuning"),
+}
+
+
+def run(
+    cases: Sequence[str] | None = None,
+    *,
+    json: bool = False,
+    seed: int = 0,
+    size: Size | None = None,
+    quiet: bool = False,
+    device: str | None = None,
+) -> Any:
+    """Run cases (default: all of them) on one thread; a Report, or with `json` the same as a plain dict.
+
+    cases: names of CASES, or of GROUPS. seed: of weights, batches and adapters. size: how large (`Size.small()` only
+    shows that everything runs). Progress goes to standard error. Raises UnknownName, MissingPackage, and VeneerError
+    where the two libraries compute different things.
+    """
+    chosen = _chosen(cases)
+    if device not in (None, "cpu"):
+        raise UnknownName(
+            f"the benchmarks measure process CPU time; there are none for the device '{device}'.",
+            nearest=["cpu"],
+        )
+    import torch
+
+    from . import _facts, _peer
+
+    _peer.check()
+    size = size or Size(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        report = Report(_facts.facts(size.seed, size.repeats), [])
+        for case in chosen:
+            if not quiet:
+                print(f"bench: {case}", file=sys.stderr, flush=True)
+            module, function, arguments = CASES[case]
+            measure = getattr(importlib.import_module(f"veneer.bench.{module}"), function)
+            with _peer.undisturbed():
+                report.rows += functools.partial(measure, *arguments)(size)
+    finally:
+        torch.set_num_threads(threads)
+    return report.to_dict() if json else report
+
+
+def _chosen(cases: Sequence[str] | None) -> list[str]:
+    wanted: list[str] = []
+    for case in cases or CASES:
+        if case not in CASES and case not in GROUPS:
+            known = [*CASES, *GROUPS]
+            raise UnknownName(
+                f"no benchmark is called '{case}'.",
+                nearest=nearest(case, known) or known,
+                next_step="veneer bench    runs all of them",
+            )
+        wanted += GROUPS.get(case, (case,))
+    return list(dict.fromkeys(wanted))
+
+
+__all__ = ["CASES", "GROUPS", "Expectation", "Report", "Row", "Size", "run"]
