@@ -27,7 +27,7 @@ def make(shape: str, seed: int = 0, toy: bool = False) -> nn.Module:
 
     torch.manual_seed(seed)
     if shape == "minilm":
-        sizes = (
+        encoder: dict[str, Any] = (
             {"vocab_size": TOY_VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
              "intermediate_size": 64}
             if toy
@@ -35,7 +35,7 @@ def make(shape: str, seed: int = 0, toy: bool = False) -> nn.Module:
                   "num_attention_heads": 12, "intermediate_size": 1536}
         )  # fmt: skip
         return transformers.BertModel(
-            transformers.BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+            transformers.BertConfig(**encoder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
             add_pooling_layer=False,
         ).eval()
     decoder: dict[str, Any] = (

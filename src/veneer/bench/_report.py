@@ -97,6 +97,7 @@ class Report:
         lines = [f"{name}: {value}" for name, value in self.facts.items()]
         lines += [
             "",
+            "Quartiles are of one process; another can differ by more: run it twice before you conclude.",
             "Medians; ratio is veneer's cost over HF PEFT's with its quartiles: below 1 veneer is cheaper.",
             f"{'case':14} {'setting':46} {'veneer':>10} {'HF PEFT':>10} {'ratio':>8} {'quartiles':>17}  expectation",
         ]

@@ -21,7 +21,7 @@ from ._report import Expectation, Row
 from ._size import Size
 
 OPTIONS: dict[str, Any] = {"rank": 8, "alpha": 16, "sites": "attention.{query,value}"}
-MANY = Expectation(20, "the first forward through a new adapter runs the base, whoever attached it")
+MANY = Expectation(20, "Most of it is the base's own forward, which both sides pay.")
 _WORLDS: dict[Any, World] = {}
 
 

@@ -27,12 +27,8 @@ from ._clock import GRADIENT_TOLERANCE, Arm, check_equal, check_moved, interleav
 from ._report import Expectation, Row
 from ._size import Size
 
-SPEED = Expectation(
-    0.95, "Python work a call: the program of edits is made anew at each forward with gradients"
-)
-MEMORY = Expectation(
-    1.0, "what is saved for the backward: the inputs of the adapters and the base's activations"
-)
+SPEED = Expectation(0.95, "What limits it has not been located.")
+MEMORY = Expectation(1.0, "What limits it has not been located.")
 METHODS = ("lora", "dora", "ia3", "prefix_tuning")
 
 

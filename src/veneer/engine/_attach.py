@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -24,11 +25,18 @@ ENGINE_OPTIONS = {"modules_to_save": "whole", "exclude_modules": "exclude", "lay
 
 def host_of(model: nn.Module, make: bool = False) -> Host:
     """The model's host. Without one: made, or an error that says what to do."""
+    if not isinstance(model, nn.Module):
+        raise BadOption(
+            f"expected a PyTorch module, got {type(model).__name__}.", next_step="veneer.attach(model, ...)"
+        )
     host = model._modules.get("veneer")
     if isinstance(host, Host):
         return host
-    if not isinstance(model, nn.Module):
-        raise BadOption(f"expected a PyTorch module, got {type(model).__name__}.")
+    if hasattr(model, "veneer"):
+        raise Unsupported(
+            f"this {type(model).__name__} has an attribute 'veneer' of its own, where adapters would live.",
+            next_step="rename it",
+        )
     if not make:
         raise UnknownAdapter(
             f"this {type(model).__name__} carries no adapter.",
@@ -119,6 +127,7 @@ def attach(
         _check_members(host, adapter)
         _fill(host, adapter, values, data)
         adapter.total_steps = total_steps
+        _warn_of_size(found)
         adapter.train(model.training)
         host.add(adapter)
     except Exception:
@@ -131,6 +140,25 @@ def attach(
     if activate:
         host.set_active((name,))
     return adapter
+
+
+def _warn_of_size(found: Plan) -> None:
+    """More numbers than the layer itself has are seldom meant."""
+    if found.cache.get("sized"):
+        return
+    found.cache["sized"] = True
+    for sp in found.sites:
+        trained = sum(s.size for s in sp.specs.values() if s.trained and s.scope == "site")
+        own = 1
+        for n in sp.site.shape:
+            own *= n
+        if sp.part == 0 and sp.site.port == "weight" and len(sp.site.shape) > 1 and trained > own:
+            warnings.warn(
+                f"{sp.method} trains {trained:,} numbers at '{sp.site.name}', which has {own:,} itself; a smaller size "
+                "says as much.",
+                stacklevel=3,
+            )
+            return
 
 
 def _dtype(host: Host, dtype: str) -> torch.dtype | None:

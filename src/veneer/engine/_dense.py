@@ -28,9 +28,8 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
     """The base's output under weight edits: dense ones through W', factored ones added to the output."""
     factored = [op for op in ops if _is_factored(op, frame)]
     dense = [op for op in ops if not _is_factored(op, frame)]
-    if dense:  # beside a dense edit there is no bare output to read
-        dense += [op for op in factored if "y" in op.method.arguments.get("branch", ())]
-        factored = [op for op in factored if op not in dense]
+    if dense and factored:
+        factored, dense = _apart_from_dense(factored, dense, frame)
     chosen_later = [op for op in dense if op.live is not None]
     whole = [op for op in dense if op.rows is None and op.live is None]
     parts = [op for op in dense if op.rows is not None]
@@ -70,6 +69,33 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         x = args[0] if args else next(iter(kwargs.values()))
         y = with_first(y, _add_branches(factored, frame, x, first(y), bias))
     return y
+
+
+def _apart_from_dense(factored: list[Op], dense: list[Op], frame: Frame) -> tuple[list[Op], list[Op]]:
+    """Where a dense edit changes a row's output, no other edit of that row can read it bare: it goes by `delta`."""
+    total = frame.captured.get("total", 0)
+    covered: set[int] = set()
+    for op in dense:
+        covered.update(range(total) if op.rows is None else op.rows.indices)
+    stay: list[Op] = []
+    more: list[Op] = []
+    for op in factored:
+        mine = tuple(range(total)) if op.rows is None else op.rows.indices
+        if (
+            "y" not in op.method.arguments.get("branch", ())
+            or op.live is not None
+            or covered.isdisjoint(mine)
+        ):
+            stay.append(op)
+        elif not op.rowed:
+            more.append(op)
+        else:
+            inside = [o for o in op.one_by_one(total) if o.rows is not None and o.rows.indices[0] in covered]
+            more += inside
+            rest = [(row, j) for j, row in enumerate(mine) if row not in covered]
+            if rest:
+                stay.append(op.for_rows(Rows([row for row, _ in rest], total), rest))
+    return stay, [*dense, *more]
 
 
 def _narrowed(frame: Frame, rows: Rows, module: str) -> Frame:

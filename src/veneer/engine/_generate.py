@@ -12,6 +12,7 @@ from torch import Tensor
 from ._collect import collect, taken
 from ._conditions import conditions
 from ._frame import Frame, Session, entered, opened, session_of
+from ._host import child_name
 from ._names import any_names, session_for
 from ._prompts import put_in
 from ._store import save
@@ -57,7 +58,7 @@ def saving(base: type) -> Any:
         result = plain(self, save_directory, *args, **kwargs)
         for name in host.names:
             if host.adapter(name).prepared:
-                save(self, name, Path(save_directory) / "veneer" / name)
+                save(self, name, Path(save_directory) / "veneer" / child_name(name))
         return result
 
     return save_pretrained

@@ -39,6 +39,7 @@ class Op:
         "port",
         "rowed",
         "rows",
+        "singles",
         "site",
         "t",
     )
@@ -51,6 +52,7 @@ class Op:
         self.method, self.site, self.port = plan.method, plan.site, plan.site.port
         self.members: tuple[Op, ...] = ()
         self.level = 0  # place in the stack of its rows
+        self.singles: list[Tensors] = []  # rowed: the tensors of each row's adapter by themselves
         self.live: Tensor | None = None  # banked form: (rows, 1, 1) bool
 
     def for_rows(self, rows: Rows, kept: Sequence[tuple[int, int]]) -> Op:
@@ -66,6 +68,17 @@ class Op:
             t = Tensors({n: take(v) for n, v in t.items()})
         made = Op(self.plan, t, None if rows.whole else rows, self.rowed, self.adapter, len(kept))
         made.members, made.live, made.level = self.members, self.live, self.level
+        made.singles = [self.singles[j] for _, j in kept] if self.singles else []
+        return made
+
+    def one_by_one(self, total: int) -> list[Op]:
+        """A rowed op as one op a row, for forms that serve a single adapter."""
+        mine = self.rows.indices if self.rows is not None else tuple(range(total))
+        made = [
+            Op(self.plan, t, Rows([row], total), False, self.adapter) for row, t in zip(mine, self.singles)
+        ]
+        for op in made:
+            op.level = self.level
         return made
 
 
@@ -142,6 +155,7 @@ def _add(
     for i, sp in enumerate(first.plan.sites):
         if slots is not None and _broadcasts_at(sp):
             ops = [Op(sp, gather([t[i] for t in tensors], slots), rows, True, first, len(indices))]
+            ops[0].singles = [tensors[slot][i] for _, slot in indices]
         else:
             ops = [Op(sp, t[i], r, False, a) for (a, r), t in zip(members, tensors)]
         for op in ops:

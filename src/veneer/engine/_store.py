@@ -65,7 +65,7 @@ def save(
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        safetensors.torch.save_file(tensors, str(beside / TENSORS), metadata={"format": "pt"})
+        _write_tensors(tensors, beside / TENSORS, target)
         (beside / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         back = safetensors.torch.load_file(str(beside / TENSORS))
         if set(back) != set(tensors) or any(not _same(back[k], tensors[k]) for k in tensors):
@@ -82,6 +82,18 @@ def save(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path, target: Path) -> None:
+    import safetensors.torch
+
+    try:
+        safetensors.torch.save_file(tensors, str(path), metadata={"format": "pt"})
+    except Exception as e:  # safetensors has an error of its own for a full disk
+        raise BadFile(
+            f"'{target}' could not be written ({e}); what was there before is as it was.",
+            next_step="make room on the disk, or save to another folder",
+        ) from None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -178,7 +190,16 @@ def load(
     Names, shapes and the base are compared first; nothing is half-loaded. Raises BadFile, ShapeDiffers, UnknownName.
     """  # fmt: skip
     folder = folder_of(source)
-    if not (folder / RECORD).is_file():
+    try:
+        return _load(model, folder, name, activate, strict, options)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RuntimeError) as e:
+        raise BadFile(f"'{folder}' does not make an adapter ({type(e).__name__}: {e}).") from e
+
+
+def _load(
+    model: nn.Module, folder: Path, name: str | None, activate: bool, strict: bool, options: dict[str, Any]
+) -> Adapter:
+    if not (folder / RECORD).exists():
         for _, (module, marker) in FORMATS.items():
             if marker and (folder / marker).is_file():
                 return importlib.import_module(module).read(model, folder, name, activate=activate, **options)
