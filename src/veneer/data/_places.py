@@ -32,7 +32,11 @@ def read_raw(spec: Any) -> Raw:
         raise BadData(f"{str(spec)!r} cannot be read: {error}") from error
     if path.suffix.lower() in READERS or str(spec).count("/") > 1 or path.is_absolute():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UnknownName(f"there is no file or folder {str(spec)!r}.", nearest=nearest(path.name, names))
+        raise UnknownName(
+            f"there is no file or folder {str(spec)!r}.",
+            nearest=nearest(path.name, names),
+            next_step="a CSV, TSV, JSONL or Parquet file, a folder, a hub id, or builtin:NAME",
+        )
     return _from_hub(str(spec))
 
 

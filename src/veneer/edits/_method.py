@@ -217,9 +217,15 @@ def _check_value(key: str, f: Any, value: Any) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     wants_number = isinstance(default, (int, float)) and not isinstance(default, bool)
     if wants_number and value is not None and not is_number:
-        raise BadOption(f"{key}: {f.name}={value!r} should be a number (the default is {default!r}).")
+        raise BadOption(
+            f"{key}: {f.name}={value!r} should be a number (the default is {default!r}).",
+            next_step=f"veneer methods {key}    shows every option",
+        )
     if wants_number and isinstance(default, int) and is_number and int(value) != value:
-        raise BadOption(f"{key}: {f.name}={value!r} should be a whole number (the default is {default!r}).")
+        raise BadOption(
+            f"{key}: {f.name}={value!r} should be a whole number (the default is {default!r}).",
+            next_step=f"veneer methods {key}    shows every option",
+        )
     if not is_number:
         return
     for name, ok, words in (

@@ -117,7 +117,7 @@ def attach(
     """
     engine, own = _split(options)
     made = build(method, **own)
-    fresh = "veneer" not in model._modules
+    fresh = "veneer" not in getattr(model, "_modules", ())
     host = host_of(model, make=True)
     try:
         found = _plan_for(model, made, **engine)

@@ -58,6 +58,11 @@ def _block_number(module: nn.Module) -> tuple[str, int]:
     return found[module.__dict__[NAME]]
 
 
+def without_fast_path(plain: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """`plain` of a module, its children called one by one."""
+    return _slowly(module, plain, args, kwargs)
+
+
 def _slowly(module: nn.Module, plain_call: Any, args: tuple, kwargs: dict) -> Any:
     """torch's own encoder layer has a fused path that never calls its children; edits inside need the other one."""
     if not isinstance(module, nn.TransformerEncoderLayer) or module.training:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._blocks import without_fast_path
 from ._collect import collect, length_of, named_inputs, taken, totals
 from ._conditions import conditions, penalty_of
 from ._frame import Frame, Session, current, entered, session_of
@@ -74,13 +75,17 @@ def _door(base: type) -> dict[str, Any]:
     plain = base.forward  # type: ignore[attr-defined]
 
     names = tuple(inspect.signature(plain).parameters)[1:]
+    # An encoder layer of torch's that is the whole model is a door, and no block: its fused path is left here.
+    run = (
+        functools.partial(without_fast_path, plain) if issubclass(base, nn.TransformerEncoderLayer) else plain
+    )
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, adapters: Any = _UNSET, **kwargs: Any) -> Any:
         host = self.__dict__[HOST]
         if current(host) is not None and adapters is _UNSET:
             return plain(self, *args, **kwargs)
-        return enter(host, self, functools.partial(plain, self), names, args, kwargs, adapters)
+        return enter(host, self, functools.partial(run, self), names, args, kwargs, adapters)
 
     made: dict[str, Any] = {"forward": forward}
     if hasattr(base, "generate"):

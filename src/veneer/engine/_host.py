@@ -406,14 +406,20 @@ def child_name(name: str) -> str:
     return urllib.parse.quote(name, safe=" ").replace(".", "%2E")
 
 
-def fingerprint(found: Anatomy, root: nn.Module) -> dict[str, Any]:
-    """What tells one base from another: names and shapes of its parameters, and a sample of its values."""
+def fingerprint(found: Anatomy, root: nn.Module, plan: Plan | None = None) -> dict[str, Any]:
+    """What tells one base from another: names and shapes of its parameters, and a sample of its values.
+
+    Values that the plan trains whole are left out: a head that no file filled is another one at every opening.
+    """
+    own = {(s.site.module, s.site.parameter) for s in plan.sites if s.part < 0} if plan is not None else set()
     shapes = hashlib.sha256()
     values = hashlib.sha256()
     for name, p in root.named_parameters():
         if name.startswith("veneer."):
             continue
         shapes.update(f"{name}:{tuple(p.shape)};".encode())
+        if name.rpartition(".")[::2] in own:
+            continue
         flat = p.detach().reshape(-1)
         step = max(1, flat.numel() // 8)
         values.update(flat[::step][:8].float().cpu().numpy().tobytes())

@@ -306,6 +306,7 @@ def _patterned(
             raise NoSiteFound(
                 f"pattern {selector!r} names no site that {m.key} edits here.",
                 nearest=sorted({s.role for s in sites if s.role})[:5],
+                next_step="veneer anatomy MODEL    shows every role and its modules",
             )
         for name in hit:
             if name not in done:
@@ -326,9 +327,11 @@ def _whole_sites(found: Anatomy, name: str) -> list[Site]:
         }  # fmt: skip
     chosen = [s for s in parameters if s.module in modules]
     if not chosen:
+        leaves = {n.rpartition(".")[2] for n in found.module_names}
         raise NoSiteFound(
             f"no module is called '{name}', which was to be trained whole.",
-            nearest=nearest(name, found.module_names),
+            nearest=nearest(name.rpartition(".")[2], leaves) or nearest(name, found.module_names),
+            next_step="veneer anatomy MODEL    shows every role and its modules",
         )
     return [s if s.port == "weight" else s.at("weight") for s in chosen]
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.edits import build
-from veneer.errors import BadFile, ShapeDiffers, UnknownName, Unsupported, nearest
+from veneer.errors import BadFile, ShapeDiffers, UnknownName, Unsupported, VeneerError, nearest
 
 from ._adapter import Adapter, draw
 from ._attach import _plan_for, attach, frozen_seed, host_of
@@ -61,39 +61,71 @@ def save(
     record = _record(host, adapter, tensors, extra)
     target = Path(folder)
     if target.exists() and not target.is_dir():
-        raise BadFile(f"'{target}' is a file; an adapter is saved to a folder.")
+        raise BadFile(
+            f"'{target}' is a file; an adapter is saved to a folder.", next_step="name another folder"
+        )
+    try:
+        _write(target, tensors, record)
+    except (OSError, safetensors.SafetensorError) as e:
+        why = getattr(e, "strerror", None) or str(e)
+        raise BadFile(
+            f"'{target}' cannot be written ({why}); what was there before stays.",
+            next_step="free some space, or save to another folder",
+        ) from e
+    return target
+
+
+def _write(target: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Both files in place of those that are there, so that a kill at any moment leaves a whole adapter.
+
+    The tensors are the moment of change. Before them the record is replaced by one that has the old one in it, and
+    the digest of the tensors tells which of the two is theirs.
+    """
+    import safetensors.torch
+
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        _write_tensors(tensors, beside / TENSORS, target)
-        (beside / RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(tensors, str(beside / TENSORS), metadata={"format": "pt"})
+        _write_record(beside / RECORD, record)
         back = safetensors.torch.load_file(str(beside / TENSORS))
         if set(back) != set(tensors) or any(not _same(back[k], tensors[k]) for k in tensors):
-            raise BadFile(f"what was written to '{target}' does not read back equal; the disk may be full.")
+            raise BadFile(
+                f"what was written to '{target}' does not read back equal; the disk may be full.",
+                next_step="free some space, or save to another folder",
+            )
+        before = _record_there(target)
+        if before is not None:
+            _write_record(beside / "both", {**record, "before": before})
         mask = os.umask(0)
         os.umask(mask)
         for written in beside.iterdir():
             os.chmod(written, 0o666 & ~mask)
             _sync(written)
         target.mkdir(exist_ok=True)
+        if before is not None:
+            os.replace(beside / "both", target / RECORD)
+            _sync(target)
         os.replace(beside / TENSORS, target / TENSORS)
+        _sync(target)
         os.replace(beside / RECORD, target / RECORD)
         _sync(target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return target
 
 
-def _write_tensors(tensors: dict[str, Tensor], path: Path, target: Path) -> None:
-    import safetensors.torch
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
+
+def _record_there(folder: Path) -> dict[str, Any] | None:
+    """The record of the adapter that a folder holds, if it holds a whole one."""
+    if not ((folder / RECORD).is_file() and (folder / TENSORS).is_file()):
+        return None
     try:
-        safetensors.torch.save_file(tensors, str(path), metadata={"format": "pt"})
-    except Exception as e:  # safetensors has an error of its own for a full disk
-        raise BadFile(
-            f"'{target}' could not be written ({e}); what was there before is as it was.",
-            next_step="make room on the disk, or save to another folder",
-        ) from None
+        return read_record(folder)
+    except BadFile:
+        return None
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -128,7 +160,7 @@ def _record(
         "drawn": drawn,
         "tensors": {k: list(v.shape) for k, v in sorted(tensors.items())},
         "sha256": _digest_all(tensors),
-        "base": {**_base_info(host), "fingerprint": fingerprint(host.anatomy, host.root)},
+        "base": {**_base_info(host), "fingerprint": fingerprint(host.anatomy, host.root, adapter.plan)},
         "versions": {"veneer": _version(), "torch": torch.__version__},
         **dict({**adapter.info, **(extra or {})}.items()),
     }
@@ -190,39 +222,36 @@ def load(
     Names, shapes and the base are compared first; nothing is half-loaded. Raises BadFile, ShapeDiffers, UnknownName.
     """  # fmt: skip
     folder = folder_of(source)
-    try:
-        return _load(model, folder, name, activate, strict, options)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RuntimeError) as e:
-        raise BadFile(f"'{folder}' does not make an adapter ({type(e).__name__}: {e}).") from e
-
-
-def _load(
-    model: nn.Module, folder: Path, name: str | None, activate: bool, strict: bool, options: dict[str, Any]
-) -> Adapter:
-    if not (folder / RECORD).exists():
+    if not (folder / RECORD).is_file():
         for _, (module, marker) in FORMATS.items():
             if marker and (folder / marker).is_file():
                 return importlib.import_module(module).read(model, folder, name, activate=activate, **options)
         raise BadFile(
             f"'{folder}' holds no adapter: there is no {RECORD} and no file of another known format.",
             nearest=sorted(p.name for p in folder.iterdir())[:5],
+            next_step=f"name the folder that veneer.save wrote: {RECORD} and {TENSORS} lie in it",
         )
     record = read_record(folder)
     values = read_tensors(folder / TENSORS)
-    method = build(record["method"], **record["options"])
     host = host_of(model, make=True)
     try:
+        method = build(record["method"], **record["options"])
         found = _plan_for(model, method, whole=tuple(record.get("whole", ())), **record.get("plan", {}))
         _compare(host, record, found, values, strict)
-    except Exception:
+        dtype = "float32" if record.get("dtype") == "float32" else "base"
+        adapter = attach(
+            model, method, name or record["name"], activate=activate, seed=record["seed"], dtype=dtype,
+            of=record.get("of", ()), values=values, whole=tuple(record.get("whole", ())), **record.get("plan", {}),
+        )  # fmt: skip
+    except Exception as e:
         if not host.names:
             host.leave()
-        raise
-    dtype = "float32" if record.get("dtype") == "float32" else "base"
-    adapter = attach(
-        model, method, name or record["name"], activate=activate, seed=record["seed"], dtype=dtype,
-        of=record.get("of", ()), values=values, whole=tuple(record.get("whole", ())), **record.get("plan", {}),
-    )  # fmt: skip
+        if isinstance(e, VeneerError):
+            raise
+        raise BadFile(
+            f"'{folder / RECORD}' holds values that no save writes ({type(e).__name__}: {e}).",
+            next_step="copy the folder again, or save the adapter again",
+        ) from e
     known = {"format", "name", "method", "options", "plan", "whole", "of", "seed", "dtype", "drawn", "tensors",
              "sha256", "base", "versions"}  # fmt: skip
     adapter.info = {k: v for k, v in record.items() if k not in known}
@@ -236,7 +265,8 @@ def folder_of(source: str | os.PathLike[str]) -> Path:
         return folder
     text = str(source)
     if folder.exists():
-        raise BadFile(f"'{text}' is a file; an adapter is a folder with {RECORD} and {TENSORS}.")
+        raise BadFile(f"'{text}' is a file; an adapter is a folder with {RECORD} and {TENSORS}.",
+                      next_step=f"veneer.load(model, {str(folder.parent)!r})")  # fmt: skip
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         try:
             from huggingface_hub import snapshot_download
@@ -246,18 +276,31 @@ def folder_of(source: str | os.PathLike[str]) -> Path:
             raise UnknownName(f"'{text}' is no folder here, and the hub did not give it ({type(e).__name__}).",
                               next_step="check the path, or the network") from None  # fmt: skip
     siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    raise UnknownName(f"there is no folder '{text}'.", nearest=nearest(folder.name, siblings))
+    raise UnknownName(
+        f"there is no folder '{text}'.",
+        nearest=nearest(folder.name, siblings),
+        next_step="check the path: a folder that veneer.save wrote, or a hub id such as user/name",
+    )
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The checked content of veneer.json."""
+    """The checked content of veneer.json: the record of the tensors that lie beside it."""
     path = inside(folder, RECORD)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (OSError, ValueError, RecursionError) as e:  # no permission, no UTF-8, no JSON, a number too long
         raise BadFile(
             f"'{path}' is not readable as JSON ({e}).", next_step="save the adapter again"
         ) from None
+    record = _checked(record, path)
+    before = record.pop("before", None)
+    if before is not None and record.get("sha256") != _digest_all(read_tensors(folder / TENSORS)):
+        record = _checked(before, path)  # a save over another was killed before it came to the tensors
+        record.pop("before", None)
+    return record
+
+
+def _checked(record: Any, path: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("method"), str):
         raise BadFile(f"'{path}' does not name a method.", next_step="save the adapter again")
     if not isinstance(record.get("format"), int) or record["format"] > FORMAT:
@@ -274,11 +317,16 @@ def read_record(folder: Path) -> dict[str, Any]:
         ("of", list),
         ("seed", int),
         ("drawn", dict),
+        ("base", dict),
+        ("dtype", str),
     ):
         if key in record and not isinstance(record[key], kind):
-            raise BadFile(f"'{path}': '{key}' should be a {kind.__name__}, it is {record[key]!r:.60}.")
+            raise BadFile(
+                f"'{path}': '{key}' should be a {kind.__name__}, it is {record[key]!r:.60}.",
+                next_step="save the adapter again",
+            )
     if not isinstance(record.get("name", "adapter"), str):
-        raise BadFile(f"'{path}': 'name' should be a text.")
+        raise BadFile(f"'{path}': 'name' should be a text.", next_step="save the adapter again")
     record.setdefault("name", record["method"])
     return record
 
@@ -305,14 +353,21 @@ def inside(folder: Path, name: str) -> Path:
         if pickles:
             raise BadFile(f"'{folder}' holds {pickles[0]}, a pickle, which can run code; pickles are never loaded.",
                           next_step=f"ask for {name}, or convert it where you trust it")  # fmt: skip
-        raise BadFile(f"'{folder}' has no {name}.", nearest=sorted(p.name for p in folder.iterdir())[:5])
+        raise BadFile(
+            f"'{folder}' has no {name}.",
+            nearest=sorted(p.name for p in folder.iterdir())[:5],
+            next_step="copy the folder again, or save the adapter again",
+        )
     real = path.resolve()
     # Hub caches link to blobs beside the snapshot; a link to anywhere else is refused.
     allowed = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
     if path.is_symlink() and not any(real.is_relative_to(a) for a in allowed):
-        raise BadFile(f"'{path}' is a link that leads out of its folder, to '{real}'.")
+        raise BadFile(
+            f"'{path}' is a link that leads out of its folder, to '{real}'.",
+            next_step="put the file itself there, if you trust it",
+        )
     if not real.is_file():
-        raise BadFile(f"'{path}' is not a regular file.")
+        raise BadFile(f"'{path}' is not a regular file.", next_step="save the adapter again")
     return path
 
 
@@ -345,7 +400,7 @@ def _compare(host: Host, record: dict[str, Any], found: Any, values: dict[str, T
     if "sha256" in record and record["sha256"] != _digest_all(values):
         raise BadFile(f"{what}: the tensors are not those that were saved (their SHA-256 differs).",
                       next_step="copy the folder again")  # fmt: skip
-    now = fingerprint(host.anatomy, host.root)
+    now = fingerprint(host.anatomy, host.root, found)
     then = record.get("base", {}).get("fingerprint", {})
     if strict and then and then.get("values") != now["values"]:
         import warnings
@@ -372,6 +427,8 @@ def export(
     """Write an adapter in another format; returns that format's report. Raises UnknownName, Unsupported."""
     if format not in FORMATS:
         raise UnknownName(
-            f"no format is called '{format}'.", nearest=nearest(format, FORMATS) or tuple(FORMATS)
+            f"no format is called '{format}'.",
+            nearest=nearest(format, FORMATS) or tuple(FORMATS),
+            next_step=f"format= one of {', '.join(FORMATS)}",
         )
     return importlib.import_module(FORMATS[format][0]).write(model, name, Path(folder), **options)

@@ -37,7 +37,7 @@ from veneer.errors import BadOption
 class AdaLoRA(WeightMethod):
     rank: int = hyper(12, "triplets a site at the start", alias="init_r", at_least=1, size=True)
     target_rank: int = hyper(8, "triplets a site at the end, on average", alias="target_r", at_least=1)
-    alpha: float = hyper(16.0, "numerator of the scale", alias="lora_alpha")
+    alpha: float = hyper(16.0, "numerator of the scale", alias="lora_alpha", more_than=0)
     dropout: float = hyper(
         0.0, "share of A's inputs dropped in training", alias="lora_dropout", at_least=0, at_most=1
     )

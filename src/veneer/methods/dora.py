@@ -41,7 +41,7 @@ from veneer.edits import (
 )
 class DoRA(WeightMethod):
     rank: int = hyper(8, "width of the update of directions", at_least=1, alias="r", size=True)
-    alpha: float = hyper(16.0, "numerator of s", alias="lora_alpha")
+    alpha: float = hyper(16.0, "numerator of s", alias="lora_alpha", more_than=0)
     rank_stabilized: bool = hyper(False, "s = alpha / sqrt(rank)", alias="use_rslora")
     dropout: float = hyper(
         0.0,

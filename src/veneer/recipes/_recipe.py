@@ -149,6 +149,7 @@ def _build(key: str, given: Mapping[str, Any]) -> Recipe:
             raise UnknownOption(
                 f"recipe '{key}' has no option '{name}' (given: {name}={value!r}).",
                 nearest=nearest(name, names) or sorted(names),
+                next_step=f"{key}:" + ",".join(f"{n}=VALUE" for n in sorted(set(names.values()))),
             )
         found[names[name]] = _value(value)
     return cls(**found)

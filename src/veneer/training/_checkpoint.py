@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -208,7 +209,15 @@ def locked(folder: Path) -> Iterator[None]:
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
+        _sweep(folder)
         yield
+
+
+def _sweep(folder: Path) -> None:
+    """Take away the halves that killed runs left; the lock says that nobody writes them any more."""
+    for unfinished in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+", unfinished.name) and unfinished.is_file():
+            unfinished.unlink(missing_ok=True)
 
 
 def to_device(value: Any, device: Any) -> Any:

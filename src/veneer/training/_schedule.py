@@ -17,6 +17,7 @@ def check_schedule(schedule: str) -> None:
         raise UnknownName(
             f"no schedule is called {schedule!r}.",
             nearest=nearest(schedule, SCHEDULES) or SCHEDULES,
+            next_step=f"schedule= one of {', '.join(SCHEDULES)}",
         )
 
 

@@ -64,9 +64,13 @@ class Settings:
             raise BadOption(
                 f"mixed_precision={self.mixed_precision!r} is not one that can be used.",
                 nearest=("bf16", "fp16"),
+                next_step="mixed_precision='bf16', 'fp16' or None",
             )
         if self.learning_rate is not None and not 0 < self.learning_rate < float("inf"):
-            raise BadOption(f"learning_rate={self.learning_rate!r} should be above 0.")
+            raise BadOption(
+                f"learning_rate={self.learning_rate!r} should be above 0.",
+                next_step="learning_rate=None takes the method's own",
+            )
 
     def decides(self) -> dict[str, Any]:
         """What the result depends on, as JSON holds it."""
@@ -80,7 +84,10 @@ class Settings:
 
 def _at_least(name: str, value: Any, least: float) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not value >= least:
-        raise BadOption(f"{name}={value!r} should be a number that is at least {least}.")
+        raise BadOption(
+            f"{name}={value!r} should be a number that is at least {least}.",
+            next_step=f"{name}={max(1, least)}, or leave it out for the default",
+        )
 
 
 def check_options(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> None:

@@ -91,7 +91,10 @@ def train(
         return go()
     with locked(folder):
         finished = _finished(folder, chosen)
-        return finished if finished is not None else go()
+        if finished is None:
+            return go()
+        Checkpoints(folder).clear()  # where a run was killed behind its last word
+        return finished
 
 
 def _finished(folder: Path, settings: Settings) -> TrainResult | None:
