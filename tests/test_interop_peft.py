@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import veneer
 import zoo
+from veneer import engine
 
 peft = pytest.importorskip("peft")
 torch.set_num_threads(1)
@@ -342,6 +343,7 @@ def test_blocks_of_an_encoder_decoder_share_prefixes_as_in_hf_peft(tmp_path, mon
     from veneer.interop import _context
 
     monkeypatch.setattr(_context, "_check_prefix", lambda host: None)
+    monkeypatch.setattr(engine.Host, "_check_positions", lambda self, method: None)
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")
     _, expected = witness("bart", config, tmp_path / "theirs")
     model, kwargs = base_of("bart")

@@ -45,7 +45,7 @@ def make(shape: str, seed: int = 0, toy: bool = False) -> nn.Module:
         else {"vocab_size": VOCABULARY[shape], "hidden_size": 576, "num_hidden_layers": 10,
               "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
     )  # fmt: skip
-    return transformers.LlamaModel(transformers.LlamaConfig(**decoder, rope_theta=100000.0)).eval()
+    return transformers.LlamaModel(transformers.LlamaConfig(**decoder, rope_theta=100000.0)).eval()  # type: ignore[call-arg]
 
 
 def batch(shape: str, rows: int, tokens: int, seed: int = 0, toy: bool = False) -> dict[str, Tensor]:

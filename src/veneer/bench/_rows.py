@@ -73,8 +73,8 @@ def forward(size: Size) -> list[Row]:
                 pair.compare(
                     "forward",
                     count,
-                    lambda pair=pair, names=names: pair.ours(**pair.inputs, adapters=names),
-                    lambda pair=pair, names=names: pair.theirs(**pair.inputs, adapter_names=names),
+                    lambda pair=pair, names=names: pair.ours(**pair.inputs, adapters=names),  # type: ignore[misc]
+                    lambda pair=pair, names=names: pair.theirs(**pair.inputs, adapter_names=names),  # type: ignore[misc]
                     f"{shape}, {which}, rank {rank}, {count} in {size.rows} x {TOKENS}",
                     FORWARD if last else None,
                 )

@@ -21,8 +21,9 @@ def named_inputs(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str,
 def taken(host: Any, named: dict, kwargs: dict) -> dict[str, Any]:
     """Inputs that are for adapters, not for the base."""
     wanted = {"tasks", "prompt_mask"}
-    for adapter in host.adapters().values():
-        wanted.update(getattr(adapter.method, "inputs", ()))
+    for bank in host.members.values():  # one adapter of each shape tells: the thousandth costs nothing
+        if bank:
+            wanted.update(getattr(host.adapter(next(iter(bank))).method, "inputs", ()))
     taken = {}
     for name in wanted:
         if name in kwargs:
