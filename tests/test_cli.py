@@ -238,15 +238,6 @@ def test_doctor_lists_versions_devices_and_what_is_missing(monkeypatch):
     assert "gguf:  pip install 'veneer[train]'" in run("doctor").stdout
 
 
-def test_bench_is_said_to_be_missing_only_while_it_is(monkeypatch):
-    import importlib.util
-
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
-    result = run("bench")
-    assert result.exit_code == 1
-    assert "not here yet" in result.stderr
-
-
 def test_laws_run_one_law_on_one_base_and_fail_with_1(monkeypatch):
     found = document(run("laws", "lora", "--law", "identity", "--base", "bert", "--json"))
     assert found["ok"]

@@ -11,7 +11,7 @@ import torch
 import veneer
 from engine_tools import add, base, inputs, out, real
 from veneer.edits import registry
-from veneer.errors import NoSiteFound, Unsupported
+from veneer.errors import BadOption, NoSiteFound, Unsupported
 
 APART = {  # not in a mixed batch, and why
     "linear_probe": "edits nothing: its head is trained whole",
@@ -154,3 +154,16 @@ def test_fusion_attends_over_named_adapters_for_its_rows():
         with veneer.active(model, name):
             torch.testing.assert_close(out(model, given)[i], together[i], atol=1e-10, rtol=0)
     assert (together[0] - out(model, given, adapters="a")[0]).abs().max() > 1e-7
+
+
+def test_names_for_another_number_of_rows_are_refused_outside_of_generation():
+    """Two names for four rows are beams in `generate`; in a forward they are a mistake."""
+    model, given = base("bert"), inputs("bert", 4)
+    add(model, "lora", "a")
+    with (
+        veneer.rows(model, ["a", None]),
+        pytest.raises(BadOption, match="4 rows, but names were given for 2"),
+    ):
+        out(model, given)
+    with veneer.rows(model, ["a"]):
+        assert torch.equal(out(model, given), out(model, given, adapters="a"))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from typing import Annotated
 
 import typer
 
 from veneer.cli._common import AsJson, Debug, Device, Quiet, result
-from veneer.errors import Unsupported
 
 EXAMPLES = ("veneer bench", "veneer bench lora --json")
 
@@ -22,9 +19,6 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Speed and memory side by side with HF PEFT, on this machine."""
-    if importlib.util.find_spec("veneer.bench") is None:
-        raise Unsupported("the benchmarks are not here yet.", next_step="veneer laws    runs what is")
-    found = importlib.import_module("veneer.bench").run(
-        cases or None, **({"device": device} if device else {})
-    )
-    result(found)
+    from veneer.bench import run
+
+    result(run(cases or None, device=device, quiet=quiet))

@@ -8,17 +8,15 @@ filled in) is its identity: in the ledger, in the results and in the report.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from veneer._written import NAME, named_options, pieces, typed
 from veneer.errors import BadOption, UnknownMethod, UnknownName, nearest
 
 CONTROLS = ("untrained", "linear_probe", "full")
 """In every comparison: nothing trained, only the head trained, everything trained."""
-
-_NAME = re.compile(r"[A-Za-z_][\w-]*")
-_OPEN, _CLOSE = "([{", ")]}"
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ def parse_arm(
     """
     if isinstance(text, Arm):
         return text
-    first, *rest = [part.strip() for part in _split(text, "+")]
-    method, options = _parse_part(first, text)
+    first, *rest = [part.strip() for part in pieces(text, "+")]
+    method, options = _named(first, text)
     known = None if methods is None else {*methods, *CONTROLS}
     if known is not None and method not in known:
         raise UnknownMethod(
@@ -80,7 +78,7 @@ def parse_arm(
         )
     found = []
     for part in rest:
-        name, recipe_options = _parse_part(part, text)
+        name, recipe_options = _named(part, text)
         if recipes is not None and name not in set(recipes):
             raise UnknownName(
                 f"no recipe is called '{name}' (in the arm '{text}').",
@@ -130,7 +128,7 @@ def _members(text: str | Arm, families: Mapping[str, str]) -> list[str | Arm]:
 def split_arms(text: str) -> list[str]:
     """`"a,b:x=1,y=2"` -> `["a", "b:x=1,y=2"]`."""
     arms: list[str] = []
-    for piece in _split(text, ","):
+    for piece in pieces(text, ","):
         is_option = arms and ":" in arms[-1] and _is_assignment(piece)
         if is_option:
             arms[-1] += "," + piece
@@ -141,71 +139,12 @@ def split_arms(text: str) -> list[str]:
 
 def _is_assignment(piece: str) -> bool:
     name, equals, _ = piece.partition("=")
-    return bool(equals) and ":" not in name and _NAME.fullmatch(name.strip()) is not None
+    return bool(equals) and ":" not in name and NAME.fullmatch(name.strip()) is not None
 
 
-def _parse_part(part: str, whole: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    name, colon, rest = part.partition(":")
-    name = name.strip()
-    if not _NAME.fullmatch(name):
-        raise BadOption(
-            f"the arm '{whole}' cannot be read: '{part}' does not begin with a name.",
-            next_step="write method[:option=value,...][+recipe], as in lora:rank=16+lora_plus",
-        )
-    if not colon:
-        return name, ()
-    options: dict[str, Any] = {}
-    for piece in _split(rest, ","):
-        key, equals, value = piece.partition("=")
-        key = key.strip()
-        if not equals or not _NAME.fullmatch(key):
-            raise BadOption(
-                f"the arm '{whole}' cannot be read: '{piece.strip()}' is not option=value.",
-                next_step="write method[:option=value,...][+recipe], as in lora:rank=16+lora_plus",
-            )
-        if key in options:
-            raise BadOption(f"the arm '{whole}' gives '{key}' twice.", next_step="give each option once")
-        options[key] = _value(value.strip())
+def _named(part: str, whole: str) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    name, options = named_options(part, whole)
     return name, tuple(sorted(options.items()))
-
-
-def _split(text: str, at: str) -> Iterator[str]:
-    """Pieces of `text` between the characters `at` that stand outside of quotes and brackets."""
-    piece, depth, quote = "", 0, ""
-    for character in text:
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in _OPEN:
-            depth += 1
-        elif character in _CLOSE:
-            depth = max(0, depth - 1)
-        elif character == at and depth == 0:
-            # A plus sign with spaces around it is part of a value: prompt[:4] + prompt[-4:]
-            # A plus sign in a number (1e+3) too.
-            in_value = at == "+" and (piece.endswith(" ") or re.search(r"\d[eE]$", piece) is not None)
-            if not in_value:
-                yield piece
-                piece = ""
-                continue
-        piece += character
-    yield piece
-
-
-def _value(text: str) -> Any:
-    """A Python value for what was typed: number, truth value, none, quoted or plain text."""
-    if len(text) >= 2 and text[0] == text[-1] and text[0] in "'\"":
-        return text[1:-1]
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for read in (int, float):
-        try:
-            return read(text)
-        except ValueError:
-            pass
-    return text
 
 
 def _join(name: str, options: tuple[tuple[str, Any], ...]) -> str:
@@ -226,6 +165,6 @@ def _text(value: Any) -> str:
 
 
 def _reads_back(value: str) -> bool:
-    if not value or value != value.strip() or _value(value) != value or set(value) & set("'\""):
+    if not value or value != value.strip() or typed(value) != value or set(value) & set("'\""):
         return False
-    return all(list(_split(f"{value}{at}next", at)) == [value, "next"] for at in ",+")
+    return all(list(pieces(f"{value}{at}next", at)) == [value, "next"] for at in ",+")

@@ -39,7 +39,6 @@ class At:
     _project: Callable[[str, Tensor], Tensor] | None = None
     _history: Callable[[str, Tensor], Tensor] | None = None
     _bare: Callable[..., Any] | None = None
-    _prompt_all: Tensor | None = None
 
     def project(self, role: str, z: Tensor) -> Tensor:
         """The site's own frozen projection before rotary, "query", "key" or "value".

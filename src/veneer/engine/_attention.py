@@ -21,7 +21,7 @@ from veneer.errors import Unsupported
 
 from ._facts import apply, facts
 from ._frame import Frame
-from ._program import Op
+from ._program import Op, by_rows
 from ._rows import Rows
 from ._site import frame_of
 from ._swap import HOST, NAME, kind, plain_class
@@ -147,15 +147,8 @@ def _nested(ops: list[Op]) -> list[list[Op]]:
     parts = [op for op in ops if op.rows is not None]
     if not parts:
         return [whole] if whole else []
-    by_row: dict[int, list[Op]] = {}
     total = parts[0].rows.total  # type: ignore[union-attr]
-    for op in ops:
-        for i in range(total) if op.rows is None else op.rows.indices:
-            by_row.setdefault(i, []).append(op)
-    groups: dict[tuple[int, ...], tuple[list[int], list[Op]]] = {}
-    for i in sorted(by_row):
-        groups.setdefault(tuple(id(o) for o in by_row[i]), ([], by_row[i]))[0].append(i)
-    return [[_narrowed(op, Rows(indices, total)) for op in members] for indices, members in groups.values()]
+    return [[_narrowed(op, rows) for op in members] for rows, members in by_rows(ops, total)]
 
 
 def _narrowed(op: Op, rows: Rows) -> Op:

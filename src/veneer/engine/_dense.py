@@ -18,7 +18,7 @@ from ._facts import apply, facts, select, tensors_at
 from ._frame import Frame, entered
 from ._outputs import cut_features, first, with_first
 from ._plan import SitePlan
-from ._program import Op, is_shift, narrow
+from ._program import Op, by_rows, is_shift, narrow
 from ._rows import Rows
 from ._swap import NAME, twin
 from ._weights import cut, features, paste, stored
@@ -177,18 +177,9 @@ def dense_delta(sp: SitePlan, t: Tensors, W: Tensor) -> Tensor:
 
 def _segments(ops: list[Op]) -> list[tuple[Rows, list[Op]]]:
     """Rows with the same dense edits, each group once."""
-    by_row: dict[int, list[Op]] = {}
-    total = 0
     for op in ops:
         _check_rows(op)
-        total = op.rows.total  # type: ignore[union-attr]
-        for i in op.rows.indices:  # type: ignore[union-attr]
-            by_row.setdefault(i, []).append(op)
-    groups: dict[tuple[int, ...], tuple[list[int], list[Op]]] = {}
-    for i in sorted(by_row):
-        key = tuple(id(op) for op in by_row[i])
-        groups.setdefault(key, ([], by_row[i]))[0].append(i)
-    return [(Rows(indices, total), members) for indices, members in groups.values()]
+    return by_rows(ops, ops[0].rows.total) if ops else []  # type: ignore[union-attr]
 
 
 def _check_rows(op: Op) -> None:

@@ -20,12 +20,10 @@ from ._conditions import conditions, penalty_of
 from ._frame import Frame, Session, current, entered, session_of
 from ._generate import generating, saving
 from ._host import keep_history
-from ._names import any_names, session_for
+from ._names import UNSET, any_names, session_for
 from ._program import PORTS, Program, SiteOps, build_banked
 from ._prompts import cut_back, extend_for_cache, put_in, shift_positions, token_ops
 from ._swap import HOST, kind
-
-_UNSET: Any = object()
 
 
 @kind("backbone")
@@ -40,7 +38,7 @@ def _backbone(base: type) -> dict[str, Any]:
         if frame is None:
             if not host.names:
                 return plain(self, *args, **kwargs)
-            return enter(host, self, functools.partial(forward, self), names, args, kwargs, _UNSET)
+            return enter(host, self, functools.partial(forward, self), names, args, kwargs, UNSET)
         return _with_tokens(host, self, plain, names, frame, args, kwargs)
 
     return {"forward": forward}
@@ -81,9 +79,9 @@ def _door(base: type) -> dict[str, Any]:
     )
 
     @functools.wraps(plain)
-    def forward(self: Any, *args: Any, adapters: Any = _UNSET, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         host = self.__dict__[HOST]
-        if current(host) is not None and adapters is _UNSET:
+        if current(host) is not None and adapters is UNSET:
             return plain(self, *args, **kwargs)
         return enter(host, self, functools.partial(run, self), names, args, kwargs, adapters)
 
@@ -105,7 +103,7 @@ def enter(
 ) -> Any:
     """One call: choose rows, collect facts, run under the frame, add penalties."""
     session = session_of(host)
-    if adapters is not _UNSET:
+    if adapters is not UNSET:
         session = session_for(host, adapters)
     named = named_inputs(names, args, kwargs)
     extra = taken(host, named, kwargs)

@@ -13,22 +13,20 @@ from ._collect import collect, taken
 from ._conditions import conditions
 from ._frame import Frame, Session, entered, opened, session_of
 from ._host import child_name
-from ._names import any_names, session_for
+from ._names import UNSET, any_names, session_for
 from ._prompts import put_in
 from ._store import save
 from ._swap import HOST
-
-_UNSET: Any = object()
 
 
 def generating(base: type) -> Any:
     plain = base.generate  # type: ignore[attr-defined]
 
     @functools.wraps(plain)
-    def generate(self: Any, *args: Any, adapters: Any = _UNSET, **kwargs: Any) -> Any:
+    def generate(self: Any, *args: Any, adapters: Any = UNSET, **kwargs: Any) -> Any:
         host = self.__dict__[HOST]
         outer = session_of(host)
-        if adapters is not _UNSET:
+        if adapters is not UNSET:
             session = session_for(host, adapters)
         elif outer is not None:
             session = Session(host, outer.rows, outer.by_stack, outer.names)

@@ -285,7 +285,9 @@ class Host(nn.Module):
         rows = session.by_stack.get(stack) if session.by_stack else session.rows
         if rows is None:
             return self.active if session.names is None else session.names
-        if total % len(rows) or not total:
+        # Beams and samples multiply rows in generation alone; elsewhere one name serves all, or each row has its own.
+        fits = total % len(rows) == 0 if session.generating else total == len(rows)
+        if not total or not (fits or len(rows) == 1):
             raise BadOption(
                 f"the batch has {total} rows, but names were given for {len(rows)}.",
                 next_step='with veneer.rows(model, ["a", None, ...]):    one name for each row',

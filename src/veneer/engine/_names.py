@@ -10,6 +10,8 @@ from veneer.errors import BadOption, Unsupported
 from ._frame import Names, Session
 from ._program import banks_of
 
+UNSET: Any = object()  # no `adapters=` in the call; None is the bare base
+
 
 def session_for(host: Any, names: Any, base: Session | None = None) -> Session:
     """A session from what a person gives: a name, None, a list of names by row, or {stack: names by row}."""

@@ -76,12 +76,6 @@ class Plan:
         )
 
     @property
-    def method_parameters(self) -> int:
-        """Trained parameters without what `whole` copies (heads)."""
-        whole = {k for sp, keys in zip(self.sites, self.keys) if sp.part < 0 for k in keys.values()}
-        return sum(_size(e.shape) for e in self.entries if e.spec.trained and e.key not in whole)
-
-    @property
     def bytes_on_disk(self) -> int:
         """Bytes of the tensors in the saved file, float32."""
         return sum(4 * _size(e.shape) for e in self.entries if is_saved(e.spec))
@@ -286,7 +280,7 @@ def _stream_sites(found: Anatomy, port: str, selector: Any) -> list[Site]:
         raise Unsupported(
             f"this {found.model_class} has neither token ids nor a class token: its blocks count on a grid of a fixed "
             "size, so positions cannot be added.",
-            next_step="use a method of another port, such as lora or serial_adapter",
+            next_step="veneer methods    lists methods of other ports, that edit weights or outputs",
         )
     if not sites:
         raise NoSiteFound(f"this base has no '{where}', which the port '{port}' needs.")

@@ -247,6 +247,18 @@ def is_shift(sp: SitePlan) -> bool:
     return len(site.shape) == 1 and site.parameter in ("bias", site.bias or "bias") and not site.ranges
 
 
+def by_rows(ops: Sequence[Op], total: int) -> list[tuple[Rows, list[Op]]]:
+    """Rows that the same ops touch, each group once, with those ops in their order."""
+    touched: dict[int, list[Op]] = {}
+    for op in ops:
+        for row in range(total) if op.rows is None else op.rows.indices:
+            touched.setdefault(row, []).append(op)
+    groups: dict[tuple[int, ...], tuple[list[int], list[Op]]] = {}
+    for row in sorted(touched):
+        groups.setdefault(tuple(id(op) for op in touched[row]), ([], touched[row]))[0].append(row)
+    return [(Rows(rows, total), members) for rows, members in groups.values()]
+
+
 def narrow(program: Program, rows: Rows, module: str) -> Program:
     """The program below `module` for some rows of the call, with the very tensors of the whole: noise included."""
     place_of = {row: j for j, row in enumerate(rows.indices)}

@@ -84,7 +84,7 @@ class RemoteLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         raise Unsupported(
             f"the weight of '{self.name}' is on the server, and this method needs to read it.",
-            next_step="methods that add to the output (lora, serial_adapter, ia3, prefixes, prompts) do not",
+            next_step="veneer methods    lists them: those that only add to outputs or to the context do not",
         )
 
     def forward(self, x: Tensor) -> Tensor:
