@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 K ?=
 SLOW ?=
 
-.PHONY: setup lint test demo bench docs study lines
+.PHONY: setup lint test demo bench docs capabilities lines
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -32,6 +32,9 @@ bench: setup
 
 docs: setup
 	$(PY) -m veneer.cli.docs docs
+
+capabilities: setup
+	$(PY) tests/capabilities.py
 
 lines:
 	@for d in src/veneer/*/; do printf '%6d %s\n' $$(cat $$d*.py | wc -l) $$d; done

@@ -1,4 +1,4 @@
-"""`make docs`: the pages of the catalogue and of the capabilities, written from what the code declares.
+"""`make docs`: the page of the catalogue, written from what the code declares.
 
 The same code gives the same pages, byte for byte; a test holds the committed catalogue to that.
 """
@@ -79,45 +79,17 @@ def _cell(text: str) -> str:
     return text.replace("|", r"\|").replace("\n", " ")
 
 
-def capabilities_page(run: bool = False) -> str:
-    """docs/capabilities.md. run: check every claim now, which takes its time."""
-    from veneer import testing
-
-    reports = None
-    if run:
-        from veneer.edits import registry
-
-        reports = [testing.check_method(key) for key in sorted(registry())]
-    laws = sorted(testing.LAWS.values(), key=lambda each: each.number)
-    found = testing.capabilities(reports)
-    said = "checked when this page was written" if run else "as claimed; `veneer laws` checks them"
-    lines = [
-        WRITTEN,
-        "# Capabilities",
-        "",
-        f"Which laws each method holds ({said}). A dash: the law does not speak about the method.",
-        "",
-        *(f"- {each.number} `{each.name}`: {each.meaning}" for each in laws),
-        "",
-        found.markdown().rstrip(),
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def write(folder: Path, run: bool = False) -> list[Path]:
-    """Write both pages into `folder`; returns their paths."""
+def write(folder: Path) -> Path:
+    """Write the catalogue into `folder`; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    pages = {"catalogue.md": catalogue_page(), "capabilities.md": capabilities_page(run)}
-    for name, text in pages.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in pages]
+    page = folder / "catalogue.md"
+    page.write_text(catalogue_page(), encoding="utf-8")
+    return page
 
 
 def main() -> None:
-    """`python -m veneer.cli.docs [FOLDER] [--run]`."""
-    given = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
-    for path in write(Path(given[0] if given else "docs"), run="--run" in sys.argv):
-        print(path)
+    """`python -m veneer.cli.docs [FOLDER]`."""
+    print(write(Path(sys.argv[1] if len(sys.argv) > 1 else "docs")))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -143,8 +144,9 @@ def attach(
 
 
 def _warn_of_size(found: Plan) -> None:
-    """More numbers than the layer itself has are seldom meant."""
-    if found.cache.get("sized"):
+    """More numbers than the layer itself has are seldom meant, where a knob sets how many there are."""
+    knob = any(f.metadata.get("size") for f in dataclasses.fields(found.method))  # type: ignore[arg-type]
+    if not knob or found.cache.get("sized"):
         return
     found.cache["sized"] = True
     for sp in found.sites:
