@@ -19,7 +19,12 @@ def conditions(
     host: Any, module: Any, run: Any, frame: Frame, rows: Any, named: dict, extra: dict, total: int
 ) -> None:
     """What adapters make of the whole input, once a call, before the first block; it stays with a generation."""
-    used = {n for names in ([rows] if rows and isinstance(rows[0], str) else rows) for n in names}
+    if torch.compiler.is_compiling():  # banked form: every resident adapter sees every row, `live` chooses
+        used = {
+            op.adapter.name for ops in frame.program.values() for port in PORTS for op in getattr(ops, port)
+        }
+    else:
+        used = {n for names in ([rows] if rows and isinstance(rows[0], str) else rows) for n in names}
     wanted = [n for n in sorted(used) if "condition" in host.adapter(n).method.arguments]
     if not wanted:
         return
@@ -29,7 +34,7 @@ def conditions(
         if name in frame.session.conditions and frame.session.generating:
             continue
         adapter = host.adapter(name)
-        mine = None if rows and isinstance(rows[0], str) else [i for i, r in enumerate(rows) if name in r]
+        mine = None if not rows or isinstance(rows[0], str) else [i for i, r in enumerate(rows) if name in r]
         chosen = None if mine is None or len(mine) == total else Rows(mine, total)
         inputs = {
             k: chosen.take(v)

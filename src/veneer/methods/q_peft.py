@@ -47,7 +47,6 @@ from veneer.errors import BadOption
     starts_as_identity=False,
     reason="hints of any value are read by attention",
     certainty="B",
-    not_claimed=(("compile", "its prompt is made from ids before the first block, outside of a graph"),),
     rates=(1e-3, 3e-2),
 )
 class QPEFT(TokensMethod):
