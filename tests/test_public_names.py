@@ -10,7 +10,7 @@ import veneer
 NAMES = (
     "open_base", "anatomy", "method", "methods", "plan", "attach", "adapters", "activate", "active", "rows",
     "trainable", "parameters", "save", "load", "export", "merge", "unmerge", "detach", "train", "compare",
-    "predict", "testing",
+    "predict", "testing", "Cohort",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ _WHERE = {
     ),
     "veneer.catalogue": ("method", "methods"),
     "veneer.bases": ("open_base",),
-    "veneer.training": ("train", "predict", "evaluate", "generate"),
+    "veneer.training": ("Cohort", "train", "predict", "evaluate", "generate"),
     "veneer.comparing": ("compare",),
     "veneer.errors": ("VeneerError",),
 }  # fmt: skip

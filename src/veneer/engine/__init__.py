@@ -4,6 +4,7 @@ from . import _attention, _blocks, _door, _site  # noqa: F401  (they register wh
 from ._adapter import Adapter
 from ._api import activate, active, adapters, bare, rows
 from ._attach import attach, detach, host_of, plan, read, relayout
+from ._cohort import alone, draws, is_still, put_draws, random_places, require_gradients, without_dropout
 from ._host import Host, fingerprint
 from ._merge import MergeReport, merge, unmerge, why_not
 from ._plan import Plan
@@ -30,26 +31,32 @@ __all__ = [
     "activate",
     "active",
     "adapters",
+    "alone",
     "attach",
     "bare",
     "between_steps",
     "check_gradients",
     "detach",
+    "draws",
     "export",
     "fingerprint",
     "folder_of",
     "host_of",
+    "is_still",
     "load",
     "merge",
     "parameters",
     "penalty",
     "plan",
     "prepare_training",
+    "put_draws",
+    "random_places",
     "read",
     "read_record",
     "read_tensors",
     "register_format",
     "relayout",
+    "require_gradients",
     "restore",
     "rows",
     "save",
@@ -57,4 +64,5 @@ __all__ = [
     "trainable",
     "unmerge",
     "why_not",
+    "without_dropout",
 ]

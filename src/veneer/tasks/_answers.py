@@ -33,12 +33,12 @@ def answer_losses(
     rows = wanted.nonzero()[:, 0]
     if takes(model, "use_cache"):
         inputs = {**inputs, "use_cache": False}
-    head = _output_layer(model)
+    head = output_layer(model)
     if head is None:
         return _plain(logits_at(model(**inputs), wanted), targets[wanted]), rows
-    hidden, first = _hidden_states(model, head, inputs)
+    hidden, first = hidden_states(model, head, inputs)
     fits = hidden is not None and hidden.shape[:2] == targets.shape
-    if not fits or not _is_all(head, hidden, first):
+    if not fits or not is_all(head, hidden, first):
         return _plain(logits_at(model(**inputs), wanted), targets[wanted]), rows
     return _in_chunks(head, hidden[wanted], targets[wanted], chunk_bytes), rows
 
@@ -58,7 +58,7 @@ def _plain(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def _output_layer(model: nn.Module) -> nn.Module | None:
+def output_layer(model: nn.Module) -> nn.Module | None:
     """The layer that gives logits; None where there is none, or where an adapter acts on it.
 
     An edited layer needs the frame of the model's own forward, so it is not called apart from that.
@@ -71,13 +71,13 @@ def _output_layer(model: nn.Module) -> nn.Module | None:
     return head if type(head) is nn.Linear else None
 
 
-def _hidden_states(model: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any]:
+def hidden_states(model: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any]:
     """What enters the output layer, and the model's logits of the first place (all that it makes)."""
     seen: list[Tensor] = []
 
     def take(_: nn.Module, arguments: tuple[Any, ...]) -> Any:
         if len(arguments) != 1 or not isinstance(arguments[0], Tensor) or arguments[0].dim() != 3 or seen:
-            seen.append(arguments[0])  # called in another way, or twice: `fits` or `_is_all` will say no
+            seen.append(arguments[0])  # called in another way, or twice: `fits` or `is_all` will say no
             return None
         seen.append(arguments[0])
         return (arguments[0][:, :1],)
@@ -92,7 +92,7 @@ def _hidden_states(model: nn.Module, head: nn.Module, inputs: dict[str, Any]) ->
     return seen[0], output.logits if hasattr(output, "logits") else output[0]
 
 
-def _is_all(head: nn.Module, hidden: Tensor, first: Tensor) -> bool:
+def is_all(head: nn.Module, hidden: Tensor, first: Tensor) -> bool:
     """The model's logits are the output layer's and nothing else, seen at the first place of every row."""
     with torch.no_grad():
         alone = head(hidden[:, :1])

@@ -1,12 +1,13 @@
-"""Training: one loop, checkpoints that survive a kill, evaluation, and prediction from an adapter's folder.
+"""Training: one loop, cohorts of adapters, checkpoints that survive a kill, evaluation, and prediction from a folder.
 
-Public: `train` and `TrainResult`; `predict`, `evaluate`, `generate`, `stream`, `Chat` and the `Predictor`
+Public: `train` and `TrainResult`; `Cohort`; `predict`, `evaluate`, `generate`, `stream`, `Chat` and the `Predictor`
 that they open; `Hooks`, `Phase` and `Run` for those that take part in training; `Callback` for
 transformers' Trainer.
 """
 
 from typing import Any
 
+from veneer.training._cohort import Cohort
 from veneer.training._generate import Chat, generate, stream
 from veneer.training._loop import Run
 from veneer.training._predict import Evaluation, Predictor, evaluate, predict
@@ -21,6 +22,7 @@ __all__ = [
     "Adapted",
     "Callback",
     "Chat",
+    "Cohort",
     "Evaluation",
     "Hooks",
     "Phase",
