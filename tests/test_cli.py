@@ -442,6 +442,27 @@ def test_compare_checks_names_before_it_runs(bert, reviews, tmp_path):
         assert near in result.stderr
 
 
+def test_a_comparison_file_is_shown_before_it_runs_and_flags_go_before_it(bert, reviews, tmp_path):
+    file = tmp_path / "which.toml"
+    file.write_text(
+        f"model = '{bert}'\ndata = '{reviews}'\nmethods = 'lora:rank=2'\ncolumns = 'text=body,label=stars'\n"
+        "seeds = 3\nmax_length = 32\nsizes = 'validation=20,test=30'\n"
+    )
+    shown = document(run("compare", file, "--dry-run", "--json", "--seeds", 4, "--batch-size", 8))
+    design = shown["design"]
+    assert shown["sha256"]
+    assert design["seeds"] == [1, 2, 3, 4]
+    assert design["options"] == {"max_length": 32, "batch_size": 8}
+    assert (design["sizes"]["validation"], design["sizes"]["test"]) == (20, 30)
+    assert shown["forecast"]["smallest_findable"] > 0
+    text = run("compare", "--max-length", 32, file, "--dry-run").stdout
+    assert "smallest effect it can find (power 0.8" in text
+    assert not (tmp_path / "runs").exists()
+    wrong = run("compare", tmp_path / "none.toml", "--dry-run")
+    assert wrong.exit_code == 1
+    assert "cannot be read" in wrong.stderr
+
+
 @pytest.mark.slow
 def test_a_whole_comparison_leaves_a_winner_that_predicts(bert, reviews, tmp_path):
     result = run(

@@ -160,7 +160,12 @@ def parse(line: str) -> Any:
         ctx = command.make_context(words[0], words[1:])
     finally:
         STATE.restore()
-    extras = _extras(list(ctx.args), words[0])
+    arguments = list(ctx.args)
+    if words[0] == "compare":
+        from veneer.cli.compare import split_file
+
+        _, arguments = split_file(arguments)
+    extras = _extras(arguments, words[0])
     given = typed_options(ctx.params.get("option"))
     flags = [o for p in command.params for o in p.opts]
     if words[0] == "compare":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +24,7 @@ from veneer.cli._common import (
 from veneer.errors import BadOption, UnknownOption, nearest
 
 EXAMPLES = (
+    "veneer compare which.toml --dry-run",
     "veneer compare --model builtin:minilm --data reviews.csv --methods lora,dora:rank=4,loreft --output runs/which",
     "veneer compare --from scores.jsonl --metric accuracy --output runs/theirs",
 )
@@ -64,6 +67,10 @@ def compare(
     extend: Annotated[
         bool, typer.Option("--extend", help="add arms or seeds to a comparison that is there")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="the design, its hash and what it will cost; trains nothing")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="begin without a question")] = False,
     columns: Columns = None,
     group: Annotated[str | None, typer.Option(help="a column whose rows stay in one split")] = None,
     sizes: Annotated[str | None, typer.Option(help="of the splits: validation=500,test=0.1")] = None,
@@ -75,12 +82,12 @@ def compare(
 ) -> None:
     """Compare methods on the same data with the same budget, and say how sure the answer is.
 
-    The untrained base, a trained head alone and full fine-tuning are always among the arms. Other options are
-    those of training, the same for all arms: --max-length 64 --batch-size 8
+    The question stands in flags, or in a file: veneer compare FILE.toml (or .yaml), with the same names; flags go
+    before it. The untrained base, a trained head alone and full fine-tuning are always among the arms. Other options
+    are those of training, the same for all arms: --max-length 64 --batch-size 8
     """
     from veneer.cli._table import terminal_width
 
-    pairs = [_pair(text) for text in contrast or ()]
     if from_file is not None:
         from veneer.comparing import from_results
 
@@ -88,35 +95,59 @@ def compare(
             raise BadOption("--from analyses results that are there; --model, --data and --methods make new ones.",
                             next_step="give the one or the other")  # fmt: skip
         found = from_results(
-            from_file, output=output, metric=metric or "score", higher_is_better=not lower_is_better, contrasts=pairs,
-            correction=correction, smallest_effect=smallest_effect,
+            from_file, output=output, metric=metric or "score", higher_is_better=not lower_is_better,
+            contrasts=[_pair(text) for text in contrast or ()], correction=correction, smallest_effect=smallest_effect,
         )  # fmt: skip
         result(found, text_of(found, terminal_width()))
         return
-    missing = [
-        f"--{n}"
-        for n, v in (("model", model), ("data", data), ("methods", methods), ("output", output))
-        if not v
-    ]
-    if missing:
+    fields = fields_of(ctx)
+    missing = [f"--{n}" for n in ("model", "data", "methods", "output") if not fields.get(n)]
+    if missing and not (dry_run and missing == ["--output"]):
         raise BadOption(f"veneer compare needs {', '.join(missing)}.", next_step="veneer compare --help")
     from veneer.cli._watch import Watch
-    from veneer.comparing import compare as run_comparison
+    from veneer.comparing import prepare, run_prepared
 
-    options = training_options(
-        extra_options(ctx.args, "compare"), [o for p in ctx.command.params for o in p.opts]
-    )
-    given = {"columns": columns, "group": group, "sizes": sizes, "device": device, "dtype": dtype}
-    options |= {k: v for k, v in given.items() if v is not None}
     still()
+    where = str(fields.pop("output", ""))
+    prepared = prepare(**fields)
+    if dry_run:
+        result(prepared)
+        return
     with Watch() as watch:
-        found = run_comparison(
-            model, data, methods, output=str(output), task=task, metric=metric, budget=budget, seeds=seeds,
-            trials=trials, contrasts=pairs, correction=correction, smallest_effect=smallest_effect, extend=extend,
-            progress=None if quiet else watch, **options,
-        )  # fmt: skip
+        found = run_prepared(
+            prepared, where, extend=extend, progress=(lambda event: None) if quiet else watch
+        )
     finish(found)
     result(found, text_of(found, terminal_width()))
+
+
+def fields_of(ctx: Any) -> dict[str, Any]:
+    """The fields of the comparison: of the file, then of the flags that were typed."""
+    from veneer.comparing.file import FIELDS, checked, read_comparison
+
+    file, arguments = split_file(ctx.args)
+    found: dict[str, Any] = (
+        {} if file is None else {"output": f"runs/{Path(file).stem}", **read_comparison(file)}
+    )
+    typed = [p.name for p in ctx.command.params if ctx.get_parameter_source(p.name).name == "COMMANDLINE"]
+    flags = {name: ctx.params[name] for name in typed if name in FIELDS}
+    if "contrast" in typed:
+        flags["contrasts"] = [_pair(text) for text in ctx.params["contrast"]]
+    options = training_options(
+        extra_options(arguments, "compare"), [o for p in ctx.command.params for o in p.opts]
+    )
+    if "model" in flags:
+        found.pop("models", None)
+    return found | checked(flags | options, "veneer compare")
+
+
+def split_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(the comparison file, the other arguments): the file is what no flag stands before."""
+    for at, text in enumerate(arguments):
+        is_value = at > 0 and arguments[at - 1].startswith("--") and "=" not in arguments[at - 1]
+        if not text.startswith("-") and not is_value:
+            return text, [*arguments[:at], *arguments[at + 1 :]]
+    return None, list(arguments)
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -130,10 +161,9 @@ def _pair(text: str) -> tuple[str, str]:
 
 def training_options(given: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     """Options of every training, after their names were looked up."""
-    from veneer.training import Settings
+    from veneer.comparing.file import training_fields
 
-    taken = {"seed", "learning_rate", "identity", "evaluate_on"}  # the design's own
-    known = {*Settings.__dataclass_fields__, "max_length", "quantise", "whole"} - taken
+    known = training_fields()
     for name in given:
         if name not in known:
             typed = "--" + name.replace("_", "-")

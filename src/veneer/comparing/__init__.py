@@ -8,15 +8,18 @@ once, and publishes intervals, the group of arms that cannot be told from the be
 from veneer.comparing.analysis import Analysis, Scores, analyse
 from veneer.comparing.arms import CONTROLS, Arm, parse_arm, parse_arms
 from veneer.comparing.design import Budget, Comparison, Forecast, forecast, parse_budget, smallest_findable
+from veneer.comparing.file import FIELDS, read_comparison, write_comparison
 from veneer.comparing.ledger import Ledger
 from veneer.comparing.outside import from_results
+from veneer.comparing.prepare import Prepared, prepare
 from veneer.comparing.results import CompareResult
-from veneer.comparing.run import compare, run
+from veneer.comparing.run import compare, run, run_prepared
 from veneer.comparing.runs import Progress, RunResult
 from veneer.comparing.simulation import SelfTest, self_test
 
 __all__ = [
     "CONTROLS",
+    "FIELDS",
     "Analysis",
     "Arm",
     "Budget",
@@ -24,6 +27,7 @@ __all__ = [
     "Comparison",
     "Forecast",
     "Ledger",
+    "Prepared",
     "Progress",
     "RunResult",
     "Scores",
@@ -35,7 +39,11 @@ __all__ = [
     "parse_arm",
     "parse_arms",
     "parse_budget",
+    "prepare",
+    "read_comparison",
     "run",
+    "run_prepared",
     "self_test",
     "smallest_findable",
+    "write_comparison",
 ]

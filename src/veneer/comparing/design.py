@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from veneer.comparing.arms import Arm, parse_arm
@@ -74,6 +74,7 @@ class Comparison:
     arms: normal forms, controls included. rates: learning rates by arm. extension: further rates allowed on
     each side where the best lies on the edge. contrasts: pairs "first - second" that were planned; none means
     every arm against the best. smallest_effect: the smallest difference of the metric that would matter.
+    options: of every training. reading: how the data were read. claim: a published claim, and its rule.
     """
 
     model: str
@@ -93,6 +94,8 @@ class Comparison:
     data_sha256: str = ""
     sizes: Mapping[str, int] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    claim: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.correction not in ("holm", "fdr_bh"):
@@ -149,6 +152,8 @@ class Comparison:
             "correction": self.correction,
             "smallest_effect": self.smallest_effect,
             "options": dict(self.options),
+            "reading": dict(self.reading),
+            "claim": dict(self.claim),
         }
 
     @classmethod
@@ -255,6 +260,9 @@ class Forecast:
     @property
     def runs(self) -> int:
         return self.tuning_runs + self.confirming_runs
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"runs": self.runs}
 
     def __str__(self) -> str:
         time = "" if self.seconds_per_run is None else f", about {duration(self.runs * self.seconds_per_run)}"

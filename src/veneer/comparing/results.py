@@ -111,6 +111,7 @@ def publish(
     summary = _summary(design, analysis, scale, records, rows, costs, sentence, reads, source)
     write_atomic(folder / "results.jsonl", "".join(_line(row) for row in rows))
     write_atomic(folder / "scores.jsonl", "".join(_line(line) for line in _score_lines(records, scores)))
+    write_atomic(folder / "trials.jsonl", "".join(_line(trial) for trial in trials_of(records)))
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     best_folder = _publish_best(folder, records, analysis, summary) if source == "veneer" else None
     result = CompareResult(folder, design, analysis, rows, sentence, reads, best_folder)
@@ -233,6 +234,9 @@ def command_of(record: Record, design: Comparison, seed: Any) -> str:
         parts += ["--task", design.task]
     if record.learning_rate is not None:
         parts += ["--learning-rate", f"{record.learning_rate:g}"]
+    for key, value in design.reading.items():
+        pairs = value.items() if isinstance(value, Mapping) else ()
+        parts += ["--" + key, ",".join(f"{k}={v}" for k, v in pairs) or str(value)]
     for key, value in design.options.items():
         parts += ["--" + key.replace("_", "-"), str(value)]
     parts += ["--seed", str(seed), "--output", f"runs/{record.arm.slug}"]
@@ -340,10 +344,29 @@ def _summary(
         "groups": [list(group) for group in analysis.groups],
         "smallest_effect_found": analysis.smallest_found,
         "smallest_effect_of_interest": design.smallest_effect,
+        # Without their seconds: the summary of a resumed comparison is that of one that was never stopped.
+        "trials": [{k: v for k, v in trial.items() if k != "seconds"} for trial in trials_of(records)],
         "test_reads": reads,
         "source": source,
         "comparison": json.loads(json.dumps(design.to_dict(), default=str)),
     }
+
+
+def trials_of(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Every run on which a rate was tried: a line of trials.jsonl each, in the order in which they ran."""
+    return [
+        {
+            "arm": str(record.arm),
+            "learning_rate": trial["learning_rate"],
+            "seed": trial["seed"],
+            "validation": trial.get("validation"),
+            "status": trial["status"],
+            "seconds": trial.get("seconds"),
+            "chosen": trial["learning_rate"] == record.learning_rate,
+        }
+        for record in records
+        for trial in record.trials
+    ]
 
 
 def _publish_best(

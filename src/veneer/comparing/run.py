@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.comparing.arms import Arm, parse_arm, parse_arms
-from veneer.comparing.design import Comparison, choose_seeds, forecast, parse_budget, same_question
+from veneer.comparing.arms import Arm
+from veneer.comparing.design import Comparison, forecast, parse_budget, same_question
+from veneer.comparing.file import write_comparison
 from veneer.comparing.ledger import Ledger, locked, write_atomic
-from veneer.comparing.rates import extension, grids
+from veneer.comparing.prepare import Prepared, prepare
+from veneer.comparing.rates import extension
 from veneer.comparing.results import CompareResult, Record, publish
 from veneer.comparing.runs import Progress, RunArm, Runs, print_progress
 from veneer.errors import BadOption, TrainingFailed
-
-DEMO_TRIALS, TRIALS = 3, 7
 
 
 def compare(
@@ -28,84 +28,42 @@ def compare(
     methods: str | Iterable[str | Arm] = (),
     *,
     output: str | Path,
-    task: str | None = None,
-    metric: str | None = None,
-    higher_is_better: bool | None = None,
-    budget: str = "published",
-    seeds: int | Sequence[int] = 6,
-    tuning_seeds: Sequence[int] = (0,),
-    trials: int | None = None,
-    extend_rates: int | None = None,
-    rates: Mapping[str, Sequence[float]] | None = None,
-    contrasts: Sequence[tuple[str, str]] = (),
-    correction: str = "holm",
-    smallest_effect: float = 0.01,
-    run_arm: RunArm | None = None,
-    known_methods: Iterable[str] | None = None,
-    known_recipes: Iterable[str] | None = None,
-    families: Mapping[str, str] | None = None,
-    sizes: Mapping[str, int] | None = None,
-    data_sha256: str = "",
     extend: bool = False,
     progress: Callable[[Progress], None] | None = print_progress,
-    **options: Any,
+    **question: Any,
 ) -> CompareResult:
     """Compare `methods` on `data`, and say how sure the answer is.
 
     methods: arms (`"lora:rank=16+lora_plus"`) or families, in a list or separated by commas; `untrained`,
-    `linear_probe` and `full` are always added. rates: learning rates by arm or method, else evenly spaced
-    over the range that the method declares.
-    trials: rates for each arm (7; in the demo budget 3). extend_rates: further rates on each side where the
-    best lies on the edge (2; demo 0). run_arm: a trainer (see `runs`); without it `veneer.training` is used.
-    extend: add arms or seeds to a comparison that is in `output` already. options: for every training.
+    `linear_probe` and `full` are always added. extend: add arms or seeds to a comparison that is in `output`
+    already. question: the fields of a comparison file (`veneer.comparing.FIELDS`), such as
 
-    Writes ledger.jsonl, results.jsonl, scores.jsonl, summary.json, report.html and best/ into `output`. The
-    same call goes on after a kill. Errors: BadOption where the folder holds another design; TrainingFailed
-    where another process is at it, or where no arm could be measured.
+    seeds (6), budget ("published"), task, metric, contrasts, smallest_effect (0.01); rates: learning rates by arm
+    or method, else evenly spaced over the range that the method declares; trials: rates for each arm (7; in the
+    demo budget 3); extend_rates: further rates on each side where the best lies on the edge (2; demo 0); what is
+    no field is an option of every training. run_arm: a trainer (see `runs`); without it `veneer.training` is used.
+
+    Writes comparison.toml, design.json, ledger.jsonl, results.jsonl, scores.jsonl, trials.jsonl, summary.json,
+    report.html and best/ into `output`. The same call goes on after a kill. Errors: BadOption where the folder
+    holds another design; TrainingFailed where another process is at it, or where no arm could be measured.
     """
-    ranges: Mapping[str, tuple[float, float]] = {}
-    runner = None
-    if run_arm is None:
-        from veneer.comparing.runner import default_runner
+    prepared = prepare(model, data, methods, **question)
+    return run_prepared(prepared, output, extend=extend, progress=progress or (lambda event: None))
 
-        run_arm = runner = default_runner(
-            model, data, task=task, budget=parse_budget(budget), options=options
-        )
-        sizes, options = runner.sizes, runner.options
-        data_sha256, ranges, families = runner.data_sha256, runner.ranges, runner.families
-        known_methods, known_recipes = runner.families, runner.recipes
-        task, metric = runner.data.task, metric or runner.task.primary_metric
-        if higher_is_better is None:
-            from veneer.tasks import find_metric
 
-            higher_is_better = find_metric(metric).greater_is_better
-    say = progress or (lambda event: None)
-    is_demo = parse_budget(budget).kind == "demo"
-    arms = parse_arms(methods, known_methods, known_recipes, families)
-    if runner is not None:
-        for arm in arms:
-            runner.check(arm)
-    count = trials or (DEMO_TRIALS if is_demo else TRIALS)
-    design = Comparison(
-        model=name_of(model),
-        data=name_of(data),
-        arms=tuple(str(arm) for arm in arms),
-        rates=grids(arms, count, rates, ranges, families),
-        task=task,
-        metric=metric or "accuracy",
-        higher_is_better=True if higher_is_better is None else higher_is_better,
-        budget=str(parse_budget(budget)),
-        seeds=choose_seeds(seeds),
-        tuning_seeds=tuple(tuning_seeds),
-        extension=(0 if is_demo else 2) if extend_rates is None else extend_rates,
-        contrasts=tuple((str(parse_arm(first)), str(parse_arm(second))) for first, second in contrasts),
-        correction=correction,
-        smallest_effect=smallest_effect,
-        data_sha256=data_sha256,
-        sizes=dict(sizes or {}),
-        options=options,
-    )
-    return run(design, run_arm, output, extend=extend, progress=say)
+def run_prepared(
+    prepared: Prepared,
+    output: str | Path,
+    *,
+    extend: bool = False,
+    progress: Callable[[Progress], None] = print_progress,
+) -> CompareResult:
+    """Run what was prepared, with its comparison file beside the results."""
+
+    def write() -> None:
+        write_comparison(Path(output) / "comparison.toml", prepared.fields, prepared.design.sha256)
+
+    return run(prepared.design, prepared.run_arm, output, extend=extend, progress=progress, settled=write)
 
 
 def run(
@@ -115,12 +73,17 @@ def run(
     *,
     extend: bool = False,
     progress: Callable[[Progress], None] = print_progress,
+    settled: Callable[[], None] = lambda: None,
 ) -> CompareResult:
-    """Run a design that is written down, or what of it is missing in `output`, and publish it."""
+    """Run a design that is written down, or what of it is missing in `output`, and publish it.
+
+    settled: called once the folder is known to be that of this design.
+    """
     folder = Path(output)
     with locked(folder):
         ledger = Ledger(folder)
         _settle_design(ledger, design, folder, extend)
+        settled()
         expected = forecast(design, design.sizes)
         progress(Progress(f"comparison {design.sha256[:12]} ({parse_budget(design.budget).label})"))
         progress(Progress(str(expected)))
@@ -239,10 +202,3 @@ def _read_test_once(runs: Runs, records: Sequence[Record], progress: Callable[[P
             else:
                 record.opened.append(None)
     return reads
-
-
-def name_of(thing: Any) -> str:
-    """How a model or data set is written in the design: its name, its path, or its class."""
-    if thing is None or isinstance(thing, str | Path):
-        return str(thing or "")
-    return str(getattr(thing, "name", "") or type(thing).__name__)

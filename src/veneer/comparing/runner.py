@@ -20,6 +20,8 @@ from veneer.errors import Unsupported
 
 DEMO_SIZES = {"train": 190, "validation": 200, "test": 300}
 DEMO_EPOCHS = 2
+READING = ("columns", "sizes", "group", "split")
+"""Options of reading the data, not of training."""
 
 
 class TrainingRunner:
@@ -32,12 +34,8 @@ class TrainingRunner:
         from veneer.tasks import find_task
 
         self.model, self.budget, self.options = model, budget, dict(options)
-        reading = {
-            key: self.options.pop(key)
-            for key in ("columns", "sizes", "group", "split")
-            if key in self.options
-        }
-        self.data = data if isinstance(data, Splits) else read(data, task=task, **reading)
+        self.reading = {key: self.options.pop(key) for key in READING if key in self.options}
+        self.data = data if isinstance(data, Splits) else read(data, task=task, **self.reading)
         if budget.kind == "demo":
             for split, size in DEMO_SIZES.items():
                 setattr(self.data, split, getattr(self.data, split)[:size])

@@ -1,0 +1,164 @@
+"""From what a person asks to a design that can be shown, hashed and run: nothing is trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from veneer.comparing.arms import Arm, parse_arm, parse_arms, split_arms
+from veneer.comparing.design import Comparison, Forecast, choose_seeds, forecast, parse_budget
+from veneer.comparing.rates import grids
+from veneer.comparing.runs import RunArm
+
+DEMO_TRIALS, TRIALS = 3, 7
+
+
+@dataclass
+class Prepared:
+    """A design, the trainer that runs it, and the fields of the comparison file that says it again."""
+
+    design: Comparison
+    run_arm: RunArm
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def forecast(self) -> Forecast:
+        return forecast(self.design, self.design.sizes)
+
+    def to_dict(self) -> dict[str, Any]:
+        expected = self.forecast
+        return {
+            "sha256": self.design.sha256,
+            "design": self.design.to_dict(),
+            "forecast": expected.to_dict(),
+            "said": str(expected),
+        }
+
+    def __str__(self) -> str:
+        design = self.design
+        sizes = ", ".join(f"{count} {split}" for split, count in design.sizes.items())
+        lines = [
+            f"design {design.sha256}",
+            f"base     {design.model}",
+            f"data     {design.data}" + (f" ({sizes})" if sizes else ""),
+            f"metric   {design.metric} ({'higher' if design.higher_is_better else 'lower'} is better)",
+            f"budget   {parse_budget(design.budget).label}",
+            f"seeds    {_listed(design.seeds)}; rates are tried on {_listed(design.tuning_seeds)}",
+        ]
+        for arm in design.arms:
+            rates = design.rates.get(arm)
+            lines.append(f"arm      {arm}" + (f"  rates {_listed(rates)}" if rates else ""))
+        lines += [f"contrast {first} - {second}" for first, second in design.contrasts]
+        return "\n".join([*lines, "", str(self.forecast)])
+
+
+def _listed(values: Sequence[Any]) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def prepare(
+    model: Any = None,
+    data: Any = None,
+    methods: str | Iterable[str | Arm] = (),
+    *,
+    task: str | None = None,
+    metric: str | None = None,
+    higher_is_better: bool | None = None,
+    budget: str = "published",
+    seeds: int | Sequence[int] = 6,
+    tuning_seeds: int | Sequence[int] = (0,),
+    trials: int | None = None,
+    extend_rates: int | None = None,
+    rates: Mapping[str, Sequence[float]] | None = None,
+    contrasts: Sequence[tuple[str, str]] = (),
+    correction: str = "holm",
+    smallest_effect: float = 0.01,
+    claim: Mapping[str, Any] | None = None,
+    sizes: Any = None,
+    run_arm: RunArm | None = None,
+    known_methods: Iterable[str] | None = None,
+    known_recipes: Iterable[str] | None = None,
+    families: Mapping[str, str] | None = None,
+    data_sha256: str = "",
+    **options: Any,
+) -> Prepared:
+    """The design of a comparison; the arguments are those of `compare`.
+
+    Reads the data where `run_arm` is None. Errors: those of names, options and data.
+    """
+    methods = methods if isinstance(methods, str) else list(methods)
+    given = {
+        "model": model, "data": data, "methods": methods, "task": task, "metric": metric, "budget": str(budget),
+        "seeds": seeds, "tuning_seeds": tuning_seeds, "trials": trials, "extend_rates": extend_rates, "rates": rates,
+        "contrasts": contrasts, "correction": correction, "smallest_effect": smallest_effect, "claim": claim,
+        "sizes": sizes if run_arm is None else None, **options,
+    }  # fmt: skip
+    ranges: Mapping[str, tuple[float, float]] = {}
+    reading: Mapping[str, Any] = {}
+    runner = None
+    if run_arm is None:
+        from veneer.comparing.runner import default_runner
+
+        if sizes is not None:
+            options["sizes"] = sizes
+        run_arm = runner = default_runner(
+            model, data, task=task, budget=parse_budget(budget), options=options
+        )
+        sizes, options, reading = runner.sizes, runner.options, runner.reading
+        data_sha256, ranges, families = runner.data_sha256, runner.ranges, runner.families
+        known_methods, known_recipes = runner.families, runner.recipes
+        task, metric = runner.data.task, metric or runner.task.primary_metric
+        if higher_is_better is None:
+            from veneer.tasks import find_metric
+
+            higher_is_better = find_metric(metric).greater_is_better
+    is_demo = parse_budget(budget).kind == "demo"
+    arms = parse_arms(methods, known_methods, known_recipes, families)
+    if runner is not None:
+        for arm in arms:
+            runner.check(arm)
+    count = trials or (DEMO_TRIALS if is_demo else TRIALS)
+    design = Comparison(
+        model=name_of(model),
+        data=name_of(data),
+        arms=tuple(str(arm) for arm in arms),
+        rates=grids(arms, count, rates, ranges, families),
+        task=task,
+        metric=metric or "accuracy",
+        higher_is_better=True if higher_is_better is None else higher_is_better,
+        budget=str(parse_budget(budget)),
+        seeds=choose_seeds(seeds),
+        tuning_seeds=choose_seeds(tuning_seeds, first=0),
+        extension=(0 if is_demo else 2) if extend_rates is None else extend_rates,
+        contrasts=tuple((str(parse_arm(first)), str(parse_arm(second))) for first, second in contrasts),
+        correction=correction,
+        smallest_effect=smallest_effect,
+        data_sha256=data_sha256,
+        sizes=dict(sizes or {}),
+        options=options,
+        reading=reading,
+        claim=dict(claim or {}),
+    )
+    return Prepared(design, run_arm, _writable(given))
+
+
+def _writable(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a comparison file can say of the arguments: objects in memory, and what was left out, it cannot."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        if name in ("model", "data"):
+            value = str(value) if isinstance(value, str | Path) else None
+        elif name == "methods":
+            value = split_arms(value) if isinstance(value, str) else [str(one) for one in value]
+        if value is not None and value != () and value != {} and value != []:
+            found[name] = value
+    return found
+
+
+def name_of(thing: Any) -> str:
+    """How a model or data set is written in the design: its name, its path, or its class."""
+    if thing is None or isinstance(thing, str | Path):
+        return str(thing or "")
+    return str(getattr(thing, "name", "") or type(thing).__name__)
