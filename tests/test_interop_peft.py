@@ -100,6 +100,19 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
         "bert",
         lora(target_modules=["query", "value", "output.dense"], task_type="SEQ_CLS"),
     ),
+    "rows of some tokens": ("llama", lora(target_modules=["q_proj"], trainable_token_indices=[3, 7, 60])),
+    "rows of tokens that the head shares": (
+        "gpt2",
+        lora(target_modules=["c_attn"], trainable_token_indices={"wte": [5, 4]}, use_dora=True),
+    ),
+    "rows of tokens of an encoder-decoder": (
+        "t5",
+        lora(target_modules=["q"], trainable_token_indices=[4, 9]),
+    ),
+    "rows of tokens at both ends": (
+        "llama",
+        lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4], "lm_head": [8]}),
+    ),
     "lora of Conv1D layers": ("gpt2", lora(target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)),
     "lora of an encoder-decoder": ("t5", lora(target_modules=["q", "v", "wo"])),
     "rank and alpha by pattern, rank-stabilised": (
@@ -368,6 +381,8 @@ def compare_gradients(model: nn.Module, adapter: Any, adapted: nn.Module, close:
     host = model.veneer
     biases = {k: host.bias(sp.site) for sp, keys in zip(adapter.plan.sites, adapter.plan.keys)
               for n, k in keys.items() if n == "base_bias"}  # fmt: skip
+    biases |= {keys["D"]: host.bare(sp.site).detach()[list(sp.method.ids)]
+               for sp, keys in zip(adapter.plan.sites, adapter.plan.keys) if "D" in keys}  # fmt: skip
     assert set(found) == set(wanted)
     for key, value in wanted.items():
         # Parts of one parameter have copies of one A: its gradient is the sum of theirs.
@@ -375,6 +390,8 @@ def compare_gradients(model: nn.Module, adapter: Any, adapted: nn.Module, close:
             k for k in wanted if k.endswith("/A") and key.endswith("/A") and torch.equal(wanted[k], value)
         ]
         got = sum((found[k] for k in copies), torch.zeros_like(value)) if copies else found[key]
-        value = value + biases[key] if key in biases else value  # a file holds the bias, not its change
+        value = (
+            value + biases[key] if key in biases else value
+        )  # a file holds the bias or row, not its change
         torch.testing.assert_close(got, value, rtol=10 * close, atol=close, msg=lambda m, k=key: f"{k}: {m}")
     veneer.detach(model, "gradients")

@@ -248,20 +248,24 @@ def test_a_base_weight_in_the_file_that_is_not_this_base_s_is_refused(folder):
     assert is_untouched(llama())
 
 
-def test_trained_token_rows_read_as_a_trained_copy_of_the_table(tmp_path):
-    peft = pytest.importorskip("peft")
-    base, kwargs = zoo.zoo()["llama"]()
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 7, 60])
-    adapted = peft.get_peft_model(zoo.zoo()["llama"]()[0], config).eval()
-    torch.manual_seed(0)
-    for p in adapted.parameters():
-        if p.requires_grad:
-            p.data = torch.randn(p.shape) * 0.2
-    adapted.save_pretrained(tmp_path / "out")
-    with pytest.warns(UserWarning, match="trainable_token_indices"):
-        veneer.load(base, tmp_path / "out")
-    with torch.no_grad():
-        torch.testing.assert_close(base(**kwargs).logits, adapted(**kwargs).logits, rtol=0, atol=1e-5)
+@pytest.mark.parametrize(
+    ("tokens", "targets", "words"),
+    [
+        ({"embed_tokens": [3]}, ["embed_tokens"], "trains rows of it"),
+        ({"embed_tokens": [3], "lm_head": [4]}, ["q_proj"], "other rows"),
+        ({"embedding": [3]}, ["q_proj"], "no single table"),
+    ],
+)
+def test_rows_of_tokens_that_have_no_form_are_refused_in_words(tokens, targets, words, good, tmp_path):
+    import transformers as t
+
+    folder = Path(shutil.copytree(good, tmp_path / "folder"))
+    edit(folder, trainable_token_indices=tokens, target_modules=targets)
+    base = t.LlamaForCausalLM(t.LlamaConfig(**zoo._LLAMA, tie_word_embeddings=True))
+    with pytest.raises(VeneerError, match=words) as caught:
+        veneer.load(base, folder)
+    assert caught.value.next_step
+    assert is_untouched(base)
 
 
 def test_a_head_that_shares_the_embedding_s_weight_is_refused_by_name(tmp_path):

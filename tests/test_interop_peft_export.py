@@ -65,6 +65,11 @@ EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "lora of experts by role": ("mixtral", "lora", {"sites": ["expert.up", "expert.down", "attention.query"]}),
     "lora with a head": ("bert", "lora", {"whole": ["classifier"]}),
     "lora with a head of several layers": ("roberta", "lora", {"whole": ["classifier"]}),
+    "lora with rows of tokens": ("llama", "lora", {"trainable_tokens": [2, 5]}),
+    "lora with rows of tokens that the head shares": ("gpt2", "lora", {"trainable_tokens": [5, 2]}),
+    "dora with rows of tokens of an encoder-decoder": (
+        "t5", "dora", {"trainable_tokens": [5, 2], "sites": "attention.query"}),
+    "lora with rows of a token table of an encoder": ("bert", "lora", {"trainable_tokens": [5, 2]}),
     "dora at a part": ("gpt2", "dora", {"sites": "attention.{query,value}"}),
     "dora": ("bert", "dora", {"sites": ["attention.query", "mlp.down"]}),
     "vera": ("llama", "vera", {"rank": 5}),
@@ -152,6 +157,8 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "oft of a kernel": ("resnet", "oft", {"sites": "convolution"}, "kernel"),
     "oft of several sizes": ("llama", "oft", {"patterns": {"attention.query": {"block_size": 4}}}, "block size"),
     "adalora at two parts": ("gpt2", "adalora", {}, "two parts"),
+    "rows of an edited table": (
+        "llama", "lora", {"sites": "token_embedding", "trainable_tokens": [3]}, "rows of it are trained"),
     "recurrent weights": ("lstm", "lora", {"sites": "recurrent"}, "recurrent"),
     "dropout at experts": ("mixtral", "lora", {"sites": "expert.up", "dropout": 0.1}, "dropout"),
     "a convolution in groups": ("convnext", "lora", {"sites": r".*dwconv|.*depthwise.*"}, "groups"),

@@ -2,6 +2,7 @@
 numbers that were worked by hand or published. No model is needed here.
 """
 
+import dataclasses
 import importlib
 import math
 
@@ -1089,6 +1090,57 @@ def test_a_linear_layer_equals_hf_peft_with_its_own_options(key, config, theirs,
     found = output(method, t, base.weight.detach(), x, base.bias.detach(), At())
     assert float((found - base(x)).abs().max()) > 0.05
     close(found, expected, 1e-5 if key == "adalora" else 1e-6)
+
+
+def test_trained_tokens_change_their_rows_and_their_logits_alone():
+    """W' = W with D added to rows 2 and 0, worked by hand; as a head the same rows read x."""
+    (part,) = build("lora", trainable_tokens=[2, 0]).also()
+    t = Tensors(D=torch.tensor([[1.0, 2.0], [10.0, 0.0]]))
+    W = torch.ones(3, 2)
+    assert (W + part.delta(t, W)).tolist() == [[11.0, 1.0], [1.0, 1.0], [2.0, 3.0]]
+    site = dataclasses.replace(embedding(3, 2), kind="linear")
+    x = torch.tensor([[1.0, -1.0]])
+    assert part.branch(t, x, At(site=site)).tolist() == [[10.0, 0.0, -1.0]]
+
+
+def test_trained_tokens_are_one_tensor_for_every_owner_of_a_shared_table():
+    import zoo
+
+    for family, owners in (("gpt2", 2), ("t5", 4), ("llama", 1)):
+        model, kwargs = zoo.zoo()[family]()
+        adapter = veneer.attach(model, "lora", trainable_tokens=[4, 7])
+        rows = [(sp, keys) for sp, keys in zip(adapter.plan.sites, adapter.plan.keys) if "D" in keys]
+        assert len(rows) == owners
+        assert len({keys["D"] for _, keys in rows}) == 1
+        with torch.no_grad():
+            for view in veneer.trainable(model).values():
+                view.add_(0.3 * torch.randn(view.shape, generator=torch.Generator().manual_seed(0)))
+            attached = model(**kwargs).logits
+            tables = [model.get_parameter(f"{sp.site.module}.weight") for sp, _ in rows]
+            bare = tables[0].clone()
+            veneer.merge(model)
+            torch.testing.assert_close(model(**kwargs).logits, attached, rtol=1e-4, atol=1e-5)
+        moved = (tables[0] != bare).any(-1)
+        assert moved.nonzero().flatten().tolist() == [4, 7]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ([3, 3], "names 3 twice"),
+        ([-1], "-1 is no row"),
+        ([10**6], "1000000 is no row"),
+        (["<new>"], "token ids"),
+    ],
+)
+def test_trained_tokens_that_are_no_rows_are_refused_with_what_to_type(tokens, words):
+    import zoo
+
+    model, _ = zoo.zoo()["llama"]()
+    with pytest.raises(BadOption, match=words) as caught:
+        veneer.attach(model, "dora", trainable_tokens=tokens)
+    assert caught.value.next_step
+    assert "veneer" not in model._modules
 
 
 def test_the_kernels_of_lora_and_dora_equal_hf_peft():

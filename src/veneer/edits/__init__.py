@@ -6,6 +6,7 @@ from ._at import At, parse_positions
 from ._blocks import (
     ACTIVATIONS,
     TrainedCopy,
+    TrainedRows,
     before,
     block_diagonal,
     bottleneck,
@@ -17,6 +18,7 @@ from ._blocks import (
     running_mean,
     skew,
     split_heads,
+    trained_tokens,
     widen,
 )
 from ._method import (
@@ -76,6 +78,7 @@ __all__ = [
     "Tensors",
     "TokensMethod",
     "TrainedCopy",
+    "TrainedRows",
     "WeightMethod",
     "add_row_axis",
     "before",
@@ -106,6 +109,7 @@ __all__ = [
     "running_mean",
     "skew",
     "split_heads",
+    "trained_tokens",
     "truncated_normal",
     "uniform",
     "widen",

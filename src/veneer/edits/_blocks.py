@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from veneer.anatomy import Site
+from veneer.errors import BadOption
 
-from ._method import Sites, WeightMethod, method
-from ._spec import Specs, from_base
+from ._method import Method, Sites, WeightMethod, method
+from ._spec import Specs, from_base, zeros
 from ._tensors import Tensors
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -137,3 +138,53 @@ class TrainedCopy(WeightMethod):
     def weight(self, t: Tensors, W: Tensor) -> Tensor:
         """Any shape -> the same shape"""
         return t.W
+
+
+@method("trained_rows", paper="", family="selective", registered=False)
+class TrainedRows(WeightMethod):
+    """W'[ids] = W[ids] + D, D (ids, width) starting at zero: some tokens of a vocabulary, and a head that shares it.
+
+    Decay pulls a row to what the base has, and not to zero. At a head only the logits of these tokens change.
+    """
+
+    ids: Sequence[int] = ()
+    sites: Sites = "token_embedding"
+
+    def tensors(self, site: Site) -> Specs:
+        wrong = [i for i in self.ids if not 0 <= i < site.shape[0]]
+        if wrong:
+            raise BadOption(
+                f"trainable_tokens: {wrong[0]} is no row of '{site.name}', which has {site.shape[0]}.",
+                next_step=f"token ids from 0 to {site.shape[0] - 1}; resize the base first, where tokens are new",
+            )
+        return {"D": zeros(len(self.ids), *site.shape[1:])}
+
+    def delta(self, t: Tensors, W: Tensor) -> Tensor:
+        """(vocabulary, width) -> the same shape"""
+        return t.D.new_zeros(W.shape).index_copy(0, self._index(W), t.D)
+
+    def branch(self, t: Tensors, x: Tensor, at: Any) -> Tensor:
+        """At a head: (..., width) -> (..., vocabulary)"""
+        logits = x @ t.D.mT
+        none = logits.new_zeros(*x.shape[:-1], at.site.shape[0])
+        return none.index_copy(-1, self._index(x), logits)
+
+    def _index(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.ids, device=like.device)
+
+
+def trained_tokens(tokens: Sequence[int] | Mapping[str, Sequence[int]]) -> tuple[Method, ...]:
+    """Parts for an option `trainable_tokens`: ids of the table of tokens, or ids by the name of a module."""
+    by_table = dict(tokens) if isinstance(tokens, Mapping) else {"token_embedding": tokens} if tokens else {}
+    for ids in by_table.values():
+        if not isinstance(ids, Sequence) or isinstance(ids, str) or any(type(i) is not int for i in ids):
+            raise BadOption(
+                f"trainable_tokens={tokens!r:.60}: a list of token ids was expected.",
+                next_step="trainable_tokens=tokenizer.convert_tokens_to_ids(['<new>'])",
+            )
+        if len(set(ids)) != len(ids):
+            twice = next(i for i in ids if list(ids).count(i) > 1)
+            raise BadOption(
+                f"trainable_tokens names {twice} twice.", next_step="trainable_tokens=sorted(set(ids))"
+            )
+    return tuple(TrainedRows(tuple(ids), table) for table, ids in by_table.items() if ids)

@@ -157,7 +157,8 @@ def make_plan(
         plans += [SitePlan(s, methods[s.name], methods[s.name].tensors(s), part) for s in sites]
     plans = _tied(found, plans)
     plans = [_null_gradients(found, sp) for sp in plans]
-    taken = {(sp.site.module, sp.site.parameter) for sp in plans if sp.part > 0}
+    copied = (sp.site for sp in plans if sp.part > 0 and isinstance(sp.method, TrainedCopy))
+    taken = {(site.module, site.parameter) for site in copied}
     for name in whole:
         copy = TrainedCopy(sites=name)
         sites = [s for s in _whole_sites(found, name) if (s.module, s.parameter) not in taken]
@@ -215,22 +216,39 @@ def _tied(found: Anatomy, plans: list[SitePlan]) -> list[SitePlan]:
     for a, b in found.facts.tied:
         joined = groups.get(a, {a}) | groups.get(b, {b})
         groups.update(dict.fromkeys(joined, joined))
-    chosen = {(sp.site.module, sp.site.parameter) for sp in plans if sp.site.port == "weight"}
+    if not groups:
+        return plans
     owners = {(s.module, s.parameter): s for s in found.sites}
-    more = []
+    names: dict[
+        tuple[int, str], str
+    ] = {}  # (part, parameter of a group) -> the name of the site that came first
+    out, more = [], []
     for sp in plans:
         own = f"{sp.site.module}.{sp.site.parameter}"
+        if sp.site.port != "weight" or own not in groups:
+            out.append(sp)
+            continue
+        first = names.setdefault((sp.part, min(groups[own])), sp.site.name)
+        # Another selected site of the same tensor is no second edit: it reads the tensors of the first.
+        out.append(sp if first == sp.site.name else _named(sp, first))
+    chosen = {(sp.part, sp.site.module, sp.site.parameter) for sp in out if sp.site.port == "weight"}
+    for sp in out:
+        own = f"{sp.site.module}.{sp.site.parameter}"
         for name in sorted(groups.get(own, ())) if sp.site.port == "weight" else ():
-            other = (name.rpartition(".")[0], name.rpartition(".")[2])
-            if other in chosen:
+            module, _, parameter = name.rpartition(".")
+            if (sp.part, module, parameter) in chosen:
                 continue
-            chosen.add(other)
-            there = owners.get(other)
+            chosen.add((sp.part, module, parameter))
+            there = owners.get((module, parameter))
             # An owner that no role names is a table of tokens, like the one that was chosen.
             kind, bias = (there.kind, there.bias) if there is not None else (sp.site.kind, "")
-            site = dataclasses.replace(sp.site, module=other[0], parameter=other[1], kind=kind, bias=bias)
+            site = dataclasses.replace(sp.site, module=module, parameter=parameter, kind=kind, bias=bias)
             more.append(dataclasses.replace(sp, site=site))
-    return [*plans, *more]
+    return [*out, *more]
+
+
+def _named(sp: SitePlan, name: str) -> SitePlan:
+    return dataclasses.replace(sp, site=dataclasses.replace(sp.site, name=name))
 
 
 def _null_gradients(found: Anatomy, sp: SitePlan) -> SitePlan:

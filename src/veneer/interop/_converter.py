@@ -99,7 +99,8 @@ class Reading:
     nested: dict[tuple[str, str], str] = field(
         default_factory=dict
     )  # edited parameters without a module of their own
-    rows: dict[str, list[int]] = field(default_factory=dict)  # module -> rows of it that were trained
+    places: set[tuple[str, str]] = field(default_factory=set)  # (module, parameter) that are edited
+    rows: dict[str, str] = field(default_factory=dict)  # module with trained rows -> its name in the file
     pairs: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # what parts of one parameter share
 
     @property
@@ -117,7 +118,6 @@ class Request:
         default_factory=set
     )  # (module, parameter): edited, no more and no fewer
     total_steps: int | None = None
-    rows: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.edits import TrainedCopy
+from veneer.edits import TrainedCopy, TrainedRows
 from veneer.engine._plan import SitePlan
 from veneer.engine._weights import cut, paste
 from veneer.errors import NoSiteFound, ShapeDiffers, Unsupported
@@ -21,7 +21,7 @@ from ._converter import Reading, Writing
 
 
 def saved_modules(job: Reading) -> dict[str, Any]:
-    """`whole=` for modules_to_save and trained token rows."""
+    """`whole=` for modules_to_save."""
     names = _targets.saved_modules(job.model, job.config) if "modules_to_save" in job.config.fields else []
     whole = [n for n in names if any(k.startswith(f"{job.prefix}{n}.") for k in job.file.names())]
     idle = [n for n in names if n not in whole and any(True for _ in job.host.module(n).parameters())]
@@ -30,7 +30,6 @@ def saved_modules(job: Reading) -> dict[str, Any]:
             f"'{job.config.path}' trains '{idle[0]}' whole (modules_to_save), and {TENSORS} has no tensor of it.",
             next_step="copy the folder again",
         )
-    whole += [m for m in job.rows if m not in whole]
     if not whole:
         return {}
     try:
@@ -66,12 +65,6 @@ def copy_of(job: Reading, sp: SitePlan) -> Tensor:
     """A trained copy of a parameter, in the method's shape; the base's own where HF PEFT would not have saved it."""
     site = sp.site
     base = job.host.bare(site)
-    if site.module in job.rows and site.parameter == "weight":
-        ids = job.rows[site.module]
-        delta = job.file.take(
-            f"{job.prefix}{site.module}.token_adapter.trainable_tokens_delta", (len(ids), base.shape[1])
-        )
-        return base.detach().cpu().index_copy(0, torch.tensor(ids), delta.to(base.dtype))
     end = f"{site.module}.{site.parameter}" if site.module else site.parameter
     for key in (f"{job.prefix}{end}", f"{job.prefix}{site.module}.base_layer.{site.parameter}"):
         if job.file.has(key):
@@ -79,6 +72,57 @@ def copy_of(job: Reading, sp: SitePlan) -> Tensor:
     if sp.part > 0 and not end.endswith("bias"):
         return cut(base.detach().clone(), site)
     return cut(job.file.take(f"{job.prefix}{end}", tuple(base.shape)), site)
+
+
+ROWS = "token_adapter.trainable_tokens_delta"  # of HF PEFT: the rows themselves, not what is added to them
+
+
+def rows_of(job: Reading, sp: SitePlan) -> Tensor:
+    """D of rows that are trained: what the file's rows add to the base's."""
+    m: Any = sp.method
+    ids, table = list(m.ids), job.host.bare(sp.site).detach().cpu()
+    rows = job.file.take(f"{job.prefix}{job.rows[sp.site.module]}.{ROWS}", (len(ids), table.shape[1]))
+    wide = torch.promote_types(rows.dtype, table.dtype)
+    return rows.to(wide) - table[ids].to(wide)
+
+
+def write_rows(job: Writing) -> dict[str, Any]:
+    """trainable_token_indices: rows of the table of tokens, which a head that shares it follows in HF PEFT too."""
+    tell: Any = getattr(job.host.root, "get_input_embeddings", lambda: None)
+    main = tell()
+    edited = {sp.site.module for sp in job.plan.sites if not isinstance(sp.method, TrainedRows)}
+    by_key: dict[str, tuple[list[int], Tensor, list[str]]] = {}
+    for sp, t, keys in zip(job.plan.sites, job.values(), job.plan.keys):
+        if isinstance(sp.method, TrainedRows):
+            by_key.setdefault(keys["D"], (list(sp.method.ids), t["D"], []))[2].append(sp.site.module)
+    found: dict[str, list[int]] = {}
+    plain = None
+    for ids, D, modules in by_key.values():
+        if edited & set(modules):
+            raise Unsupported(
+                f"'{min(edited & set(modules))}' is edited, and rows of it are trained; HF PEFT can do one of them.",
+                next_step=f"exclude={min(edited & set(modules))!r}, or no trainable_tokens",
+            )
+        module = next((m for m in modules if job.host.module(m) is main), None)
+        if module is None and len(modules) > 1:
+            raise Unsupported(
+                f"rows of '{modules[0]}' are trained, which shares its weight with '{modules[1]}'; HF PEFT ties them "
+                "at the model's input embeddings alone.",
+                next_step="veneer.save(model, name, folder)    keeps veneer's own form",
+            )
+        plain = ids if module is not None else plain
+        module = _first_name(job, main) if module is not None else modules[0]
+        table: Any = job.host.module(module).weight
+        job.tensors[f"{job.prefix}{module}.{ROWS}"] = table.detach()[ids].to(D.dtype) + D
+        found[module] = ids
+    if not found:
+        return {}
+    return {"trainable_token_indices": plain if plain is not None and len(found) == 1 else found}
+
+
+def _first_name(job: Writing, module: Any) -> str:
+    """The name under which HF PEFT finds a module that several names lead to."""
+    return next(n for n, m in job.host.root.named_modules() if m is module)
 
 
 def drop_copies_of_the_base(job: Reading) -> None:

@@ -86,7 +86,9 @@ class Lora(Converter):
         options["patterns"] = _patterns(config, keys)
         places = {(m, "weight") for m in modules} | {(s.module, s.parameter) for s in parameters}
         job.nested = nesting(job.host, parameters)
-        return Request(self.method_of(config), options, places, rows=_token_rows(job))
+        job.places = places
+        options["trainable_tokens"], job.rows = _token_rows(job)
+        return Request(self.method_of(config), options, places)
 
     def method_of(self, config: Config) -> str:
         return "dora" if config["use_dora"] else "lora"
@@ -201,31 +203,54 @@ def _patterns(config: Config, keys: list[tuple[str, str]]) -> dict[str, dict[str
     return found
 
 
-def _token_rows(job: Reading) -> dict[str, list[int]]:
-    """Module -> ids of its trained rows. Here the table is trained whole, so that all rows would move."""
+def _token_rows(job: Reading) -> tuple[Any, dict[str, str]]:
+    """The option `trainable_tokens`, and {module that reads a table: the name that the file has for the table}."""
     given = job.config["trainable_token_indices"]
     if not given:
-        return {}
-    if isinstance(given, list):
-        tables = [m for _, m in job.anatomy.facts.token_embeddings]
-        given = {tables[0]: given} if tables else {}
-    rows = {}
-    for name, ids in given.items():
-        modules = [n for n in job.anatomy.module_names if n.endswith(name)]
-        table = next((getattr(job.host.module(n), "weight", None) for n in modules), None)
+        return (), {}
+    tell: Any = getattr(job.model, "get_input_embeddings", lambda: None)
+    main = tell()
+    names = [n for n, _ in job.model.named_modules() if n.partition(".")[0] != "veneer"]
+    own = next((n for n in names if main is not None and job.host.module(n) is main), "embed_tokens")
+    by_name = {own: given} if isinstance(given, list) else given
+    edited = {m for m, _ in job.places}
+    option: dict[str, list[int]] = {}
+    rows: dict[str, str] = {}
+    for name, ids in by_name.items():
+        modules = [n for n in names if n.endswith(name)]
+        table = getattr(job.host.module(modules[0]), "weight", None) if modules else None
         if len(modules) != 1 or table is None or table.dim() != 2:
             raise NoSiteFound(f"'{job.config.path}': trainable_token_indices names '{name}', which is no single table "
-                              "of this base.", nearest=nearest(name, job.anatomy.module_names))  # fmt: skip
-        if any(f"{modules[0]}.weight" in pair for pair in job.anatomy.facts.tied):
-            raise Unsupported(f"LORA: trainable_token_indices at '{modules[0]}', whose weight the head shares: rows "
-                              "trained for both have no form here.")  # fmt: skip
+                              "of this base.", nearest=nearest(name, job.anatomy.module_names),
+                              next_step="load it on the base that it was trained on")  # fmt: skip
         if len(set(ids)) != len(ids) or (ids and max(ids) >= table.shape[0]):
             raise ShapeDiffers(f"'{job.config.path}': trainable_token_indices of '{name}' go up to {max(ids)}, the "
-                               f"table has {table.shape[0]} rows, and each id stands once.")  # fmt: skip
-        rows[modules[0]] = ids
-    warnings.warn(
-        f"'{job.config.path}': trainable_token_indices is read as a trained copy of {', '.join(rows)}: the outputs are "
-        "the same, further training would move every row.",
-        stacklevel=6,
-    )
-    return rows
+                               f"table has {table.shape[0]} rows, and each id stands once.",
+                               next_step="model.resize_token_embeddings(len(tokenizer)) before loading")  # fmt: skip
+        same = _same_table(job, modules[0])
+        if edited & same:
+            raise Unsupported(f"'{job.config.path}' edits '{min(edited & same)}' and trains rows of it, which HF PEFT "
+                              "itself does not run.", next_step="an adapter that does one of them")  # fmt: skip
+        known = next((m for m in rows if m in same), None)
+        if known is not None and option[rows[known]] != ids:
+            raise Unsupported(f"'{job.config.path}' trains other rows of '{modules[0]}' than of '{known}', which is "
+                              "the same table in this base.",
+                              next_step="load it on a base with tie_word_embeddings=False")  # fmt: skip
+        if known is None:
+            option[modules[0]] = ids
+            rows.update(dict.fromkeys(same, modules[0]))
+    tables = {s.module for s in job.anatomy.select("token_embedding", port="weight")}
+    if len(option) == 1 and tables <= rows.keys():
+        return next(iter(option.values())), rows
+    return {_targets.exact(job.anatomy, m): ids for m, ids in option.items()}, rows
+
+
+def _same_table(job: Reading, module: str) -> set[str]:
+    """The module, and all that share its weight."""
+    found = {module}
+    for _ in range(len(job.anatomy.facts.tied)):
+        for pair in job.anatomy.facts.tied:
+            owners = {p.rpartition(".")[0] for p in pair}
+            if owners & found:
+                found |= owners
+    return found

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.edits import TrainedCopy
+from veneer.edits import TrainedCopy, TrainedRows
 from veneer.engine import host_of
 from veneer.errors import BadOption, UnknownName, Unsupported, missing_package, nearest
 
@@ -100,8 +100,9 @@ def _checked_pairs(job: Writing) -> list[Pair]:
             next_step="veneer.merge(model, name), and convert the whole model",
         )
     copies = [
-        keys["W"] for sp, keys in zip(job.plan.sites, job.plan.keys) if isinstance(sp.method, TrainedCopy)
-    ]
+        k for sp, keys in zip(job.plan.sites, job.plan.keys) for k in keys.values()
+        if isinstance(sp.method, TrainedCopy | TrainedRows)
+    ]  # fmt: skip
     biases = [k for keys in job.plan.keys for n, k in keys.items() if n in ("bias", "base_bias")]
     if copies or biases:
         left = [*copies, *biases]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.edits import TrainedCopy, build
+from veneer.edits import TrainedCopy, TrainedRows, build
 from veneer.engine import Adapter, attach, detach, host_of, read_tensors
 from veneer.engine._attach import _plan_for, _split
 from veneer.engine._plan import Plan
@@ -25,7 +25,15 @@ from veneer.errors import BadFile, UnknownOption, Unsupported
 
 from ._config import CONFIG, TENSORS, Config, read_json, type_of, version_of
 from ._converter import Converter, Reading, Request, Tensorfile, Writing, converters, writer_for
-from ._copies import copy_of, drop_copies_of_the_base, saved_modules, with_head, write_copies
+from ._copies import (
+    copy_of,
+    drop_copies_of_the_base,
+    rows_of,
+    saved_modules,
+    with_head,
+    write_copies,
+    write_rows,
+)
 from ._folder import put_folder
 from ._report import ExportReport
 
@@ -72,7 +80,6 @@ def read(
             model, host, config, Tensorfile(tensors, f"'{folder}' ({config.peft_type})"), kind.prefix
         )
         request = kind.request(job)
-        job.rows = request.rows
         engine, own = _split(request.options)
         engine |= saved_modules(job)
         method = build(request.method, **own)
@@ -113,7 +120,11 @@ def _values(kind: Converter, job: Reading, plan: Plan) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     for sp, keys in zip(plan.sites, plan.keys):
         with job.file.together(f"{job.prefix}{sp.site.module}."):
-            if isinstance(sp.method, TrainedCopy):
+            if isinstance(sp.method, TrainedRows):
+                if keys["D"] in values:
+                    continue
+                found = {"D": rows_of(job, sp)}
+            elif isinstance(sp.method, TrainedCopy):
                 found = {"W": copy_of(job, sp)}
             else:
                 found = kind.take(job, sp, f"{job.prefix}{sp.site.module}.")
@@ -168,6 +179,7 @@ def write(
     job = Writing(host, adapter, options, kind.prefix)
     fields = kind.write(job)
     fields.update(write_copies(job))
+    fields.update(write_rows(job))
     kept = adapter.info.get("peft", {})
     task = with_head(job, fields, task_type, kept.get("task_type") or _task(model))
     if options:

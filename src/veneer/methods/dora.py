@@ -14,10 +14,13 @@ its neutral value is the norm, not zero. A convolution's norm runs over all but 
 second adapter later uses the norms of the bare W, since weight edits add up.
 """
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from veneer.edits import (
     At,
+    Method,
     Site,
     Sites,
     Specs,
@@ -28,6 +31,7 @@ from veneer.edits import (
     hyper,
     kaiming,
     method,
+    trained_tokens,
     zeros,
 )
 
@@ -50,7 +54,13 @@ class DoRA(WeightMethod):
         at_least=0,
         at_most=1,
     )
+    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = hyper(
+        (), "token ids whose rows of the embedding are trained too", alias="trainable_token_indices"
+    )
     sites: Sites = "attention.{query,value}"
+
+    def also(self) -> tuple[Method, ...]:
+        return trained_tokens(self.trainable_tokens)
 
     def tensors(self, site: Site) -> Specs:
         return {

@@ -25,7 +25,12 @@ HF PEFT's names lora_embedding_A is this B transposed, lora_embedding_B this A t
 Two kinds of bias can be trained: `lora_bias` adds s times a bias of B to the output; `bias="lora_only"`
 trains the base's own bias at edited sites, `bias="all"` all biases of the base. What the first two add is
 `bias_delta`, which merging puts into the base's bias.
+
+`trainable_tokens` trains the rows of some tokens in the embedding beside the update, new ones that a chat
+form brings for example. An output layer that shares the table follows.
 """
+
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -44,6 +49,7 @@ from veneer.edits import (
     kaiming,
     method,
     normal,
+    trained_tokens,
     zeros,
 )
 from veneer.errors import BadOption
@@ -76,6 +82,9 @@ class LoRA(WeightMethod):
     )
     bias: str = hyper("none", "biases of the base that are trained too", choices=("none", "all", "lora_only"))
     lora_bias: bool = hyper(False, "B has a bias of its own, scaled by s")
+    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = hyper(
+        (), "token ids whose rows of the embedding are trained too", alias="trainable_token_indices"
+    )
     sites: Sites = "attention.{query,value}"
 
     def __post_init__(self) -> None:
@@ -116,7 +125,8 @@ class LoRA(WeightMethod):
         return found
 
     def also(self) -> tuple[Method, ...]:
-        return (TrainedCopy(sites="bias"),) if self.bias == "all" else ()
+        biases = (TrainedCopy(sites="bias"),) if self.bias == "all" else ()
+        return (*biases, *trained_tokens(self.trainable_tokens))
 
     @property
     def start_reads_weight(self) -> bool:
