@@ -6,7 +6,7 @@ import inspect
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from test_comparing_fake import RATES, SIZES, FakeTrainer
@@ -97,6 +97,7 @@ plain_texts = st.text(min_size=1, max_size=12).filter(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=50)
 @given(
     model=plain_texts,
     methods=st.lists(plain_texts, min_size=1, max_size=3),

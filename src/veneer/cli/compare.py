@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from veneer.cli._common import (
     OPEN,
+    STATE,
     AsJson,
     Columns,
     Debug,
@@ -19,6 +21,7 @@ from veneer.cli._common import (
     extra_options,
     note,
     result,
+    say,
     still,
 )
 from veneer.errors import BadOption, UnknownOption, nearest
@@ -29,6 +32,7 @@ EXAMPLES = (
     "veneer compare --from scores.jsonl --metric accuracy --output runs/theirs",
 )
 SETTINGS = OPEN
+LONG = 600  # seconds, from which on a person at a terminal is asked first
 
 
 def compare(
@@ -109,16 +113,31 @@ def compare(
 
     still()
     where = str(fields.pop("output", ""))
-    prepared = prepare(**fields)
+    prepared = prepare(**fields).measure(where or None)
     if dry_run:
         result(prepared)
         return
+    if not yes:
+        ask(prepared.forecast)
     with Watch() as watch:
         found = run_prepared(
             prepared, where, extend=extend, progress=(lambda event: None) if quiet else watch
         )
     finish(found)
     result(found, text_of(found, terminal_width()))
+
+
+def ask(expected: Any) -> None:
+    """The question before a long comparison, where somebody sits at a terminal to answer it."""
+    from veneer.comparing.design import duration
+
+    is_person = sys.stdin.isatty() and sys.stderr.isatty() and not STATE.quiet
+    if not is_person or expected.seconds is None or expected.seconds < LONG:
+        return
+    say(str(expected))
+    if not typer.confirm(f"This takes about {duration(expected.seconds)}. Begin?", default=True, err=True):
+        note("nothing was begun; --budget, --seeds, --trials and fewer arms make it shorter")
+        raise typer.Exit(1)
 
 
 def fields_of(ctx: Any) -> dict[str, Any]:

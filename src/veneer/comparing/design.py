@@ -248,7 +248,9 @@ class Forecast:
 
     tuning_runs: int
     confirming_runs: int
-    seconds_per_run: float | None
+    seconds: float | None
+    time_from: str
+    memory: tuple[int, str] | None
     validation_items: int | None
     test_items: int | None
     smallest_findable: float | None
@@ -265,11 +267,20 @@ class Forecast:
         return asdict(self) | {"runs": self.runs}
 
     def __str__(self) -> str:
-        time = "" if self.seconds_per_run is None else f", about {duration(self.runs * self.seconds_per_run)}"
+        how = f" ({self.time_from})" if self.time_from else ""
+        time = "" if self.seconds is None else f", about {duration(self.seconds)}"
         lines = [
             f"{self.runs} runs: {self.tuning_runs} for learning rates, "
             f"{self.confirming_runs} to confirm{time}"
         ]
+        if self.seconds is not None and how:
+            lines[0] += how
+        elif how:
+            lines.append(f"time is {self.time_from}")
+        if self.memory is not None:
+            size, arm = self.memory
+            text = f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+            lines.append(f"memory of a step: about {text} at most ({arm})")
         if self.smallest_findable is not None:
             found = self.smallest_findable
             points = "none" if found >= 1 else f"{100 * found:.1f} points"
@@ -296,19 +307,32 @@ class Forecast:
 def forecast(
     design: Comparison,
     sizes: Mapping[str, int] | None = None,
-    seconds_per_run: float | None = None,
+    seconds: Mapping[str, float] | None = None,
     assumed: Assumed | None = None,
+    *,
+    time_from: str = "",
+    memory: tuple[int, str] | None = None,
 ) -> Forecast:
-    """Runs, time and the smallest effect, from the design and, where known, the sizes of the splits."""
+    """Runs, time and the smallest effect, from the design and, where known, the sizes of the splits.
+
+    seconds: of one run, by arm. memory: bytes of the largest step, and its arm.
+    """
     sizes, assumed = sizes or {}, assumed or Assumed()
     trained = sum(arm.is_trained for arm in design.parsed_arms)
     trials = sum(len(rates) for rates in design.rates.values()) * len(design.tuning_seeds)
+    runs = {
+        str(arm): len(design.rates.get(str(arm), ())) * len(design.tuning_seeds) + len(design.seeds)
+        for arm in design.parsed_arms
+        if arm.is_trained
+    }
     contrasts = len(design.contrasts) or len(design.arms) - 1
     test = sizes.get("test")
     return Forecast(
         tuning_runs=trials,
         confirming_runs=trained * len(design.seeds) + len(design.arms) - trained,
-        seconds_per_run=seconds_per_run,
+        seconds=sum(count * seconds.get(arm, 0.0) for arm, count in runs.items()) if seconds else None,
+        time_from=time_from,
+        memory=memory,
         validation_items=sizes.get("validation"),
         test_items=test,
         smallest_findable=smallest_findable(len(design.seeds), test, contrasts, assumed) if test else None,

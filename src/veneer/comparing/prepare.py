@@ -9,6 +9,8 @@ from typing import Any
 
 from veneer.comparing.arms import Arm, parse_arm, parse_arms, split_arms
 from veneer.comparing.design import Comparison, Forecast, choose_seeds, forecast, parse_budget
+from veneer.comparing.ledger import Ledger
+from veneer.comparing.measure import Measured, from_ledger, measure
 from veneer.comparing.rates import grids
 from veneer.comparing.runs import RunArm
 
@@ -22,10 +24,23 @@ class Prepared:
     design: Comparison
     run_arm: RunArm
     fields: Mapping[str, Any] = field(default_factory=dict)
+    measured: Measured = field(default_factory=Measured)
+
+    def measure(self, output: str | Path | None = None) -> Prepared:
+        """What the runs cost: from those that have ended in `output`, else from a few timed steps."""
+        lines = Ledger(output).of_kind("run") if output and (Path(output) / "ledger.jsonl").is_file() else []
+        found = from_ledger(self.design, lines)
+        if found is None and hasattr(self.run_arm, "open_base"):
+            found = measure(self.run_arm, self.design.parsed_arms)
+        self.measured = found or Measured()
+        return self
 
     @property
     def forecast(self) -> Forecast:
-        return forecast(self.design, self.design.sizes)
+        known = self.measured
+        return forecast(
+            self.design, self.design.sizes, known.seconds, time_from=known.how, memory=known.memory
+        )
 
     def to_dict(self) -> dict[str, Any]:
         expected = self.forecast
@@ -34,6 +49,8 @@ class Prepared:
             "design": self.design.to_dict(),
             "forecast": expected.to_dict(),
             "said": str(expected),
+            "parameters": dict(self.measured.parameters),
+            "cannot": dict(self.measured.cannot),
         }
 
     def __str__(self) -> str:
@@ -48,8 +65,14 @@ class Prepared:
             f"seeds    {_listed(design.seeds)}; rates are tried on {_listed(design.tuning_seeds)}",
         ]
         for arm in design.arms:
-            rates = design.rates.get(arm)
-            lines.append(f"arm      {arm}" + (f"  rates {_listed(rates)}" if rates else ""))
+            said = [arm]
+            if arm in self.measured.parameters:
+                said.append(f"{self.measured.parameters[arm]:,} trained, the head apart")
+            if arm in design.rates:
+                said.append(f"rates {_listed(design.rates[arm])}")
+            if arm in self.measured.cannot:
+                said.append(f"not applicable: {self.measured.cannot[arm]}")
+            lines.append("arm      " + "; ".join(said))
         lines += [f"contrast {first} - {second}" for first, second in design.contrasts]
         return "\n".join([*lines, "", str(self.forecast)])
 
@@ -161,4 +184,4 @@ def name_of(thing: Any) -> str:
     """How a model or data set is written in the design: its name, its path, or its class."""
     if thing is None or isinstance(thing, str | Path):
         return str(thing or "")
-    return str(getattr(thing, "name", "") or type(thing).__name__)
+    return str(getattr(thing, "name", "") or getattr(thing, "spec", "") or type(thing).__name__)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing.arms import Arm
-from veneer.comparing.design import Comparison, forecast, parse_budget, same_question
+from veneer.comparing.design import Comparison, Forecast, forecast, parse_budget, same_question
 from veneer.comparing.file import write_comparison
 from veneer.comparing.ledger import Ledger, locked, write_atomic
 from veneer.comparing.prepare import Prepared, prepare
@@ -47,7 +47,7 @@ def compare(
     report.html and best/ into `output`. The same call goes on after a kill. Errors: BadOption where the folder
     holds another design; TrainingFailed where another process is at it, or where no arm could be measured.
     """
-    prepared = prepare(model, data, methods, **question)
+    prepared = prepare(model, data, methods, **question).measure(output)
     return run_prepared(prepared, output, extend=extend, progress=progress or (lambda event: None))
 
 
@@ -63,7 +63,15 @@ def run_prepared(
     def write() -> None:
         write_comparison(Path(output) / "comparison.toml", prepared.fields, prepared.design.sha256)
 
-    return run(prepared.design, prepared.run_arm, output, extend=extend, progress=progress, settled=write)
+    return run(
+        prepared.design,
+        prepared.run_arm,
+        output,
+        extend=extend,
+        progress=progress,
+        expected=prepared.forecast,
+        settled=write,
+    )
 
 
 def run(
@@ -73,18 +81,19 @@ def run(
     *,
     extend: bool = False,
     progress: Callable[[Progress], None] = print_progress,
+    expected: Forecast | None = None,
     settled: Callable[[], None] = lambda: None,
 ) -> CompareResult:
     """Run a design that is written down, or what of it is missing in `output`, and publish it.
 
-    settled: called once the folder is known to be that of this design.
+    expected: what was forecast. settled: called once the folder is known to be that of this design.
     """
     folder = Path(output)
     with locked(folder):
         ledger = Ledger(folder)
         _settle_design(ledger, design, folder, extend)
         settled()
-        expected = forecast(design, design.sizes)
+        expected = expected or forecast(design, design.sizes)
         progress(Progress(f"comparison {design.sha256[:12]} ({parse_budget(design.budget).label})"))
         progress(Progress(str(expected)))
         runs = Runs(folder, design, ledger, run_arm, progress, of=expected.runs)

@@ -69,13 +69,27 @@ class TrainingRunner:
         found = {key: cls.facts.rates for key, cls in _methods().items()}
         return found | {f"+{key}": cls.rates for key, cls in registry().items() if cls.rates is not None}
 
+    def open_base(self) -> Any:
+        """The base with its model, for plans; a model that was given in memory is itself."""
+        from veneer.bases import open_base
+
+        if not isinstance(self.model, str | Path):
+            model = self.model[0] if isinstance(self.model, tuple) else self.model
+            return model if hasattr(model, "model") else SimpleNamespace(model=model)
+        opens = {key: self.options[key] for key in ("dtype", "quantise") if key in self.options}
+        return open_base(str(self.model), task=self.task.name, num_labels=self.task.num_labels, **opens)
+
+    def method_of(self, arm: Arm) -> Any:
+        """The method that an arm trains, or None where it trains none."""
+        from veneer.edits import build
+
+        return build(arm.method, **dict(arm.options)) if arm.is_trained else None
+
     def check(self, arm: Arm) -> None:
         """Raise for an option that the method or recipe does not have, before anything runs."""
-        from veneer.edits import build
         from veneer.recipes import parse
 
-        if arm.is_trained:
-            build(arm.method, **dict(arm.options))
+        self.method_of(arm)
         for recipe in arm.recipes:
             parse(recipe.name, **dict(recipe.options))
 
