@@ -75,6 +75,9 @@ def compare(
         bool, typer.Option("--dry-run", help="the design, its hash and what it will cost; trains nothing")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="begin without a question")] = False,
+    costs: Annotated[
+        bool, typer.Option("--costs/--no-costs", help="measure each arm alone in a process when all is done")
+    ] = True,
     columns: Columns = None,
     group: Annotated[str | None, typer.Option(help="a column whose rows stay in one split")] = None,
     sizes: Annotated[str | None, typer.Option(help="of the splits: validation=500,test=0.1")] = None,
@@ -121,7 +124,7 @@ def compare(
         ask(prepared.forecast)
     with Watch() as watch:
         found = run_prepared(
-            prepared, where, extend=extend, progress=(lambda event: None) if quiet else watch
+            prepared, where, extend=extend, costs=costs, progress=(lambda event: None) if quiet else watch
         )
     finish(found)
     result(found, text_of(found, terminal_width()))

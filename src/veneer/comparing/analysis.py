@@ -215,8 +215,15 @@ def front_probability(
 ) -> dict[str, float]:
     """Share of resamples in which no other arm is at least as good for less, or better for as little.
 
-    One draw of items serves all arms and seeds; seeds are drawn S - 1 at a time, which keeps the variance of
-    their mean unbiased. An arm without a known cost has probability 0.
+    An arm without a known cost has probability 0.
+    """
+    price = np.array([_number(costs.get(name, {}).get(cost)) for name in names])
+    return on_front(names, drawn_means(scores, names, resamples), price[:, None])
+
+
+def drawn_means(scores: Scores, names: Sequence[str], resamples: int = 2000) -> Array:
+    """(arm, resample) mean scores. One draw of items serves all arms and seeds; seeds are drawn S - 1 at a
+    time, which keeps the variance of their mean unbiased.
     """
     rng = np.random.default_rng(0)
     items = len(scores.items)
@@ -229,14 +236,20 @@ def front_probability(
             count = max(1, len(seeds) - 1)
             drawn[seeds] = rng.multinomial(count, np.full(len(seeds), 1 / len(seeds)), size=resamples) / count
         quality[place] = np.einsum("rs,rs->r", weights @ scores.of[name].T, drawn[seeds])
-    price = np.array([_number(costs.get(name, {}).get(cost)) for name in names])
+    return quality
+
+
+def on_front(names: Sequence[str], quality: Array, price: Array) -> dict[str, float]:
+    """Share of resamples in which nothing dominates the arm. quality: (arm, resample), higher is better;
+    price: (arm, resample) or (arm, 1), NaN where unknown.
+    """
     found = {}
     for place, name in enumerate(names):
-        cheaper = (price <= price[place])[:, None]
+        cheaper = price <= price[place]
         better = quality >= quality[place] - 1e-12
-        strictly = (price < price[place])[:, None] | (quality > quality[place] + 1e-12)
+        strictly = (price < price[place]) | (quality > quality[place] + 1e-12)
         dominated = (cheaper & better & strictly).any(0)
-        found[name] = 0.0 if np.isnan(price[place]) else float(1 - dominated.mean())
+        found[name] = 0.0 if np.isnan(price[place]).any() else float(1 - dominated.mean())
     return found
 
 

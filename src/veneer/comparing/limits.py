@@ -64,11 +64,16 @@ def limits_of(summary: Mapping[str, Any]) -> list[str]:
             f"score; "
             f"{summary['metric']} is shown without an interval."
         )
-    found.append(
-        "Costs were measured during training, not each arm alone on an idle machine; memory is that of the "
-        "whole "
-        "process. Differences of less than a third mean little."
-    )
+    if summary.get("costs", {}).get("measured"):
+        found.append(
+            "Costs are of each arm alone in a process, one thread, on one machine; another machine, batch size or "
+            "length of rows may order the arms differently."
+        )
+    else:
+        found.append(
+            "Costs were measured during training, not each arm alone on an idle machine; memory is that of the "
+            "whole process. Differences of less than a third mean little."
+        )
     found.append(
         "Bias between groups, robustness to shifted data, calibration and forgetting were not measured."
     )

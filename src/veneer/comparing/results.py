@@ -17,6 +17,7 @@ from veneer.comparing.arms import Arm
 from veneer.comparing.design import DEMO, Comparison, Forecast, parse_budget
 from veneer.comparing.ledger import write_atomic
 from veneer.comparing.runs import COSTS
+from veneer.comparing.sections import sections
 from veneer.comparing.words import Scale, table_text
 from veneer.errors import BadData
 
@@ -33,6 +34,7 @@ class Record:
     lines: list[dict[str, Any]] = field(default_factory=list)
     opened: list[dict[str, Any] | None] = field(default_factory=list)
     best: dict[str, Any] | None = None
+    measured: dict[str, Any] = field(default_factory=dict)  # its costs, alone in a process (costs.py)
 
     @property
     def costs(self) -> dict[str, float | None]:
@@ -109,6 +111,7 @@ def publish(
     scale = Scale.of(_analysed(design, rows), sign, scores.of.values())
     sentence = conclusion(analysis, scale, costs, design.is_demo)
     summary = _summary(design, analysis, scale, records, rows, costs, sentence, reads, source)
+    summary |= sections(design, records, oriented)
     write_atomic(folder / "results.jsonl", "".join(_line(row) for row in rows))
     write_atomic(folder / "scores.jsonl", "".join(_line(line) for line in _score_lines(records, scores)))
     write_atomic(folder / "trials.jsonl", "".join(_line(trial) for trial in trials_of(records)))

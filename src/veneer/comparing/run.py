@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing.arms import Arm
-from veneer.comparing.design import Comparison, Forecast, forecast, parse_budget, same_question
+from veneer.comparing.costs import measured_costs, put_into
+from veneer.comparing.design import (
+    Comparison,
+    Forecast,
+    canonical_json,
+    forecast,
+    parse_budget,
+    same_question,
+)
 from veneer.comparing.file import write_comparison
 from veneer.comparing.ledger import Ledger, locked, write_atomic
 from veneer.comparing.prepare import Prepared, prepare
@@ -29,6 +37,7 @@ def compare(
     *,
     output: str | Path,
     extend: bool = False,
+    costs: bool = True,
     progress: Callable[[Progress], None] | None = print_progress,
     **question: Any,
 ) -> CompareResult:
@@ -36,7 +45,8 @@ def compare(
 
     methods: arms (`"lora:rank=16+lora_plus"`) or families, in a list or separated by commas; `untrained`,
     `linear_probe` and `full` are always added. extend: add arms or seeds to a comparison that is in `output`
-    already. question: the fields of a comparison file (`veneer.comparing.FIELDS`), such as
+    already. costs: measure each arm alone in a process of its own when the runs are done. question: the fields of
+    a comparison file (`veneer.comparing.FIELDS`), such as
 
     seeds (6), budget ("published"), task, metric, contrasts, smallest_effect (0.01); rates: learning rates by arm
     or method, else evenly spaced over the range that the method declares; trials: rates for each arm (7; in the
@@ -48,7 +58,8 @@ def compare(
     holds another design; TrainingFailed where another process is at it, or where no arm could be measured.
     """
     prepared = prepare(model, data, methods, **question).measure(output)
-    return run_prepared(prepared, output, extend=extend, progress=progress or (lambda event: None))
+    say = progress or (lambda event: None)
+    return run_prepared(prepared, output, extend=extend, costs=costs, progress=say)
 
 
 def run_prepared(
@@ -56,6 +67,7 @@ def run_prepared(
     output: str | Path,
     *,
     extend: bool = False,
+    costs: bool = True,
     progress: Callable[[Progress], None] = print_progress,
 ) -> CompareResult:
     """Run what was prepared, with its comparison file beside the results."""
@@ -68,6 +80,7 @@ def run_prepared(
         prepared.run_arm,
         output,
         extend=extend,
+        costs=costs,
         progress=progress,
         expected=prepared.forecast,
         settled=write,
@@ -80,6 +93,7 @@ def run(
     output: str | Path,
     *,
     extend: bool = False,
+    costs: bool = True,
     progress: Callable[[Progress], None] = print_progress,
     expected: Forecast | None = None,
     settled: Callable[[], None] = lambda: None,
@@ -104,6 +118,9 @@ def run(
                 f"no arm could be measured ({reasons}).",
                 next_step="mend the first of them; the same command then goes on",
             )
+        if costs:
+            identity = canonical_json([design.model, design.data_sha256, design.options])
+            put_into(records, measured_costs(folder, run_arm, records, identity, progress))
         reads = _read_test_once(runs, records, progress)
         return publish(folder, design, expected, records, reads, source="veneer")
 

@@ -22,6 +22,7 @@ DEMO_SIZES = {"train": 190, "validation": 200, "test": 300}
 DEMO_EPOCHS = 2
 READING = ("columns", "sizes", "group", "split")
 """Options of reading the data, not of training."""
+COST_ROWS = 512  # training rows, evenly spread, that costs are measured on
 
 
 class TrainingRunner:
@@ -115,6 +116,22 @@ class TrainingRunner:
             progress=False,
             **self.options,
         )
+
+    def alone(self, arm: Arm, learning_rate: float | None) -> dict[str, Any] | None:
+        """What another process needs to run this arm by itself; None where it could not open the base."""
+        from dataclasses import replace
+
+        if not isinstance(self.model, str | Path):
+            return None
+        every = max(1, len(self.data.train) // COST_ROWS)
+        return {
+            "model": str(self.model),
+            "data": replace(self.data, train=self.data.train[::every], validation=[], test=[]),
+            "method": str(arm),
+            "is_trained": arm.is_trained,
+            "learning_rate": learning_rate,
+            "options": self.options,
+        }
 
     def amount(self) -> dict[str, Any]:
         """The budget as options of training. The order of the data is the same for all arms, so that equal
