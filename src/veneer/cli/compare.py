@@ -30,6 +30,7 @@ EXAMPLES = (
     "veneer compare which.toml --dry-run",
     "veneer compare --model builtin:minilm --data reviews.csv --methods lora,dora:rank=4,loreft --output runs/which",
     "veneer compare --from scores.jsonl --metric accuracy --output runs/theirs",
+    "veneer compare --self-test",
 )
 SETTINGS = OPEN
 LONG = 600  # seconds, from which on a person at a terminal is asked first
@@ -53,6 +54,9 @@ def compare(
         str | None,
         typer.Option("--from", help="results made elsewhere: a line an item, with arm, seed, item, score"),
     ] = None,
+    self_test: Annotated[
+        bool, typer.Option("--self-test", help="try the statistics on simulated scores whose truth is known")
+    ] = False,
     task: Annotated[str | None, typer.Option(help="default: found from the data")] = None,
     metric: Annotated[str | None, typer.Option(help="default: the task's")] = None,
     lower_is_better: Annotated[
@@ -95,6 +99,11 @@ def compare(
     """
     from veneer.cli._table import terminal_width
 
+    if self_test:
+        from veneer.cli._selftest import run_self_test
+
+        run_self_test()
+        return
     if from_file is not None:
         from veneer.comparing import from_results
 

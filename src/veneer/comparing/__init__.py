@@ -15,7 +15,7 @@ from veneer.comparing.prepare import Prepared, prepare
 from veneer.comparing.results import CompareResult
 from veneer.comparing.run import compare, run, run_prepared
 from veneer.comparing.runs import Progress, RunResult
-from veneer.comparing.simulation import SelfTest, self_test
+from veneer.comparing.selftest import SelfTest, self_test
 
 __all__ = [
     "CONTROLS",

@@ -127,7 +127,7 @@ def analyse(
     return Analysis(
         arms=results,
         contrasts=tuple(
-            Contrast(first, second, one, p)
+            Contrast(first, second, one, float(p))
             for (first, second), one, p in zip(wanted, found, corrected, strict=True)
         ),
         contrasts_are_planned=planned,

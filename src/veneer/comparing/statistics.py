@@ -13,12 +13,11 @@ freedom, as in Graybill and Wang (1980) for sums of variance components; what is
 
 With few seeds a common t with estimated degrees of freedom (Satterthwaite) is right at 0.95 and wrong in the
 tails that corrections for many contrasts need: where A came out small by chance, its degrees of freedom come
-out large. `simulation.self_test` measures the coverage and the error over families of contrasts.
+out large. `selftest.self_test` measures the coverage and the error over families of contrasts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,7 +121,7 @@ def spread(scores: Array) -> Spread:
 
 
 def spread_of_difference(first: Array, second: Array, same_seeds: bool = True) -> Spread:
-    """Spread of `mean(first) - mean(second)`; each (seed, item), over the same items.
+    """Spread of `mean(first) - mean(second)`; each (..., seed, item), over the same items.
 
     With the same seeds the difference is taken run by run. With other seeds (or other numbers of seeds) the
     two seed variances add, while items stay paired.
@@ -130,17 +129,13 @@ def spread_of_difference(first: Array, second: Array, same_seeds: bool = True) -
     if same_seeds:
         return spread(first - second)
     one, two = spread(first), spread(second)
-    gap = spread((first.mean(0) - second.mean(0))[None])
-    parts = [part.from_seeds for part in (one, two)]
-    noise = sum(part.from_seeds**2 / part.seed_df for part in (one, two))
+    gap = spread((first.mean(-2) - second.mean(-2))[..., None, :])
+    from_seeds = one.from_seeds + two.from_seeds
+    noise = one.from_seeds**2 / one.seed_df + two.from_seeds**2 / two.seed_df
+    degrees = np.divide(from_seeds**2, noise, out=np.ones_like(np.asarray(noise)), where=noise > 0)
     return Spread(
-        gap.estimate,
-        sum(parts),
-        gap.from_items,
-        one.shared + two.shared,
-        sum(parts) ** 2 / noise if noise > 0 else 1.0,
-        gap.item_df,
-    )
+        gap.estimate, from_seeds, gap.from_items, one.shared + two.shared, degrees, gap.item_df
+    )  # the degrees of freedom of two variances: Welch and Satterthwaite
 
 
 def crossed_interval(scores: Array, confidence: float = CONFIDENCE) -> Interval:
@@ -220,13 +215,21 @@ def smallest_for(found: Spread, contrasts: int = 1, power: float = 0.8, level: f
     )
 
 
-def adjust(p_values: Sequence[float], how: str = "holm") -> list[float]:
-    """p-values corrected for their number: "holm" (planned contrasts) or "fdr_bh" (screens)."""
-    from statsmodels.stats.multitest import multipletests
+def adjust(p_values: Any, how: str = "holm") -> Array:
+    """p-values (..., contrast) corrected for their number: "holm" (planned) or "fdr_bh" (screens)."""
+    from scipy import stats
 
-    if not len(p_values):
-        return []
-    return [float(p) for p in multipletests(list(p_values), method=how)[1]]
+    p = np.asarray(p_values, dtype=np.float64)
+    if p.shape[-1] == 0:
+        return p
+    if how == "fdr_bh":
+        return stats.false_discovery_control(p, axis=-1, method="bh")
+    order = p.argsort(-1)
+    # Holm (1979): the k-th smallest of m is tried at level / (m - k + 1), and only if all smaller ones fell.
+    stepped = np.take_along_axis(p, order, -1) * np.arange(p.shape[-1], 0, -1)
+    found = np.empty_like(p)
+    np.put_along_axis(found, order, np.minimum(1.0, np.maximum.accumulate(stepped, -1)), -1)
+    return found
 
 
 def sign_flip(differences: Array) -> float:
