@@ -145,7 +145,8 @@ def self_test(
     interval: one of your own instead of veneer's, to see whether it would pass; then coverage alone is
     measured. Every default run draws the same numbers.
     """
-    start, rows = time.monotonic(), []
+    start = time.monotonic()
+    rows: list[Measured] = []
     for scenario in scenarios:
         for ratio in ratios:
             rng = np.random.default_rng([seed, len(rows)])
