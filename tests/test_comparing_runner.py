@@ -6,7 +6,7 @@ import pytest
 
 from veneer.comparing import parse_arm, parse_budget
 from veneer.comparing.runner import default_runner
-from veneer.errors import UnknownOption, Unsupported
+from veneer.errors import UnknownOption
 
 pytest.importorskip("sklearn")
 
@@ -40,8 +40,8 @@ def test_a_budget_becomes_passes_over_the_training_rows():
     assert made("examples=25").options == {"epochs": 2.5}
     assert made("demo").options == {"epochs": 2}
     assert made("demo", epochs=1, batch_size=4).options == {"epochs": 1, "batch_size": 4}
-    with pytest.raises(Unsupported, match="minutes=3"):
-        made("minutes=3")
+    assert made("tokens=1e4").options == {"max_tokens": 10000}
+    assert made("minutes=3").options == {"max_seconds": 180}
 
 
 def test_the_data_have_a_digest_of_their_content():

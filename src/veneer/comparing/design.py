@@ -35,10 +35,11 @@ class Budget:
         if self.kind == "demo":
             return DEMO
         if self.kind == "minutes":
-            return f"equal time: {self.amount:g} minutes for every run on the same machine"
+            return f"equal time: {self.amount:g} minutes of training steps for every run, on the same machine"
         if self.kind == "published":
             return "as published: every arm sees the same examples, in the same order, equally often"
-        return f"equal {self.kind}: {self.amount:g} {self.kind} trained on by every run"
+        kind = "real (unpadded) tokens" if self.kind == "tokens" else self.kind
+        return f"equal {self.kind}: {self.amount:g} {kind} trained on by every run"
 
 
 def parse_budget(text: str | Budget) -> Budget:

@@ -16,7 +16,6 @@ from typing import Any
 
 from veneer.comparing.arms import Arm
 from veneer.comparing.design import Budget, canonical_json
-from veneer.errors import Unsupported
 
 DEMO_SIZES = {"train": 190, "validation": 200, "test": 300}
 DEMO_EPOCHS = 2
@@ -135,17 +134,16 @@ class TrainingRunner:
 
     def amount(self) -> dict[str, Any]:
         """The budget as options of training. The order of the data is the same for all arms, so that equal
-        passes are equal tokens."""
+        passes are equal tokens. Tokens are real ones: neither padding nor what a method adds counts."""
         kind, amount = self.budget.kind, self.budget.amount
         if kind == "demo":
             return {"epochs": DEMO_EPOCHS}
         if kind == "examples" and amount is not None:
             return {"epochs": amount / max(1, len(self.data.train))}
-        if kind != "published":
-            raise Unsupported(
-                f"the budget {self.budget} cannot be set in training yet.",
-                next_step="examples=N is the same for all arms, tokens included",
-            )
+        if kind == "tokens" and amount is not None:
+            return {"max_tokens": round(amount)}
+        if kind == "minutes" and amount is not None:
+            return {"max_seconds": 60 * amount}
         return {}
 
     def constant_guess(self, splits: tuple[str, ...], output: Path) -> Any:

@@ -27,6 +27,7 @@ from veneer.training._seeds import own_randomness, seed_all
 from veneer.training._settings import Settings
 from veneer.training._step import update
 from veneer.training._subject import Subject
+from veneer.training._time import TimeLimit
 from veneer.training.hooks import AllHooks, Phase, carry_state, forget_state
 
 KEPT_IN_HISTORY = 400  # losses that the history keeps, evenly spread
@@ -55,13 +56,14 @@ class Run:
         self.subject, self.task, self.encoded, self.feeder = subject, task, encoded, feeder
         self.settings, self.learning_rate, self.accelerator = settings, learning_rate, accelerator
         self.recipe, self.checkpoints = recipe, checkpoints
-        self.hooks = AllHooks([*hooks, recipe], methods=[method])
+        limit = None if settings.max_seconds is None else TimeLimit(settings.max_seconds)
+        self.hooks = AllHooks([*hooks, recipe, limit], methods=[method])
         self.progress = progress or Progress()
         self.rows = encoded["train"].features
         self.plan = Plan(self.rows, settings)
         self.steps_an_epoch, self.total_steps = self.plan.steps_an_epoch, self.plan.total_steps
         self.warmup = warmup_steps(settings.warmup, self.total_steps)
-        self.step_now, self.seconds, self.tokens = 0, 0.0, 0
+        self.step_now, self.seconds, self.tokens, self.began = 0, 0.0, 0, 0.0
         self.step_seconds: list[float] = []
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {}
@@ -182,7 +184,7 @@ class Run:
     def _one_step(self) -> None:
         if self.step_now % self.steps_an_epoch == 0:
             self._hold_trained()
-        began, rows = time.perf_counter(), self.rows_of(self.step_now)
+        self.began, rows = time.perf_counter(), self.rows_of(self.step_now)
         micro = [self.collate(part) for part in parts(rows, self.settings.accumulate)]
         set_rates(
             self.optimizer, rate_factor(self.settings.schedule, self.step_now, self.total_steps, self.warmup)
@@ -199,7 +201,7 @@ class Run:
         self._changed(self.subject.between_steps(self.step_now, self.total_steps, self.optimizer))
         self._changed(self.hooks.between_steps(self, self.step_now))
         self.optimizer.zero_grad(set_to_none=True)
-        took = time.perf_counter() - began
+        took = time.perf_counter() - self.began
         self.seconds += took
         self.step_seconds.append(took)
         self.tokens += sum(b.tokens for b in micro)
@@ -211,17 +213,19 @@ class Run:
 
     # -- phases ------------------------------------------------------------------------------------
 
-    def _phases(self) -> list[tuple[int, Phase]]:
-        """(first step, phase), the shares brought to one."""
+    def _phases(self) -> list[tuple[float, Phase]]:
+        """(part of the steps before it, phase), the shares brought to one."""
         phases = self.hooks.phases(self)
         whole, before, found = sum(p.share for p in phases), 0.0, []
         for phase in phases:
-            found.append((round(self.total_steps * before / whole), phase))
+            found.append((before / whole, phase))
             before += phase.share
         return found
 
-    def _turn_phase(self, phases: list[tuple[int, Phase]]) -> None:
-        while self.phase + 1 < len(phases) and self.step_now >= phases[self.phase + 1][0]:
+    def _turn_phase(self, phases: list[tuple[float, Phase]]) -> None:
+        while self.phase + 1 < len(phases) and self.step_now >= round(
+            self.total_steps * phases[self.phase + 1][0]
+        ):
             if self.phase >= 0:
                 self._leave(phases)
             self.phase += 1
@@ -232,7 +236,7 @@ class Run:
             if phase.optimizer == "rebuild":
                 self.rebuild_optimizer(keep=False)
 
-    def _leave(self, phases: list[tuple[int, Phase]]) -> None:
+    def _leave(self, phases: list[tuple[float, Phase]]) -> None:
         leave = phases[self.phase][1].exit
         if leave is not None:
             leave(self)

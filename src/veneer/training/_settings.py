@@ -21,14 +21,15 @@ SILENT = ("evaluate_batch_size", "save_every")  # change nothing of the result
 
 @dataclass(frozen=True)
 class Settings:
-    """batch_size: rows of a step; accumulate: into how many parts they are cut (the same result, less
-    memory).
+    """batch_size: rows of a step; accumulate: into how many parts they are cut (the same result, less memory).
+    max_tokens: real ones, without padding. max_seconds: of the steps themselves; such a run repeats only roughly.
     """
 
     learning_rate: float | None = None
     epochs: float = 3
     max_steps: int | None = None
     max_tokens: int | None = None
+    max_seconds: float | None = None
     batch_size: int = 16
     accumulate: int = 1
     seed: int = 0
@@ -55,8 +56,13 @@ class Settings:
             ("weight_decay", 0),
         ):
             _at_least(name, getattr(self, name), least)
-        if self.max_steps is not None and self.max_tokens is not None:
-            raise BadOption("max_steps and max_tokens are both given; give one.")
+        ends = [n for n in ("max_steps", "max_tokens", "max_seconds") if getattr(self, n) is not None]
+        if len(ends) > 1:
+            raise BadOption(f"{' and '.join(ends)} are both given; give one.")
+        if self.max_seconds is not None and not 0 < self.max_seconds < float("inf"):
+            raise BadOption(
+                f"max_seconds={self.max_seconds!r} should be above 0.", next_step="max_seconds=600"
+            )
         for name in ("max_steps", "max_tokens", "early_stopping", "evaluate_every", "save_every"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0 if name == "max_steps" else 1)

@@ -52,8 +52,9 @@ def train(
     (`method[:option=value,...][+recipe]`), a Method, or "untrained". whole: modules that are trained whole,
     beside fresh ones. members: {name: folder} of adapters that the method combines (adapter_fusion).
     data_options, task_options: for `veneer.data.read` and for the task. Settings: learning_rate (None: from
-    the method's range), epochs=3, max_steps, batch_size=16 rows a step, accumulate=1 parts of it, seed,
-    weight_decay=0.01, warmup=0.06 (a part, or steps from 1 on), schedule="linear"|"cosine"|"constant",
+    the method's range), epochs=3, max_steps, max_tokens (real ones), max_seconds (of steps), batch_size=16 rows a
+    step, accumulate=1 parts of it, seed, weight_decay=0.01,
+    warmup=0.06 (a part, or steps from 1 on), schedule="linear"|"cosine"|"constant",
     clip=1.0, gradient_checkpointing, mixed_precision="bf16"|"fp16", early_stopping (looks without gain),
     evaluate_every and save_every (steps; None: an epoch), evaluate_on=("validation",), evaluate_batch_size.
     The same call with the same output goes on where a killed one stopped, bit for bit on the CPU, and
