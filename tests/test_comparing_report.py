@@ -13,7 +13,8 @@ import pytest
 
 from test_comparing_fake import RATES, SIZES, FakeTrainer
 from veneer.comparing import compare, from_results
-from veneer.comparing.charts import Axis, LogAxis
+from veneer.comparing.axes import Axis, LogAxis
+from veneer.comparing.report import digest
 
 ARMS = ["lora:rank=1", "lora:rank=4", "broken", "impossible"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -43,7 +44,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.found.append((tag, dict(attributes)))
-        if tag != "meta":
+        if tag not in ("meta", "input", "img"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -57,11 +58,25 @@ def test_the_page_fetches_nothing(page):
     tags = Tags(page)
     assert tags.open == []
     for tag, attributes in tags.found:
-        assert tag not in ("link", "img", "iframe", "object", "base")
-        assert not {"src", "href", "srcset"} & set(attributes)
+        assert tag not in ("link", "iframe", "object", "base", "form")
+        assert attributes.get("src", "data:").startswith("data:")
+        assert attributes.get("href", "#").startswith("#")
+        assert not {"srcset", "style", "onload", "onclick", "action"} & set(attributes)
     assert "url(" not in page
     assert "@import" not in page
     assert not re.search(r"\b(?:https?:)?//(?!\s)[\w-]+\.\w", page.split("<script>")[0])
+
+
+def test_the_policy_allows_this_pages_script_and_style_alone(page):
+    policy = next(
+        a["content"] for t, a in Tags(page).found if a.get("http-equiv") == "Content-Security-Policy"
+    )
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["script-src"] == digest(re.search(r"<script>(.*?)</script>", page, re.S)[1])
+    assert rules["style-src"] == digest(re.search(r"<style>(.*?)</style>", page, re.S)[1])
+    assert "unsafe" not in policy
+    assert "http" not in policy
 
 
 def test_the_page_begins_with_the_answer_and_how_sure_it_is(page, result):
@@ -104,7 +119,8 @@ def test_the_page_can_be_used_without_eyes_or_mouse(page):
     assert all(a["tabindex"] == "0" and a["aria-label"] for a in scrolling)
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert {a["aria-labelledby"] for tag, a in tags if tag == "section"} == set(ids)
+    assert {a["aria-labelledby"] for tag, a in tags if tag == "section"} == set(ids) - {"item-data"}
+    assert {a["href"][1:] for tag, a in tags if tag == "a"} <= set(ids)
     levels = [tag for tag, _ in tags if tag in ("h1", "h2", "h3")]
     assert levels[0] == "h1"
     assert levels.count("h1") == 1
@@ -122,7 +138,7 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path):
     path.write_text("".join(json.dumps({**line, "score": float(line["score"])}) + "\n" for line in lines))
     page = from_results(path).report.read_text()
     tags = Tags(page)
-    assert sum(tag == "script" for tag, _ in tags.found) == 1
+    assert sum(tag == "script" for tag, _ in tags.found) == 2  # the data and the script
     assert not any("onload" in attributes for _, attributes in tags.found)
     assert html.escape(names[0]) in page
 
@@ -161,7 +177,9 @@ def in_browser(tmp_path, page, script, width):
 @pytest.mark.parametrize("width", [320, 375, 768, 1400])
 def test_nothing_runs_over_the_edge(tmp_path, page, width):
     script = """{width: d.documentElement.scrollWidth, over: [...d.querySelectorAll("main *")]
-        .filter(e => !e.closest("svg") && e.getBoundingClientRect().right > d.defaultView.innerWidth + 1)
+        .filter(e => !e.closest("svg"))
+        .filter(e => d.defaultView.getComputedStyle(e.closest(".scroll") || e).overflowX !== "auto")
+        .filter(e => e.getBoundingClientRect().right > d.defaultView.innerWidth + 1)
         .map(e => e.outerHTML.slice(0, 80))}"""
     found = in_browser(tmp_path, page, script, width)
     assert found["width"] <= width

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -44,7 +45,10 @@ def _open(runner: Any) -> None:
 
 
 def _run(arguments: dict[str, Any]) -> Any:
-    return _runner(**arguments)
+    began = time.monotonic()
+    result = _runner(**arguments)
+    result.run_seconds = time.monotonic() - began
+    return result
 
 
 class Ahead:
@@ -100,6 +104,9 @@ class Ahead:
                 self._begin("confirm", arm, each, learning_rate)
         self._tune_until(self._place(arm) + 3)
         return self._begin(stage, arm, seed, learning_rate, again=True).result()
+
+    def show(self, items: Sequence[str]) -> Any:
+        return self.runner.show(items)
 
     def finished(self) -> int:
         """Runs that have ended, asked for or not."""

@@ -1,58 +1,40 @@
-"""Charts as inline SVG: text of the report's own font, colours from its style sheet, a title for every mark.
-
-All are drawn 480 units wide, so that their text stays readable on a phone and two stand side by side on a
-desk. Form says what colour says: a diamond is the recommended arm, a full circle is tied with the best, an
-empty one is separably worse.
-"""
+"""Charts of arms and of trials: intervals, quality against a price, the learning rates. See `axes` for the form."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
+from veneer.comparing import axes
+from veneer.comparing.axes import CHARACTER, WIDTH, Arm, Axis, ByteAxis, LogAxis, words
 from veneer.comparing.words import Scale
-
-WIDTH = 480.0
-CHARACTER = 7.6  # mean width of a character of the labels, in units
-
-Arm = Mapping[str, Any]
 
 
 def forest(arms: Sequence[Arm], groups: Sequence[Sequence[str]], recommended: str, scale: Scale) -> str:
     """Means with intervals, best first, and a bar at the right for each group that cannot be told apart."""
     shown = [group for group in groups if len(group) > 1]
     row, top = 25.0, 4.0
-    names = {arm["arm"]: _short(arm["arm"], 24) for arm in arms}
+    names = {arm["arm"]: axes.short(arm["arm"], 24) for arm in arms}
     left = 22 + CHARACTER * max(len(name) for name in names.values())
     right = WIDTH - 8 - 10 * len(shown)
     bottom = top + row * len(arms)
     axis = Axis.of([arm["low"] for arm in arms], [arm["high"] for arm in arms], left, right)
-    parts = [_grid_x(axis, top, bottom, scale)]
+    parts = [axes.grid_x(axis, top, bottom, axes.tick_text(scale))]
     where = {}
     for place, arm in enumerate(arms):
-        y = top + row * (place + 0.5)
-        where[arm["arm"]] = y
-        kind = _kind(arm, recommended)
-        parts.append(
-            f'<g class="{kind}"><title>{escape(_sentence(arm, scale))}</title>'
-            f'<text class="label" x="0" y="{y + 4:.1f}">{escape(names[arm["arm"]])}</text>'
-            f'<line class="interval" x1="{axis(arm["low"]):.1f}" x2="{axis(arm["high"]):.1f}" '
-            f'y1="{y:.1f}" y2="{y:.1f}"/>{_mark(kind, axis(arm["mean"]), y)}</g>'
-        )
+        y = where[arm["arm"]] = top + row * (place + 0.5)
+        kind = axes.kind_of(arm, recommended)
+        inside = words("label", 0, y + 4, names[arm["arm"]])
+        inside += axes.line("interval", axis(arm["low"]), y, axis(arm["high"]), y)
+        inside += axes.mark(kind, axis(arm["mean"]), y)
+        parts.append(axes.marked(kind, arm["arm"], axes.sentence(arm, scale), inside))
     for number, group in enumerate(shown):
         x = right + 8 + 10 * number
-        first, last = where[group[0]] - 8, where[group[-1]] + 8
-        parts.append(
-            f'<line class="group" x1="{x:.1f}" x2="{x:.1f}" y1="{first:.1f}" y2="{last:.1f}">'
-            f"<title>cannot be told apart: {escape(', '.join(group))}</title></line>"
-        )
-    parts.append(
-        f'<text class="axis-title" x="{right:.1f}" y="{bottom + 32:.1f}">{escape(scale.unit)}</text>'
-    )
-    what = f"Mean {scale.unit} of {len(arms)} arms with 95 % intervals; the numbers are in the table above."
-    return _svg(bottom + 36, what, parts)
+        bar = axes.line("group", x, where[group[0]] - 8, x, where[group[-1]] + 8)
+        parts.append(axes.marked("bar", "", f"cannot be told apart: {', '.join(group)}", bar))
+    parts.append(words("axis-title", right, bottom + 32, scale.unit))
+    what = f"Mean {scale.unit} of {len(arms)} arms with 95 % intervals; the numbers are in the table of arms."
+    return axes.svg(bottom + 36, what, parts)
 
 
 def scatter(
@@ -62,42 +44,49 @@ def scatter(
     scale: Scale,
     axis_title: str,
     text: Callable[[float], str],
+    front: Mapping[str, float] | None = None,
 ) -> str:
-    """Quality against a cost on a log axis, with intervals; arms that cost nothing stand left of a gap."""
+    """Quality against a price on a log axis, with intervals; arms that cost nothing stand left of a gap.
+
+    front: {arm: probability of being on the front}, said with each mark. A dotted line joins the front of means.
+    """
     known = [arm for arm in arms if arm.get(cost) is not None]
     paid = [arm for arm in known if arm[cost] > 0]
     free = [arm for arm in known if arm[cost] == 0]
     height, top, bottom, left = 330.0, 22.0, 282.0, 44.0
     start = left + 42 if free else left + 14
-    y = Axis.of([arm["low"] for arm in known], [arm["high"] for arm in known], bottom, top)
-    x = LogAxis.of([arm[cost] for arm in paid] or [1.0], start, WIDTH - 22)
-    parts = [_grid_y(y, left, WIDTH - 8, scale)]
-    for tick in x.ticks():
-        parts.append(
-            f'<line class="tick" x1="{x(tick):.1f}" x2="{x(tick):.1f}" '
-            f'y1="{bottom:.0f}" y2="{bottom + 4:.0f}"/>' + _under(x(tick), bottom + 17, text(tick))
-        )
-    parts.append(
-        f'<line class="baseline" x1="{start - 6:.1f}" x2="{WIDTH - 8:.0f}" '
-        f'y1="{bottom:.0f}" y2="{bottom:.0f}"/>'
-    )
+    y = axes.quality_axis([arm["low"] for arm in known], [arm["high"] for arm in known], bottom, top, scale)
+    axis_of = ByteAxis.of if "bytes" in cost else LogAxis.of
+    x = axis_of([arm[cost] for arm in paid] or [1.0], start, WIDTH - 22)
+    parts = [axes.grid_y(y, left, WIDTH - 8, axes.tick_text(scale))]
+    parts.append(axes.foot(x, start - 6, WIDTH - 8, bottom, text))
     if free:
-        parts.append(_under(left + 12, bottom + 17, "0"))
+        parts.append(words("tick-label middle", left + 12, bottom + 17, "0"))
     spots = [(arm, x(arm[cost]) if arm[cost] > 0 else left + 12, y(arm["mean"])) for arm in known]
+    parts.append(_staircase(spots))
     for arm, px, py in spots:
-        kind = _kind(arm, recommended)
-        parts.append(
-            f'<g class="{kind}"><title>{escape(_sentence(arm, scale))}; {escape(text(arm[cost]))}</title>'
-            f'<line class="interval thin" x1="{px:.1f}" x2="{px:.1f}" y1="{y(arm["low"]):.1f}" '
-            f'y2="{y(arm["high"]):.1f}"/>{_mark(kind, px, py)}</g>'
-        )
+        kind = axes.kind_of(arm, recommended)
+        title = f"{axes.sentence(arm, scale)}; {text(arm[cost])}"
+        if front is not None and arm["arm"] in front:
+            title += f"; on the front with probability {front[arm['arm']]:.2f}"
+        inside = axes.line("interval thin", px, y(arm["low"]), px, y(arm["high"])) + axes.mark(kind, px, py)
+        parts.append(axes.marked(kind, arm["arm"], title, inside))
     parts += _labels(spots, y, recommended, left, top - 14, bottom)
-    parts.append(
-        f'<text class="axis-title" x="{WIDTH - 8:.0f}" y="{height - 8:.0f}">{escape(axis_title)}</text>'
-    )
-    parts.append(f'<text class="axis-title start" x="8" y="12">{escape(scale.unit)}</text>')
+    parts.append(words("axis-title", WIDTH - 8, height - 8, axis_title))
+    parts.append(words("axis-title start", 8, 12, scale.unit))
     what = f"{scale.unit} against {axis_title} for {len(known)} arms, with 95 % intervals; see the tables."
-    return _svg(height, what, parts)
+    return axes.svg(height, what, parts)
+
+
+def _staircase(spots: Sequence[tuple[Arm, float, float]]) -> str:
+    """The front of the means: from the cheapest arm on, each that is better than all that cost less."""
+    points: list[tuple[float, float]] = []
+    for _, px, py in sorted(spots, key=lambda spot: (spot[1], spot[2])):
+        if not points or py < points[-1][1] - 1e-9:  # smaller is higher on the page, and better
+            points += [(px, points[-1][1])] if points else []
+            points.append((px, py))
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<polyline class="front" points="{path}"/>' if len(points) > 1 else ""
 
 
 def trials(
@@ -112,77 +101,31 @@ def trials(
     rates = [point["learning_rate"] for point in points]
     x = LogAxis.of(rates, 22, width - 22)
     y = Axis.of([span[0]], [span[1]], bottom, top)
-    foot = bottom + 8
-    parts = [f'<line class="baseline" x1="6" x2="{width - 6:.0f}" y1="{foot:.0f}" y2="{foot:.0f}"/>']
+    parts = [axes.line("baseline", 6, bottom + 8, width - 6, bottom + 8)]
     by_rate: dict[float, list[float]] = {}
     for point in points:
         rate = point["learning_rate"]
         if point["status"] == "ok":
             by_rate.setdefault(rate, []).append(point["validation"])
         else:
-            parts.append(
-                f'<text class="cross middle" x="{x(rate):.1f}" y="{bottom + 4:.1f}">×'
-                f"<title>{rate:g}: {escape(point['status'])}</title></text>"
-            )
+            cross = words("cross middle", x(rate), bottom + 4, "×")
+            parts.append(axes.marked("lost", name, f"{rate:g}: {point['status']}", cross))
     means = {rate: sum(values) / len(values) for rate, values in sorted(by_rate.items())}
     if len(means) > 1:
-        line = " ".join(f"{x(rate):.1f},{y(mean):.1f}" for rate, mean in means.items())
-        parts.append(f'<polyline class="trend" points="{line}"/>')
+        path = " ".join(f"{x(rate):.1f},{y(mean):.1f}" for rate, mean in means.items())
+        parts.append(f'<polyline class="trend" points="{path}"/>')
     for rate, mean in means.items():
         kind = "tied" if rate == chosen else "worse"
-        parts.append(
-            f'<g class="{kind}"><title>{rate:g}: {text(mean)}</title>{_mark(kind, x(rate), y(mean), 4.2)}</g>'
-        )
+        said = f"{name} at {rate:g}: {text(mean)}{', chosen' if rate == chosen else ''}"
+        parts.append(axes.marked(kind, name, said, axes.mark(kind, x(rate), y(mean), 4.2)))
         if rate == chosen:
-            at = f'x="{x(rate):.1f}" y="{y(mean) - 9:.1f}"'
-            parts.append(f'<text class="value middle" {at}>{text(mean)}</text>')
-    parts += [_under(x(rate), height - 10, f"{rate:.2g}") for rate in _few(sorted(set(rates)))]
-    return _svg(height, f"Validation score of {name} at {len(set(rates))} learning rates", parts, width)
-
-
-class Axis:
-    """A linear axis with round ticks."""
-
-    def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        self.low, self.high, self.start, self.end = low, high, start, end
-
-    @classmethod
-    def of(cls, lows: Sequence[float], highs: Sequence[float], start: float, end: float) -> Axis:
-        low, high = min(lows, default=0.0), max(highs, default=1.0)
-        room = 0.04 * (high - low) or 0.05 * abs(high) or 0.5
-        return cls(low - room, high + room, start, end)
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self, about: int = 5) -> list[float]:
-        raw = (self.high - self.low) / about
-        power = 10.0 ** math.floor(math.log10(raw))
-        step = next(power * size for size in (1, 2, 5, 10) if power * size >= raw)
-        first = math.ceil(self.low / step)
-        return [place * step for place in range(first, math.floor(self.high / step) + 1)]
-
-
-class LogAxis(Axis):
-    """A log axis with ticks at decades, or at 1, 2 and 5 where it spans few of them."""
-
-    @classmethod
-    def of(cls, values: Sequence[float], start: float, end: float) -> LogAxis:  # type: ignore[override]
-        low, high = math.log10(min(values)), math.log10(max(values))
-        room = max(0.06 * (high - low), 0.08)
-        return cls(low - room, high + room, start, end)
-
-    def __call__(self, value: float) -> float:
-        return super().__call__(math.log10(value))
-
-    def ticks(self, about: int = 5) -> list[float]:
-        low, high = math.floor(self.low), math.ceil(self.high)
-        steps = (
-            (1,) if self.high - self.low > 2 else (1, 2, 5) if self.high - self.low > 0.5 else range(1, 10)
-        )
-        all_ticks = [size * 10.0**power for power in range(low, high + 1) for size in steps]
-        inside = [tick for tick in all_ticks if self.low <= math.log10(tick) <= self.high]
-        return inside[:: math.ceil(len(inside) / 6) or 1]
+            parts.append(words("value middle", x(rate), y(mean) - 9, text(mean)))
+    for rate in _few(sorted(set(rates))):
+        parts.append(words("tick-label middle", x(rate), height - 10, f"{rate:.2g}"))
+    what = (
+        f"Validation score of {name} at {len(set(rates))} learning rates; the numbers are in the table below."
+    )
+    return axes.svg(height, what, parts, width)
 
 
 def _labels(
@@ -198,12 +141,12 @@ def _labels(
     The most important are placed first; a name for which there is no room is left to the mark's title.
     """
     order = sorted(
-        spots,
-        key=lambda spot: (spot[0]["arm"] != recommended, not spot[0]["tied_with_best"], -spot[0]["mean"]),
+        spots, key=lambda spot: (spot[0]["arm"] != recommended, not spot[0]["tied_with_best"], spot[2])
     )
-    names = _brief([arm["arm"] for arm, _, _ in spots])
+    names = axes.brief([arm["arm"] for arm, _, _ in spots])
     taken = [(px - 5, py - 5, px + 5, py + 5) for _, px, py in spots]
-    lines = [(px - 1, y(arm["high"]), px + 1, y(arm["low"])) for arm, px, _ in spots]
+    lines = [(px - 1, *sorted((y(arm["high"]), y(arm["low"])))) for arm, px, _ in spots]
+    lines_boxes = [(px, high, px + 2, low) for px, high, low in lines]
     parts = []
     for arm, px, py in order:
         name = names[arm["arm"]]
@@ -212,88 +155,19 @@ def _labels(
         corners = [(px + 7, py - 8), (px + 7, py + 17), (px - 7 - width, py - 8), (px - 7 - width, py + 17)]
         boxes = [(x, base - 10, x + width, base + 3) for x, base in beside + corners]
         fits = [b for b in boxes if b[0] >= left and b[2] <= WIDTH and b[1] >= top and b[3] <= bottom]
-        free = [box for box in fits if not any(_overlap(box, other) for other in taken)]
-        clear = [box for box in free if not any(_overlap(box, other) for other in lines)]
+        free = [box for box in fits if not any(axes.overlap(box, other) for other in taken)]
+        clear = [box for box in free if not any(axes.overlap(box, other) for other in lines_boxes)]
         if not free:
             continue
         box = (clear or free)[0]
         taken.append(box)
-        at = f'x="{box[0]:.1f}" y="{box[1] + 10:.1f}"'
-        parts.append(f'<text class="label {_kind(arm, recommended)}" {at}>{escape(name)}</text>')
+        parts.append(
+            f'<g data-arm="{axes.escape(arm["arm"])}">'
+            + words(f"label {axes.kind_of(arm, recommended)}", box[0], box[1] + 10, name)
+            + "</g>"
+        )
     return parts
-
-
-def _brief(arms: Sequence[str]) -> dict[str, str]:
-    """The method alone where only one arm has it, else as much of the arm as there is room for."""
-    methods = [arm.split(":")[0].split("+")[0] for arm in arms]
-    return {
-        arm: method if methods.count(method) == 1 else _short(arm, 24) for arm, method in zip(arms, methods)
-    }
-
-
-def _overlap(one: tuple[float, ...], two: tuple[float, ...]) -> bool:
-    return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
-
-
-def _kind(arm: Arm, recommended: str) -> str:
-    if arm["arm"] == recommended:
-        return "recommended"
-    return "tied" if arm["tied_with_best"] else "worse"
-
-
-def _mark(kind: str, x: float, y: float, size: float = 5.0) -> str:
-    if kind == "recommended":
-        r = size + 2
-        return f'<path class="mark" d="M{x:.1f} {y - r:.1f}l{r} {r}l-{r} {r}l-{r} -{r}z"/>'
-    return f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="{size}"/>'
-
-
-def _grid_x(axis: Axis, top: float, bottom: float, scale: Scale) -> str:
-    parts = []
-    for tick in axis.ticks():
-        x = axis(tick)
-        parts.append(
-            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.0f}" y2="{bottom:.0f}"/>'
-            f'<text class="tick-label middle" x="{x:.1f}" y="{bottom + 15:.0f}">{_tick(tick, scale)}</text>'
-        )
-    return "".join(parts)
-
-
-def _under(x: float, y: float, text: str) -> str:
-    return f'<text class="tick-label middle" x="{x:.1f}" y="{y:.0f}">{escape(text)}</text>'
-
-
-def _grid_y(axis: Axis, left: float, right: float, scale: Scale) -> str:
-    parts = []
-    for tick in axis.ticks():
-        y = axis(tick)
-        parts.append(
-            f'<line class="grid" x1="{left:.0f}" x2="{right:.0f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick-label end" x="{left - 6:.0f}" y="{y + 4:.1f}">{_tick(tick, scale)}</text>'
-        )
-    return "".join(parts)
-
-
-def _tick(value: float, scale: Scale) -> str:
-    return f"{100 * value:.4g}" if scale.is_share else f"{value:.4g}"
 
 
 def _few(rates: Sequence[float]) -> Sequence[float]:
     return rates if len(rates) <= 3 else (rates[0], rates[len(rates) // 2], rates[-1])
-
-
-def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _sentence(arm: Arm, scale: Scale) -> str:
-    tied = "tied with the best" if arm["tied_with_best"] else "worse than the best"
-    interval = f"{scale.value(arm['low'])} to {scale.value(arm['high'])}"
-    return f"{arm['arm']}: {scale.value(arm['mean'])} ({interval}), {tied}"
-
-
-def _svg(height: float, what: str, parts: Sequence[str], width: float = WIDTH) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(what)}" '
-        f'preserveAspectRatio="xMinYMin meet">{"".join(parts)}</svg>'
-    )

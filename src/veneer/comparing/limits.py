@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from veneer.comparing.words import Scale
 
 
-def limits_of(summary: Mapping[str, Any]) -> list[str]:
-    """Sentences, the weightiest first."""
+def limits_of(summary: Mapping[str, Any], at_edge: Sequence[str] = ()) -> list[str]:
+    """Sentences, the weightiest first. at_edge: arms whose chosen rate is the smallest or largest tried."""
     design = summary["comparison"]
     scale = Scale(summary["analysed"], 1.0, summary["in_percent"])
     made_here = summary["source"] == "veneer"
@@ -51,6 +51,10 @@ def limits_of(summary: Mapping[str, Any]) -> list[str]:
             "win with "
             "a longer budget."
         )
+        if at_edge:
+            found.append(
+                f"The rate chosen lies at the edge of those tried for {listed(at_edge)}: a better one may lie beyond."
+            )
     else:
         found.append(
             "How the arms were tuned, and whether the test items had any part in it, does not stand in the "
@@ -74,9 +78,6 @@ def limits_of(summary: Mapping[str, Any]) -> list[str]:
             "Costs were measured during training, not each arm alone on an idle machine; memory is that of the "
             "whole process. Differences of less than a third mean little."
         )
-    found.append(
-        "Bias between groups, robustness to shifted data, calibration and forgetting were not measured."
-    )
     return found
 
 
@@ -84,11 +85,9 @@ def _exceptions(summary: Mapping[str, Any]) -> list[str]:
     found = []
     diverged = {arm: number for arm, number in summary["diverged"].items() if number}
     if diverged:
-        listed = ", ".join(
-            f"{arm} ({number} of {summary['seeds']} seeds)" for arm, number in diverged.items()
-        )
+        runs = ", ".join(f"{arm} ({number} of {summary['seeds']} seeds)" for arm, number in diverged.items())
         found.append(
-            f"Runs that diverged count with the score of the untrained base: {listed}. With smaller rates "
+            f"Runs that diverged count with the score of the untrained base: {runs}. With smaller rates "
             f"they "
             "might not have."
         )
@@ -105,3 +104,10 @@ def _exceptions(summary: Mapping[str, Any]) -> list[str]:
             + ": see the reasons below the table of arms."
         )
     return found
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """`a, b and c`; of many names the first ones and how many more there are."""
+    if len(names) > most:
+        return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} more"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

@@ -1,81 +1,119 @@
-"""The report: one HTML file that needs nothing else, from the content of summary.json and the trials."""
+"""The report: one HTML file that needs nothing else, made from the files of a compare folder alone.
+
+It is complete without its script, which adds sorting, filtering, tooltips, and the choice of axes and of two
+arms. What comes from outside (names, texts, reasons) is text: escaped by the template, or read as JSON and set
+as text by the script. A content security policy allows this page's own style and script, by their digests, and
+pictures that stand in the page; nothing is fetched.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from veneer.comparing import charts
-from veneer.comparing.design import Forecast, duration
+from veneer.comparing import beyond, charts, curves, disagreements, learning, tables, tuning
+from veneer.comparing.axes import Quantity
+from veneer.comparing.ledger import write_atomic
 from veneer.comparing.limits import limits_of
-from veneer.comparing.words import Scale, bytes_text, count, p_text, seconds_text
+from veneer.comparing.published import Published
+from veneer.comparing.words import bytes_text, count, seconds_text
 
-if TYPE_CHECKING:
-    from veneer.comparing.results import Record
+PRICES: dict[str, tuple[str, Any]] = {
+    "trainable_parameters": ("trained parameters", count),
+    "peak_memory_bytes": ("memory", bytes_text),
+    "step_seconds": ("time of a training step", seconds_text),
+    "latency_seconds": ("latency of one item", seconds_text),
+    "bytes_on_disk": ("bytes on disk", bytes_text),
+    "tuning_seconds": ("time of tuning", seconds_text),
+}
+STATIC_ITEMS = 12  # disagreements of the first pair that stand in the page itself
 
-SYMBOLS = {"recommended": "◆", "tied": "●", "worse": "○"}
+
+def write_report(folder: str | Path, live: Mapping[str, Any] | None = None) -> Path:
+    """Write report.html into a compare folder, from its other files. Returns its path.
+
+    live: what `live.state_of` says of runs that are under way; the page then refreshes itself. A folder that
+    has no summary.json yet gets a page of its runs alone.
+    """
+    path = Path(folder) / "report.html"
+    has_result = (Path(folder) / "summary.json").is_file()
+    page = Published.read(folder) if has_result else None
+    write_atomic(path, render(page, live))
+    return path
 
 
-def render(
-    summary: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    records: Sequence[Record],
-    scale: Scale,
-    expected: Forecast | None,
-) -> str:
+def render(page: Published | None, live: Mapping[str, Any] | None = None) -> str:
     """The page as text: no file, font or script is fetched when it is opened."""
     import jinja2
     from markupsafe import Markup
 
-    files = resources.files("veneer.comparing")
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FunctionLoader(part), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    css, js = part("report.css"), part("report.js")
+    policy = (
+        f"default-src 'none'; script-src {digest(js)}; style-src {digest(css)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
     )
-    template = environment.from_string(files.joinpath("report.html.j2").read_text(encoding="utf-8"))
-    arms = summary["arms"]
-    chosen = summary["recommendation"]["arm"]
-    timed = [arm for arm in arms if arm["step_seconds"] is not None]
-    scatters = [
-        charts.scatter(arms, "trainable_parameters", chosen, scale, "trained parameters", count),
-        charts.scatter(timed, "step_seconds", chosen, scale, "time of a training step", seconds_text),
-    ]
-    has_costs = any(arm["trainable_parameters"] is not None for arm in arms)
-    sentence = summary["recommendation"]["sentence"].replace(" %", "\N{NO-BREAK SPACE}%")
+    given = {} if page is None else content(page)
+    return environment.get_template("report.html.j2").render(
+        css=Markup(css), js=Markup(js), policy=Markup(policy), live=live, chart=Markup, page=page, **given
+    )
+
+
+def part(name: str) -> str:
+    """A template, style sheet or script of the page."""
+    return (resources.files("veneer.comparing") / "page" / name).read_text(encoding="utf-8")
+
+
+def digest(text: str) -> str:
+    """As a content security policy names an inline script or style."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def content(page: Published) -> dict[str, Any]:
+    """What the template is given: text, tables and charts."""
+    s = page.summary
+    costs = tables.costs_of(page)
+    prices, fronts = _prices(page, costs)
+    sentence = s["recommendation"]["sentence"].replace(" %", "\N{NO-BREAK SPACE}%")
     lead, _, rest = sentence.partition(". ")
-    return template.render(
-        css=Markup(files.joinpath("report.css").read_text(encoding="utf-8")),
-        js=Markup(files.joinpath("report.js").read_text(encoding="utf-8")),
-        title=_title(summary),
-        lead=_emphasised(lead + ".", chosen),
-        certainty=rest.replace(f" {summary['claim'][:1].upper()}{summary['claim'][1:]}.", "") if rest else "",
-        s=summary,
-        unit=scale.unit[0].upper() + scale.unit[1:],
-        other_metric="" if summary["analysed"] == summary["metric"] else summary["metric"],
-        facts=_facts(summary),
-        arms=[_arm_row(arm, chosen, scale) for arm in arms],
-        groups_say=_groups_say(summary),
-        forest=Markup(charts.forest(arms, summary["groups"], chosen, scale)),
-        scatters=[Markup(chart) for chart in scatters[: 1 + bool(timed)]] if has_costs else [],
-        no_step=[arm["arm"] for arm in arms if arm["step_seconds"] is None] if timed else [],
-        trials=[(name, Markup(chart)) for name, chart in _trials(records, summary)],
-        trials_say=_trials_say(summary),
-        contrasts=[_contrast_row(contrast, scale) for contrast in summary["contrasts"]],
-        flip_note="" if _flips_decide(summary) else " (cannot decide)",
-        contrasts_say=_contrasts_say(summary),
-        costs=[_cost_row(arm, chosen, records) for arm in arms],
-        costs_say="Measured while training, beside whatever else the machine did: orders of magnitude. "
-        "Tuning is the time of all trials of the learning rate.",
-        commands_say=_commands_say(summary),
-        commands=_commands(summary, rows, records),
-        limits=limits_of(summary),
-        how=_how(summary, expected),
-        design_json=json.dumps(summary["comparison"], indent=2, ensure_ascii=False),
-    )
+    return {
+        "s": s,
+        "title": title_of(s),
+        "lead": _parted(lead + ".", page.chosen),
+        "certainty": rest.replace(f" {s['claim'][:1].upper()}{s['claim'][1:]}.", "") if rest else "",
+        "facts": _facts(s),
+        "arms": tables.arms_table(page),
+        "groups_say": _groups_say(s),
+        "forest": charts.forest(page.arms, s["groups"], page.chosen, page.scale),
+        "prices": prices,
+        "fronts": fronts,
+        "no_step": [arm["arm"] for arm in page.arms if arm["step_seconds"] is None],
+        "contrasts": tables.contrasts_table(page),
+        "contrasts_say": _contrasts_say(s),
+        "dispute": _dispute(page),
+        "beyond": beyond.parts(page),
+        "missing": beyond.missing(page),
+        "tuning": _tuning(page),
+        "learning": _learning(page, costs),
+        "costs": tables.costs_table(page, costs),
+        "costs_say": _costs_say(page),
+        "commands_say": _commands_say(s),
+        "commands": _commands(page),
+        "limits": limits_of(s, _edges(page)),
+        "how": _how(s),
+        "design_json": json.dumps(s["comparison"], indent=2, ensure_ascii=False),
+    }
 
 
-def _title(summary: Mapping[str, Any]) -> str:
+def title_of(summary: Mapping[str, Any]) -> str:
     design = summary["comparison"]
     if summary["source"] != "veneer":
         return f"{len(summary['arms'])} arms compared on the results in {summary['source']}"
@@ -83,15 +121,9 @@ def _title(summary: Mapping[str, Any]) -> str:
     return f"{len(summary['arms'])} arms compared on {data}, base {base}"
 
 
-def _emphasised(text: str, name: str) -> Any:
-    from markupsafe import Markup, escape
-
-    before, found, after = text.partition(name)
-    return (
-        escape(before)
-        + (Markup("<strong>") + escape(found) + Markup("</strong>") if found else "")
-        + escape(after)
-    )
+def _parted(text: str, name: str) -> tuple[str, str, str]:
+    """The text before, within and after the first `name`, for the page to emphasise it."""
+    return text.partition(name)
 
 
 def _facts(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -103,88 +135,51 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return facts
 
 
-def _arm_row(arm: Mapping[str, Any], chosen: str, scale: Scale) -> dict[str, Any]:
-    kind = "recommended" if arm["arm"] == chosen else "tied" if arm["tied_with_best"] else "worse"
-    deviation = arm["seed_deviation"]
-    return {
-        "arm": arm["arm"],
-        "kind": kind,
-        "symbol": SYMBOLS[kind],
-        "mean": scale.value(arm["mean"]),
-        "order": arm["mean"],
-        "interval": f"{scale.value(arm['low'])} to {scale.value(arm['high'])}",
-        "order_low": arm["low"],
-        "metric_mean": "–" if arm["metric_mean"] is None else f"{arm['metric_mean']:.4g}",
-        "metric_order": _order(arm["metric_mean"]),
-        "trained": count(arm["trainable_parameters"]),
-        "trained_order": _order(arm["trainable_parameters"]),
-        "verdict": "tied" if arm["tied_with_best"] else "worse",
-        "p": p_text(arm["p_adjusted"]),
-        "p_order": arm["p_adjusted"],
-        "front": f"{arm['front_probability']:.2f}",
-        "spread": "–" if deviation is None else scale.size(deviation).removesuffix(" points"),
-        "spread_order": _order(deviation),
-    }
-
-
-def _order(value: float | None) -> Any:
-    return "" if value is None else value
-
-
 def _groups_say(summary: Mapping[str, Any]) -> str:
-    several = [group for group in summary["groups"] if len(group) > 1]
-    if not several:
+    if not any(len(group) > 1 for group in summary["groups"]):
         return "Every arm is separable from its neighbours."
     return (
-        "Points are means, lines are 95 % intervals. A bar at the right joins arms of which no pair is "
-        "separable, "
-        "all pairs corrected by Holm. Intervals of two arms may overlap and the arms be separable: the test "
-        "uses "
+        "Points are means, lines are 95 % intervals. A bar at the right joins arms of which no pair is separable, "
+        "all pairs corrected by Holm. Intervals of two arms may overlap and the arms be separable: the test uses "
         "that both saw the same items."
     )
 
 
-def _trials(records: Sequence[Record], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    tuned = [record for record in records if record.trials]
-    scores = [t["validation"] for record in tuned for t in record.trials if t["status"] == "ok"]
-    low, high = min(scores, default=0.0), max(scores, default=1.0)
-    in_percent = summary["in_percent"] and summary["analysed"] == summary["metric"]
-    text = (lambda value: f"{100 * value:.1f}") if in_percent else (lambda value: f"{value:.3g}")
-    return [
-        (str(r.arm), charts.trials(r.trials, r.learning_rate, (low, high), str(r.arm), text)) for r in tuned
-    ]
+# -- quality and its price -------------------------------------------------------------------------
 
 
-def _trials_say(summary: Mapping[str, Any]) -> str:
-    seeds = len(summary["comparison"]["tuning_seeds"])
-    on = "on one seed that was" if seeds == 1 else f"means over {seeds} seeds that were"
+def _prices(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
+    """A chart for each price that is known of at least two arms, and the table of fronts."""
+    known = page.summary.get("fronts") or {}
+    fronts = {cost: found["probability"] for cost, found in known.items()}
+    fronts.setdefault("trainable_parameters", {arm["arm"]: arm["front_probability"] for arm in page.arms})
+    arms = [{**arm, **costs[arm["arm"]]} for arm in page.arms]
+    found: list[dict[str, Any]] = []
+    for cost, (title, text) in PRICES.items():
+        paid = [arm for arm in arms if arm.get(cost) is not None]
+        if len({arm[cost] for arm in paid}) < 2:
+            continue
+        chart = charts.scatter(paid, cost, page.chosen, page.scale, title, text, fronts.get(cost))
+        found.append({"cost": cost, "title": title, "chart": chart, "is_first": len(found) < 4})
+    titles = {cost: title for cost, (title, _) in PRICES.items()}
+    table = (
+        tables.fronts_table(page, fronts, titles) if found and len(set(fronts) & set(titles)) > 1 else None
+    )
+    return found, table
+
+
+def _costs_say(page: Published) -> str:
+    apart = page.summary.get("costs") or {}
+    if apart.get("measured"):
+        machine = f" on {apart['machine']}" if isinstance(apart.get("machine"), str) else ""
+        return f"Measured{machine}: {apart['how']}. Tuning is the time of all trials of the learning rate."
     return (
-        f"Validation {summary['metric'].replace('_', ' ')}, {on} not used again, the same number of trials "
-        f"for "
-        "every arm. The full point is the rate that was chosen; of equal ones the smaller. A cross is a run "
-        "that "
-        "diverged. All panels share one vertical axis."
+        "Measured while training, beside whatever else the machine did: orders of magnitude. Tuning is the time of "
+        "all trials of the learning rate."
     )
 
 
-def _contrast_row(contrast: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
-    flip = contrast["sign_flip_p"]
-    text = "–" if flip is None else p_text(flip)
-    return {
-        "name": f"{contrast['first']} − {contrast['second']}",
-        "size": _signed(contrast["difference"], scale),
-        "order": contrast["difference"],
-        "interval": f"{_signed(contrast['low'], scale)} to {_signed(contrast['high'], scale)}",
-        "p": p_text(contrast["p_adjusted"]),
-        "p_order": contrast["p_adjusted"],
-        "flip": text,
-        "flip_order": _order(flip),
-    }
-
-
-def _signed(value: float, scale: Scale) -> str:
-    text = f"{100 * value:+.1f}" if scale.is_share else f"{value:+.3g}"
-    return text.replace("-", "−")
+# -- differences -----------------------------------------------------------------------------------
 
 
 def _contrasts_say(summary: Mapping[str, Any]) -> str:
@@ -194,40 +189,117 @@ def _contrasts_say(summary: Mapping[str, Any]) -> str:
     text += f"p-values are corrected by {how} for {number} differences."
     if not summary["contrasts_planned"]:
         text += (
-            " None was planned: the arm with the highest mean was picked by looking, so these differences "
-            "flatter "
-            "it. The verdicts in the table above account for that."
+            " None was planned: the arm with the highest mean was picked by looking, so these differences flatter "
+            "it. The verdicts in the table of arms account for that."
         )
-    if not _flips_decide(summary):
+    if not all(contrast["sign_flip_can_decide"] for contrast in summary["contrasts"]):
         text += (
             f" A sign-flip test over {summary['seeds']} seeds cannot fall below "
-            f"{2.0 ** (1 - summary['seeds']):.3g} and "
-            f"so cannot decide {number} differences."
+            f"{2.0 ** (1 - summary['seeds']):.3g} and so cannot decide {number} differences."
         )
     return text
 
 
-def _flips_decide(summary: Mapping[str, Any]) -> bool:
-    return all(contrast["sign_flip_can_decide"] for contrast in summary["contrasts"])
-
-
-def _cost_row(arm: Mapping[str, Any], chosen: str, records: Sequence[Record]) -> dict[str, Any]:
-    record = next(record for record in records if str(record.arm) == arm["arm"])
-    speed = arm["tokens_per_second"]
-    tuning = record.tuning_seconds if record.trials else None
-    cells = [
-        (arm["trainable_parameters"], count(arm["trainable_parameters"])),
-        (arm["bytes_on_disk"], bytes_text(arm["bytes_on_disk"])),
-        (arm["step_seconds"], seconds_text(arm["step_seconds"])),
-        (speed, count(speed)),
-        (arm["peak_memory_bytes"], bytes_text(arm["peak_memory_bytes"])),
-        (tuning, "–" if tuning is None else duration(tuning)),
-    ]
+def _dispute(page: Published) -> dict[str, Any] | None:
+    """Items on which arms differ: all of it as JSON for the script, and the first pair as rows."""
+    names = [arm["arm"] for arm in page.arms]
+    data = disagreements.embedded(page.folder / "scores.jsonl", names, page.items)
+    if data is None:
+        return None
+    first, second = disagreements.first_pair(page.summary, data["arms"])
+    places = data["arms"].index(first), data["arms"].index(second)
+    pair = data["pairs"][",".join(map(str, sorted(places)))]
     return {
-        "arm": arm["arm"],
-        "kind": "recommended" if arm["arm"] == chosen else "",
-        "cells": [(_order(value), text) for value, text in cells],
+        "json": script_json({**data, "first": list(places)}),
+        "first": first,
+        "second": second,
+        "counts": pair if places[0] < places[1] else pair[::-1],
+        "rows": disagreements.of_pair(data, first, second, STATIC_ITEMS),
+        "places": places,
+        "said": data["said"],
+        "seeds": data["seeds"],
+        "binary": data["binary"],
+        "all": data["all"],
+        "left_out": data["all"] - len(data["items"]),
+        "arms_left_out": len(names) - len(data["arms"]),
+        "has_texts": any("t" in item or "g" in item for item in data["items"]),
     }
+
+
+def script_json(value: Any) -> str:
+    """JSON that can stand in a script element: no character there can end it or begin a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+# -- tuning and learning ---------------------------------------------------------------------------
+
+
+def _tuned(page: Published) -> list[tuning.Tuned]:
+    found = []
+    for arm, trials in page.trials.items():
+        rate = page.rate_of(arm)
+        if rate is not None and any(trial["learning_rate"] == rate for trial in trials):
+            found.append(tuning.tuned(arm, trials, rate, page.metric_rises))
+    return found
+
+
+def _edges(page: Published) -> list[str]:
+    return [one.arm for one in _tuned(page) if one.at_edge]
+
+
+def _tuning(page: Published) -> dict[str, Any] | None:
+    """The trials of each arm, what the best of n of them brings, and how much the rate matters."""
+    found = _tuned(page)
+    if not found:
+        return None
+    s = page.summary
+    ok = [t["validation"] for one in found for t in page.trials[one.arm] if t["status"] == "ok"]
+    low, high = min(ok, default=0.0), max(ok, default=1.0)
+    seeds = len(s["comparison"]["tuning_seeds"])
+    metric = Quantity.of(s["metric"].replace("_", " "), page.metric_in_percent)
+    return {
+        "say": f"Validation {s['metric'].replace('_', ' ')}, "
+        + ("on one seed that was" if seeds == 1 else f"means over {seeds} seeds that were")
+        + " not used again, the same number of trials for every arm. The full point is the rate that was chosen; of "
+        "equal ones the smaller. A cross is a run that diverged. All panels share one vertical axis.",
+        "charts": [
+            (one.arm, charts.trials(page.trials[one.arm], one.chosen, (low, high), one.arm, metric.text))
+            for one in found
+        ],
+        "table": tables.sensitivity_table(page, found, metric.text),
+        "best_of": _best_of(page, found, metric),
+    }
+
+
+def _best_of(page: Published, found: Sequence[tuning.Tuned], metric: Quantity) -> str | None:
+    worst = next((row.get("validation") for row in page.rows if row["arm"] == "untrained"), None)
+    lines = {}
+    for one in found:
+        values = tuning.scores_for_best_of(page.trials[one.arm], worst)
+        if values:
+            best = tuning.expected_best(values, page.metric_rises)
+            lines[one.arm] = [(float(n), value) for n, value in enumerate(best, start=1)]
+    if not lines or max(map(len, lines.values())) < 2:
+        return None
+    return curves.lines(
+        lines, {arm: tables.kind_of(page, arm) for arm in lines},
+        Quantity("trials of the learning rate", lambda value: f"{value:g}"), metric,
+        f"Expected best {metric.title} of n trials, for {len(lines)} arms, on validation rows.",
+        upwards=page.metric_rises, whole=True,
+    )  # fmt: skip
+
+
+def _learning(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Loss against steps and against seconds, and when each arm reached what all tied arms reach."""
+    if not page.histories:
+        return None
+    return learning.section(page, costs)
+
+
+# -- again, limits, how ----------------------------------------------------------------------------
 
 
 def _commands_say(summary: Mapping[str, Any]) -> str:
@@ -240,20 +312,22 @@ def _commands_say(summary: Mapping[str, Any]) -> str:
     return text
 
 
-def _commands(
-    summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], records: Sequence[Record]
-) -> list[tuple[str, str]]:
+def _commands(page: Published) -> list[tuple[str, str]]:
     """For each arm the command of its best run by validation; arms in the order of the table."""
-    best = {str(record.arm): record.best["seed"] for record in records if record.best is not None}
-    found = {
-        row["arm"]: row["settings"]["command"]
-        for row in rows
-        if "command" in row["settings"] and row["seed"] == best.get(row["arm"])
-    }
-    return [(arm["arm"], found[arm["arm"]]) for arm in summary["arms"] if arm["arm"] in found]
+    sign = 1 if page.metric_rises else -1
+    found: dict[str, Mapping[str, Any]] = {}
+    for row in page.rows:
+        if "command" not in row["settings"] or row["status"] != "ok" or row.get("validation") is None:
+            continue
+        best = found.get(row["arm"])
+        if best is None or sign * row["validation"] > sign * best["validation"]:
+            found[row["arm"]] = row
+    return [
+        (arm["arm"], found[arm["arm"]]["settings"]["command"]) for arm in page.arms if arm["arm"] in found
+    ]
 
 
-def _how(summary: Mapping[str, Any], expected: Forecast | None) -> list[tuple[str, str]]:
+def _how(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     design = summary["comparison"]
     found = (
         [("Budget", summary["budget"])] if summary["source"] == "veneer" else [("Source", summary["source"])]
@@ -263,13 +337,14 @@ def _how(summary: Mapping[str, Any], expected: Forecast | None) -> list[tuple[st
     if design["sizes"]:
         found.append(("Items", ", ".join(f"{size} {split}" for split, size in design["sizes"].items())))
     found.append(("Recommendation", summary["recommendation"]["rule"]))
-    if expected is not None:
-        found.append(("Said before it ran", "; ".join(line.strip() for line in str(expected).split("\n"))))
+    if summary.get("forecast"):
+        found.append(
+            ("Said before it ran", "; ".join(line.strip() for line in summary["forecast"].split("\n")))
+        )
     found.append(
         (
             "Intervals",
-            "items and seeds both count as samples: one draw of test items for all seeds and arms, the "
-            "seeds by "
+            "items and seeds both count as samples: one draw of test items for all seeds and arms, the seeds by "
             "t with S − 1 degrees of freedom",
         )
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,11 @@ import numpy as np
 
 from veneer.comparing.analysis import Analysis, Scores, analyse
 from veneer.comparing.arms import Arm
-from veneer.comparing.design import DEMO, Comparison, Forecast, parse_budget
+from veneer.comparing.design import DEMO, Comparison, Forecast, forecast, parse_budget
+from veneer.comparing.disagreements import most_disputed
+from veneer.comparing.items import write_items
 from veneer.comparing.ledger import write_atomic
+from veneer.comparing.report import write_report
 from veneer.comparing.runs import COSTS
 from veneer.comparing.sections import sections
 from veneer.comparing.words import Scale, table_text
@@ -94,12 +97,13 @@ def publish(
     reads: int,
     source: str,
     scores_rise: bool = True,
+    show: Callable[[Sequence[str]], Mapping[str, dict[str, Any]]] | None = None,
 ) -> CompareResult:
-    """Analyse the records and write scores.jsonl, results.jsonl, summary.json, best/ and report.html.
+    """Analyse the records and write scores.jsonl, results.jsonl, history.jsonl, summary.json, best/, items.jsonl
+    and report.html. show: the texts or pictures of test items (see `items.described`).
 
     scores_rise: item scores are better where they are higher, as a trainer's always are, whatever its metric.
     """
-    from veneer.comparing.report import render
     from veneer.comparing.words import conclusion
 
     scores = scores_of(records)
@@ -112,13 +116,20 @@ def publish(
     sentence = conclusion(analysis, scale, costs, design.is_demo)
     summary = _summary(design, analysis, scale, records, rows, costs, sentence, reads, source)
     summary |= sections(design, records, oriented)
+    if expected is not None:  # without the time, which depends on what has ended
+        summary["forecast"] = str(forecast(design, design.sizes))
     write_atomic(folder / "results.jsonl", "".join(_line(row) for row in rows))
     write_atomic(folder / "scores.jsonl", "".join(_line(line) for line in _score_lines(records, scores)))
     write_atomic(folder / "trials.jsonl", "".join(_line(trial) for trial in trials_of(records)))
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     best_folder = _publish_best(folder, records, analysis, summary) if source == "veneer" else None
     result = CompareResult(folder, design, analysis, rows, sentence, reads, best_folder)
-    write_atomic(folder / "report.html", render(summary, rows, records, scale, expected))
+    histories = [line for record in records for line in _history_lines(record)]
+    write_atomic(folder / "history.jsonl", "".join(_line(line) for line in histories))
+    disputed = most_disputed(np.stack([of.mean(0) for of in scores.of.values()]))
+    opened = (one for record in records for one in record.opened)
+    write_items(folder, [scores.items[place] for place in disputed], opened, show)
+    write_report(folder)
     return result
 
 
@@ -262,6 +273,15 @@ def _score_lines(records: Sequence[Record], scores: Scores) -> list[dict[str, An
                     {"arm": name, "seed": line["seed"], "item": item, "score": float(score), **extra, **costs}
                 )
     return lines
+
+
+def _history_lines(record: Record) -> list[dict[str, Any]]:
+    """Lines of history.jsonl: the losses of each confirmed run (see `history.compact`)."""
+    return [
+        {"arm": str(record.arm), "seed": line["seed"], **line["history"]}
+        for line in record.lines
+        if line.get("history")
+    ]
 
 
 def _summary(

@@ -122,7 +122,8 @@ def run(
             identity = canonical_json([design.model, design.data_sha256, design.options])
             put_into(records, measured_costs(folder, run_arm, records, identity, progress))
         reads = _read_test_once(runs, records, progress)
-        return publish(folder, design, expected, records, reads, source="veneer")
+        show = getattr(run_arm, "show", None)
+        return publish(folder, design, expected, records, reads, source="veneer", show=show)
 
 
 def _settle_design(ledger: Ledger, design: Comparison, folder: Path, extend: bool) -> None:

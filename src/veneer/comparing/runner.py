@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +131,14 @@ class TrainingRunner:
             "learning_rate": learning_rate,
             "options": self.options,
         }
+
+    def show(self, items: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """{item: its text or picture} for test items, whose ids are places in the split."""
+        from veneer.comparing.items import described
+
+        rows = self.data.test
+        known = [item for item in items if item.isdecimal() and int(item) < len(rows)]
+        return {item: described(rows[int(item)]) for item in known}
 
     def amount(self) -> dict[str, Any]:
         """The budget as options of training. The order of the data is the same for all arms, so that equal

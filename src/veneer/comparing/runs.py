@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from veneer.comparing.arms import Arm
 from veneer.comparing.design import Comparison, canonical_json, duration
+from veneer.comparing.history import compact
 from veneer.comparing.ledger import Ledger, write_atomic
 from veneer.errors import (
     BadData,
@@ -115,13 +116,14 @@ class Runs:
             "seed": seed,
             "learning_rate": rate,
         }
-        start = time.monotonic()
+        start, took = time.monotonic(), None
         try:
             result = self.run_arm(arm=arm, seed=seed, learning_rate=rate, splits=splits, output=output)
             line.update(self._outcome(result, stage, arm, seed))
+            took = getattr(result, "run_seconds", None)  # of a trainer that began before it was asked
         except Exception as error:
             line |= {"status": _status(error), "reason": _reason(error)}
-        line["seconds"] = round(time.monotonic() - start, 3)
+        line["seconds"] = round(time.monotonic() - start if took is None else took, 3)
         self.ledger.append(line)
         if stage == "tune":
             shutil.rmtree(output, ignore_errors=True)
@@ -138,6 +140,7 @@ class Runs:
         outcome: dict[str, Any] = {"status": "ok", "reason": "", "validation": value}
         outcome |= {key: plain(getattr(result, key, None)) for key in COSTS}
         if stage == "confirm":
+            outcome["history"] = compact(getattr(result, "history", None) or (), self.design.metric)
             sealed: dict[str, Any] = {
                 "metrics": {key: plain(number) for key, number in result.metrics.get("test", {}).items()},
                 "items": [_item_line(line, arm) for line in result.predictions["test"]],
