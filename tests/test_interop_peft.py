@@ -59,6 +59,26 @@ def net() -> tuple[nn.Module, dict[str, Any]]:
         return Net().eval(), {"ids": torch.arange(10).view(2, 5)}
 
 
+class Kernels(nn.Module):
+    """Convolutions over lines and over blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = nn.Conv1d(3, 4, 3, padding=1)
+        self.block = nn.Conv3d(1, 5, (2, 1, 3), stride=(1, 2, 1), bias=False)
+        self.last = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(torch.tanh(self.line(x)).view(x.shape[0], 1, 4, 2, 4))
+        return self.last(y.flatten(2).mean(-1))
+
+
+def kernels() -> tuple[nn.Module, dict[str, Any]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Kernels().eval(), {"x": torch.randn(2, 3, 8)}
+
+
 def biased_llama() -> tuple[nn.Module, dict[str, Any]]:
     import transformers as t
 
@@ -85,6 +105,7 @@ def llama_classes() -> tuple[nn.Module, dict[str, Any]]:
 
 NETS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
     "net": net,
+    "kernels": kernels,
     "biased_llama": biased_llama,
     "llama_classes": llama_classes,
 }
@@ -148,6 +169,25 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "dora": ("llama", lora(target_modules=["q_proj", "down_proj"], use_dora=True, use_rslora=True)),
     "dora of Conv1D layers": ("gpt2", lora(target_modules=["c_attn", "c_fc"], use_dora=True)),
     "dora of a convolution": ("net", lora(target_modules=["patch", "middle"], use_dora=True)),
+    "dora of an embedding": ("net", lora(target_modules=["table", "middle"], use_dora=True)),
+    "dora of a token table": ("llama", lora(target_modules=["embed_tokens", "q_proj"], use_dora=True)),
+    "dora and all biases": ("bert", lora(target_modules=["query"], use_dora=True, bias="all")),
+    "dora, pissa": ("llama32", lora(target_modules=["q_proj"], init_lora_weights="pissa", use_dora=True)),
+    "dora, olora, rank-stabilised": (
+        "llama32",
+        lora(target_modules=["k_proj"], init_lora_weights="olora", use_dora=True, use_rslora=True),
+    ),
+    "dora, pissa, of Conv1D layers": (
+        "gpt232",
+        lora(target_modules=["c_fc"], init_lora_weights="pissa", use_dora=True),
+    ),
+    "dora, orthogonal": (
+        "llama",
+        lora(target_modules=["q_proj"], init_lora_weights="orthogonal", use_dora=True),
+    ),
+    "pissa of Conv1D layers": ("gpt232", lora(target_modules=["c_attn"], init_lora_weights="pissa")),
+    "lora of lines and blocks": ("kernels", lora(target_modules=["line", "block"])),
+    "dora of lines and blocks": ("kernels", lora(target_modules=["line", "block", "last"], use_dora=True)),
     "dora with a head": ("bert", lora(target_modules=["value"], use_dora=True, task_type="SEQ_CLS")),
     "experts": (
         "mixtral32",
@@ -176,6 +216,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
         ),
     ),
     "oft": ("llama", lambda: peft.OFTConfig(oft_block_size=5, target_modules=["q_proj", "down_proj"])),
+    "oft with dropped blocks": (
+        "llama",
+        lambda: peft.OFTConfig(oft_block_size=4, target_modules=["q_proj"], module_dropout=0.5),
+    ),
     "oft, exact, shared, by number of blocks": (
         "bert",
         lambda: peft.OFTConfig(

@@ -70,6 +70,11 @@ EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dora with rows of tokens of an encoder-decoder": (
         "t5", "dora", {"trainable_tokens": [5, 2], "sites": "attention.query"}),
     "lora with rows of a token table of an encoder": ("bert", "lora", {"trainable_tokens": [5, 2]}),
+    "dora that subtracts its start": ("llama", "dora", {"init": "pissa", "rank": 3}),
+    "dora of an embedding": ("llama", "dora", {"sites": ["token_embedding", "attention.query"]}),
+    "dora of convolutions": ("resnet", "dora", {"sites": "convolution"}),
+    "dora with biases": ("bert", "dora", {"bias": "all"}),
+    "oft with dropped blocks": ("llama", "oft", {"module_dropout": 0.5, "block_size": 4}),
     "dora at a part": ("gpt2", "dora", {"sites": "attention.{query,value}"}),
     "dora": ("bert", "dora", {"sites": ["attention.query", "mlp.down"]}),
     "vera": ("llama", "vera", {"rank": 5}),

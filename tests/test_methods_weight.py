@@ -1092,6 +1092,39 @@ def test_a_linear_layer_equals_hf_peft_with_its_own_options(key, config, theirs,
     close(found, expected, 1e-5 if key == "adalora" else 1e-6)
 
 
+def test_dora_of_a_table_has_the_lengths_of_columns():
+    """A table of two columns (3, 4) and (5, 0), with m one and a half of their lengths: by hand."""
+    method, W = build("dora", rank=1), torch.tensor([[3.0, 5.0], [4.0, 0.0]])
+    t = started(method, embedding(2, 2), W)
+    assert t.columns.tolist() == [5.0, 5.0]
+    t = t.with_(columns=torch.tensor([7.5, 5.0]))
+    close(W + method.delta(t, W), torch.tensor([[4.5, 5.0], [6.0, 0.0]]))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "gaussian", "none"])
+def test_dora_begins_as_its_base_with_every_start(init):
+    method, W = build("dora", rank=2, init=init), draw(6, 5)
+    t = started(method, linear(5, 6), W)
+    assert float((t.A**2).sum()) > 0
+    assert (float((t.B**2).sum()) > 0) == (init != "gaussian")
+    change = method.delta(t, W)
+    if init == "none":  # as HF PEFT: the lengths are those of W + s B A, so that only directions differ
+        close((W + change).norm(dim=1), (W + method.scale * t.B @ t.A).norm(dim=1))
+    else:
+        close(change, torch.zeros(6, 5), 1e-6)
+
+
+def test_oft_drops_whole_blocks_in_training_and_a_fixed_number_of_them():
+    method, W = build("oft", block_size=2, module_dropout=0.5), draw(3, 8)
+    assert "u" not in build("oft", block_size=2).tensors(linear(8, 3))
+    t = randomized(method, linear(8, 3))
+    plain = method.delta(t, W)
+    change = method.delta(t.with_(u=torch.tensor([0.4, 0.9, 0.1, 0.6]).view(4, 1, 1)), W)
+    assert [bool(c.any()) for c in change.split(2, dim=1)] == [False, True, False, True]
+    close(change[:, 2:4], plain[:, 2:4])
+    close(change[:, 6:], plain[:, 6:])
+
+
 def test_trained_tokens_change_their_rows_and_their_logits_alone():
     """W' = W with D added to rows 2 and 0, worked by hand; as a head the same rows read x."""
     (part,) = build("lora", trainable_tokens=[2, 0]).also()

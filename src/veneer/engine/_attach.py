@@ -230,9 +230,12 @@ def _from_base(host: Host, adapter: Adapter, drawn: dict[str, Tensor]) -> dict[s
     from veneer.edits import Tensors
 
     found: dict[str, Tensor] = {}
+    started: set[tuple[str, ...]] = set()
     for sp, keys in zip(adapter.plan.sites, adapter.plan.keys):
-        if "start" not in sp.method.arguments:
+        owned = tuple(keys.values())
+        if "start" not in sp.method.arguments or owned in started:  # another owner of a shared parameter
             continue
+        started.add(owned)
         W = None
         if getattr(sp.method, "start_reads_weight", True):
             W = host.token_table(sp.site.stack) if sp.site.port == "tokens" else host.weight(sp.site)

@@ -88,8 +88,9 @@ def rows_of(job: Reading, sp: SitePlan) -> Tensor:
 
 def write_rows(job: Writing) -> dict[str, Any]:
     """trainable_token_indices: rows of the table of tokens, which a head that shares it follows in HF PEFT too."""
-    tell: Any = getattr(job.host.root, "get_input_embeddings", lambda: None)
-    main = tell()
+    if not any(isinstance(sp.method, TrainedRows) for sp in job.plan.sites):
+        return {}
+    main = input_embeddings(job.host.root)
     edited = {sp.site.module for sp in job.plan.sites if not isinstance(sp.method, TrainedRows)}
     by_key: dict[str, tuple[list[int], Tensor, list[str]]] = {}
     for sp, t, keys in zip(job.plan.sites, job.values(), job.plan.keys):
@@ -115,9 +116,15 @@ def write_rows(job: Writing) -> dict[str, Any]:
         table: Any = job.host.module(module).weight
         job.tensors[f"{job.prefix}{module}.{ROWS}"] = table.detach()[ids].to(D.dtype) + D
         found[module] = ids
-    if not found:
-        return {}
     return {"trainable_token_indices": plain if plain is not None and len(found) == 1 else found}
+
+
+def input_embeddings(model: Any) -> Any:
+    """The module that transformers takes for the table of tokens; None where it has none."""
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def _first_name(job: Writing, module: Any) -> str:

@@ -25,6 +25,7 @@ from veneer.errors import BadFile, NoSiteFound, ShapeDiffers, Unsupported, neare
 from . import _targets
 from ._config import TARGETS, Config, Field, only
 from ._converter import Converter, Reading, Request, Writing, beside_default, converter
+from ._copies import input_embeddings
 from ._pairs import check_writable, pairs_of
 from ._parameters import nesting, parameter_sites, select_parameters, take_parameter
 
@@ -98,15 +99,18 @@ class Lora(Converter):
         options = {
             "rank": c["r"], "alpha": c["lora_alpha"], "rank_stabilized": c["use_rslora"], "dropout": c["lora_dropout"],
         }  # fmt: skip
-        start = _start(c)
+        options |= {"init": _start(c), "bias": c["bias"]}
         if not c["use_dora"]:
-            return {**options, "init": start, "bias": c["bias"], "lora_bias": c["lora_bias"]}
-        for name, value, plain in (("bias", c["bias"], "none"), ("lora_bias", c["lora_bias"], False)):
-            if value != plain:
-                raise Unsupported(f"LORA: {name}={value!r} together with use_dora=True has no form here.")
-        if start.startswith(("pissa", "olora")):
-            raise Unsupported(f"LORA: init_lora_weights={start!r} together with use_dora=True has no form here.",
-                              next_step=_START)  # fmt: skip
+            return {**options, "lora_bias": c["lora_bias"]}
+        for name, value in (
+            ("lora_bias", c["lora_bias"]),
+            ("bias", c["bias"] == "lora_only" and "lora_only"),
+        ):
+            if value:
+                raise Unsupported(
+                    f"LORA: {name}={value!r} together with use_dora=True has no form here.",
+                    next_step="an adapter with use_dora=False, or with bias='all'",
+                )
         return options
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
@@ -117,7 +121,10 @@ class Lora(Converter):
             return take_parameter(job, sp, prefix)
         if site.kind == "embedding":
             B = file.take(f"{prefix}lora_embedding_A", (rank, n_out)).mT
-            return {"A": file.take(f"{prefix}lora_embedding_B", (*inner, rank)).mT, "B": B}
+            found = {"A": file.take(f"{prefix}lora_embedding_B", (*inner, rank)).mT, "B": B}
+            if "columns" in sp.specs:
+                found["columns"] = file.take(f"{prefix}lora_magnitude_vector", inner)
+            return found
         if site.groups > 1:
             raise Unsupported(f"LORA at '{site.module}', a convolution in {site.groups} groups: HF PEFT's A reads all "
                               "inputs there, which no change of the weight does.", next_step="exclude it")  # fmt: skip
@@ -208,8 +215,7 @@ def _token_rows(job: Reading) -> tuple[Any, dict[str, str]]:
     given = job.config["trainable_token_indices"]
     if not given:
         return (), {}
-    tell: Any = getattr(job.model, "get_input_embeddings", lambda: None)
-    main = tell()
+    main = input_embeddings(job.model)
     names = [n for n, _ in job.model.named_modules() if n.partition(".")[0] != "veneer"]
     own = next((n for n in names if main is not None and job.host.module(n) is main), "embed_tokens")
     by_name = {own: given} if isinstance(given, list) else given

@@ -61,6 +61,8 @@ class Pair:
         if site.kind == "embedding":
             job.tensors[f"{prefix}lora_embedding_A"] = B.mT
             job.tensors[f"{prefix}lora_embedding_B"] = A.mT
+            if self.magnitude is not None:
+                job.tensors[f"{prefix}lora_magnitude_vector"] = self.magnitude
             return
         job.tensors[f"{prefix}lora_A.weight"] = A
         job.tensors[f"{prefix}lora_B.weight"] = B.reshape(*B.shape, *[1] * (A.dim() - 2))
@@ -134,7 +136,7 @@ def _placed(job: Writing, site: Site, B: Tensor) -> Tensor:
 def _magnitude(job: Writing, parts: list[tuple[SitePlan, dict[str, Tensor]]]) -> Tensor | None:
     """DoRA's lengths of all rows; those of rows that no part edits are the rows' own, so that they stay."""
     if "magnitude" not in parts[0][1]:
-        return None
+        return parts[0][1].get("columns")
     site = parts[0][0].site
     if not site.ranges:
         return parts[0][1]["magnitude"]

@@ -139,7 +139,7 @@ class Oft(Converter):
     kinds = ("linear", "conv", "embedding")
     fields = {
         **TARGETS, **_PLAIN, "r": Field(0, "whole"), "oft_block_size": Field(32, "whole"),
-        "module_dropout": only(0.0), "coft": Field(False, "flag"), "eps": Field(6e-5, "number"),
+        "module_dropout": Field(0.0, "number"), "coft": Field(False, "flag"), "eps": Field(6e-5, "number"),
         "block_share": Field(False, "flag"), "use_cayley_neumann": Field(True, "flag"),
         "num_cayley_neumann_terms": Field(5, "whole"),
     }  # fmt: skip
@@ -177,6 +177,7 @@ class Oft(Converter):
         return {
             "cayley": "neumann" if c["use_cayley_neumann"] else "exact", "terms": c["num_cayley_neumann_terms"],
             "coft": c["coft"], "eps": c["eps"], "block_share": c["block_share"],
+            "module_dropout": c["module_dropout"],
         }  # fmt: skip
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
@@ -209,7 +210,7 @@ class Oft(Converter):
                                   f"{sorted(set(sizes.values()))}.")  # fmt: skip
             asked = {"r": counts.pop(), "oft_block_size": 0}
         fields = {
-            "coft": m.coft, "eps": m.eps, "block_share": m.block_share,
+            "coft": m.coft, "eps": m.eps, "block_share": m.block_share, "module_dropout": m.module_dropout,
             "use_cayley_neumann": m.cayley in ("neumann", True), "num_cayley_neumann_terms": m.terms,
         }  # fmt: skip
         words = _targets.words_for(job.host, list(sizes), job.plan.whole)

@@ -10,12 +10,17 @@ of the base is not scaled.
 
 With dropout the base term sees the dropped input too, dy = (m / c - 1) W drop(x) + (m / c) s B A drop(x): so
 do the authors' code and HF PEFT, and a base term from the whole x would be another model. m is not decayed:
-its neutral value is the norm, not zero. A convolution's norm runs over all but the output channel. Merging a
-second adapter later uses the norms of the bare W, since weight edits add up.
+its neutral value is the norm, not zero. A convolution's norm runs over all but the output channel. The table of an
+embedding, (rows, width), has a length for each column, m: (width,), as in HF PEFT. Merging a second
+adapter later uses the norms of the bare W, since weight edits add up.
+
+`init` chooses the start of the pair, as for `lora`: B A stands for B A - B0 A0 where the start is a part of W.
+`bias="all"` trains all biases of the base beside it.
 """
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from veneer.edits import (
@@ -25,15 +30,16 @@ from veneer.edits import (
     Sites,
     Specs,
     Tensors,
+    TrainedCopy,
     WeightMethod,
     dropout,
     from_base,
     hyper,
-    kaiming,
     method,
     trained_tokens,
-    zeros,
 )
+
+from . import _starts
 
 
 @method(
@@ -41,7 +47,7 @@ from veneer.edits import (
     paper="arXiv:2402.09353",
     family="reparameterized/low-rank",
     rates=(1e-4, 3e-3),
-    kinds=("linear", "conv1d", "conv", "recurrent", "experts", "parameter"),
+    kinds=("linear", "conv1d", "conv", "embedding", "recurrent", "experts", "parameter"),
 )
 class DoRA(WeightMethod):
     rank: int = hyper(8, "width of the update of directions", at_least=1, alias="r", size=True)
@@ -57,53 +63,96 @@ class DoRA(WeightMethod):
     trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = hyper(
         (), "token ids whose rows of the embedding are trained too", alias="trainable_token_indices"
     )
+    init: str | bool = hyper(
+        "default",
+        "default, gaussian, orthogonal, pissa, pissa_niter_N, olora or none",
+        alias="init_lora_weights",
+    )
+    bias: str = hyper("none", "biases of the base that are trained too", choices=("none", "all"))
     sites: Sites = "attention.{query,value}"
 
+    def __post_init__(self) -> None:
+        _starts.check("dora", self.init, self.rank)
+
     def also(self) -> tuple[Method, ...]:
-        return trained_tokens(self.trainable_tokens)
+        biases = (TrainedCopy(sites="bias"),) if self.bias == "all" else ()
+        return (*biases, *trained_tokens(self.trainable_tokens))
 
     def tensors(self, site: Site) -> Specs:
-        return {
-            "A": kaiming(self.rank, *site.shape[1:]),
-            "B": zeros(site.shape[0], self.rank),
-            "magnitude": from_base(site.shape[0], decay=False, compute="float32"),
-        }
+        found = _starts.pair(self.init, self.rank, site)
+        name, size = ("columns", site.shape[1]) if site.kind == "embedding" else ("magnitude", site.shape[0])
+        found[name] = from_base(size, decay=False, compute="float32")
+        return found
 
     def start(self, site: Site, W: Tensor, t: Tensors) -> dict[str, Tensor]:
-        return {"magnitude": _squares(W.flatten(1 - len(site.shape))).sqrt()}
+        found = _starts.begin(self, site, W, t)
+        W = W.flatten(1 - len(site.shape))
+        if _starts.named(self.init) == "none":  # the only start whose B A is not zero
+            W = W + self.scale * (t.B @ t.A.flatten(1 - len(site.shape)))
+        if site.kind == "embedding":
+            return {**found, "columns": _squares(W.mT).sqrt()}
+        return {**found, "magnitude": _squares(W).sqrt()}
 
     def derive(self, t: Tensors, W: Tensor) -> dict[str, Tensor]:
-        """gain = m / c: (out,). With dropout also W, which the base term of a dropped input needs."""
-        exact = t.magnitude.dtype
-        W_, A, B = self._rows(W, t), t.A.detach().flatten(t.B.dim() - 1).to(exact), t.B.detach().to(exact)
+        """gain = m / c: (out,). Also W, where the base term is not the bare output: dropped inputs, columns."""
+        m = _lengths(t)
+        W_ = _rows(W, t)
+        A, B = (v.detach().to(m.dtype) for v in _factors(t))
         cross = ((W_ @ A.mT) * B).sum(-1)
         square = ((B @ (A @ A.mT)) * B).sum(-1)
         c = (_squares(W_) + 2 * self.scale * cross + self.scale**2 * square).clamp(min=0).sqrt()
-        found = {"gain": t.magnitude / c.reshape(t.magnitude.shape)}
-        return {**found, "base": W} if self.dropout else found
+        found = {"gain": m / c.reshape(m.shape)}
+        return {**found, "base": W} if self.dropout or "columns" in t else found
 
     def delta(self, t: Tensors, W: Tensor) -> Tensor:
-        """(out, in) or (out, in, height, width) -> the same shape"""
-        axis = t.B.dim() - 1  # the first axis of a kernel
-        W_ = self._rows(W, t)
-        direction = W_ + self.scale * (t.B @ t.A.flatten(axis))
+        """(out, in), (out, in, height, width) or an embedding's (rows, width) -> the same shape"""
+        W_ = _rows(W, t)
+        A, B = _factors(t)
+        direction = W_ + self.scale * (B @ A)
         gain = t.gain if "gain" in t else self.derive(t, W)["gain"]
-        return ((direction.mT * gain).mT - W_).unflatten(-1, t.A.shape[axis:])
+        change = (direction.mT * gain).mT - W_
+        return change.mT if "columns" in t else change.unflatten(-1, t.A.shape[t.B.dim() - 1 :])
 
     def branch(self, t: Tensors, x: Tensor, y: Tensor, at: At) -> Tensor:
         """y = W x without the bias: (..., in), (..., out) -> (..., out)"""
         dropped = dropout(x, self.dropout, at)
+        if "columns" in t:  # an output layer that shares the table of an embedding
+            scaled = (dropped * t.gain).to(x.dtype)
+            return (scaled - x) @ t.base.mT + self._update(t, scaled)
         if dropped is not x:
             y = dropped @ t.base.mT
-        return (t.gain - 1) * y + t.gain * (self.scale * (dropped @ t.A.mT) @ t.B.mT)
+        return (t.gain - 1) * y + t.gain * self._update(t, dropped)
+
+    def _update(self, t: Tensors, x: Tensor) -> Tensor:
+        """s B A x: (..., in) -> (..., out)"""
+        y = (x @ t.A.mT) @ t.B.mT
+        if "A0" in t:
+            y = y - (x @ t.A0.mT) @ t.B0.mT
+        return self.scale * y
 
     @property
     def scale(self) -> float:
         return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
 
-    def _rows(self, W: Tensor, t: Tensors) -> Tensor:
-        """W as a matrix, a kernel flattened, in the precision of the magnitude."""
-        return W.flatten(t.B.dim() - t.A.dim() - 1).to(t.magnitude.dtype)
+
+def _lengths(t: Tensors) -> Tensor:
+    """m: of rows, or of the columns of an embedding's table."""
+    return t.columns if "columns" in t else t.magnitude
+
+
+def _rows(W: Tensor, t: Tensors) -> Tensor:
+    """W as a matrix whose rows have the lengths, a kernel flattened, in the precision of the lengths."""
+    W = W.mT if "columns" in t else W
+    return W.flatten(t.B.dim() - t.A.dim() - 1).to(_lengths(t).dtype)
+
+
+def _factors(t: Tensors) -> tuple[Tensor, Tensor]:
+    """A (rank, in) and B (out, rank) whose product is the update; a start that is subtracted stands behind it."""
+    A, B = t.A.flatten(t.B.dim() - 1), t.B
+    if "A0" in t:
+        A = torch.cat([A, t.A0.flatten(t.B.dim() - 1)], -2)
+        B = torch.cat([B, -t.B0], -1)
+    return (B.mT, A.mT) if "columns" in t else (A, B)
 
 
 def _squares(W: Tensor) -> Tensor:

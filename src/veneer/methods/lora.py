@@ -44,11 +44,8 @@ from veneer.edits import (
     TrainedCopy,
     WeightMethod,
     dropout,
-    from_base,
     hyper,
-    kaiming,
     method,
-    normal,
     trained_tokens,
     zeros,
 )
@@ -88,29 +85,10 @@ class LoRA(WeightMethod):
     sites: Sites = "attention.{query,value}"
 
     def __post_init__(self) -> None:
-        if not _starts.is_known(self.init):
-            raise BadOption(
-                f"lora: init={self.init!r} is not a start.",
-                nearest=(*_starts.NAMES, "pissa_niter_4"),
-                next_step="veneer methods lora    shows every option",
-            )
-        if self.init == "orthogonal" and self.rank % 2:
-            raise BadOption(f"lora: init='orthogonal' needs an even rank; rank={self.rank} is odd.")
+        _starts.check("lora", self.init, self.rank)
 
     def tensors(self, site: Site) -> Specs:
-        a, b = (self.rank, *site.shape[1:]), (site.shape[0], self.rank)
-        drawn = normal(1.0, *a) if site.kind == "embedding" else kaiming(*a)
-        found = {"A": drawn, "B": zeros(*b)}
-        if _starts.reads_weight(self.init):
-            found = {"A": normal(1.0, *a), "B": from_base(*b)}
-            found |= {"A0": from_base(*a, trained=False), "B0": from_base(*b, trained=False)}
-        elif self.init == "orthogonal":
-            found = {"A": normal(1.0, *a), "B": normal(1.0, *b)}
-        elif self.init == "gaussian":
-            found["A"] = normal(1.0 / self.rank, *a)
-        elif _starts.named(self.init) == "none":
-            found["B"] = kaiming(*b)
-        return found | self._biases(site)
+        return _starts.pair(self.init, self.rank, site) | self._biases(site)
 
     def _biases(self, site: Site) -> Specs:
         found, factored = {}, site.kind in ("linear", "conv1d")
@@ -133,22 +111,7 @@ class LoRA(WeightMethod):
         return self.init == "orthogonal" or _starts.reads_weight(self.init)
 
     def start(self, site: Site, W: Tensor, t: Tensors) -> dict[str, Tensor]:
-        if not self.start_reads_weight:
-            return {}
-        kernel = 1 - len(site.shape)
-        W, A = W.flatten(kernel), t.A.flatten(kernel)
-        most = {"orthogonal": sum(W.shape[-2:]) // 2}.get(str(self.init), min(W.shape[-2:]))
-        if self.rank > most:
-            raise BadOption(
-                f"lora: init={self.init!r} has rank={most} at most at '{site.name}', not rank={self.rank}.",
-                next_step=f"rank={most}, or init='default'",
-            )
-        if self.init == "orthogonal":
-            B, A = _starts.orthogonal_pair(A, t.B)
-            return {"A": A.reshape(t.A.shape), "B": B}
-        B, A = _starts.from_weight(self.init, W, self.rank, self.scale, A)
-        A = A.reshape(self.rank, *site.shape[1:])
-        return {"A": A, "B": B, "A0": A.clone(), "B0": B.clone()}
+        return _starts.begin(self, site, W, t)
 
     def delta(self, t: Tensors, W: Tensor) -> Tensor:
         """(out, in) or (out, in, height, width) -> the same shape"""

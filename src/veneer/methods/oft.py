@@ -13,6 +13,9 @@ what a file means. Constrained OFT (`coft`) keeps |S| within eps / sqrt(blocks) 
 pulls Q to zero, W' to W. A kernel is turned over (in, height, width) as one axis, an embedding over its
 width.
 
+`module_dropout` replaces int(module_dropout * blocks) blocks by I, others at each call in training (HF PEFT
+0.21.2 has the option too, and does not use it).
+
 `block_size=0` takes the largest divisor of the width up to 32. A size that does not divide it is an error,
 where HF PEFT moves to the nearest that does.
 """
@@ -23,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from veneer.edits import Site, Sites, Specs, Tensors, WeightMethod, hyper, method, skew, zeros
+from veneer.edits import Site, Sites, Specs, Tensors, WeightMethod, hyper, method, noise, skew, zeros
 from veneer.errors import BadOption
 
 
@@ -42,6 +45,7 @@ class OFT(WeightMethod):
     terms: int = hyper(5, "terms of the series", alias="num_cayley_neumann_terms", at_least=1)
     coft: bool = hyper(False, "keep the turn small")
     eps: float = hyper(6e-5, "bound of |S| times sqrt(blocks), with coft", more_than=0)
+    module_dropout: float = hyper(0.0, "share of the blocks that stay I in training", at_least=0, at_most=1)
     sites: Sites = "attention.{query,value}"
 
     def __post_init__(self) -> None:
@@ -56,11 +60,18 @@ class OFT(WeightMethod):
         size = self._size(site)
         blocks = 1 if self.block_share else math.prod(site.shape[1:]) // size
         keep = functools.partial(within, bound=self.eps / blocks**0.5) if self.coft else None
-        return {"Q": zeros(blocks, size * (size - 1) // 2, keep=keep, compute="float32")}
+        found = {"Q": zeros(blocks, size * (size - 1) // 2, keep=keep, compute="float32")}
+        if self.module_dropout and blocks > 1:
+            found["u"] = noise("uniform", blocks, 1, 1)
+        return found
 
     def delta(self, t: Tensors, W: Tensor) -> Tensor:
         """(out, in) or (out, in, height, width) -> the same shape"""
         R = self.rotation(t.Q)
+        if "u" in t:  # the lowest draws
+            dropped = int(self.module_dropout * R.shape[0])
+            kept = t.u.argsort(0).argsort(0) >= dropped
+            R = torch.where(kept, R, torch.eye(R.shape[-1]).to(R))
         parts = W.flatten(1).to(R.dtype).unflatten(-1, (-1, R.shape[-1])).transpose(0, 1)  # (blocks, out, b)
         turned = (parts @ R.mT - parts).transpose(-3, -2).flatten(-2)
         return turned.unflatten(-1, W.shape[1:])
