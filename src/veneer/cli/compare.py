@@ -30,6 +30,7 @@ EXAMPLES = (
     "veneer compare which.toml --dry-run",
     "veneer compare --model builtin:minilm --data reviews.csv --methods lora,dora:rank=4,loreft --output runs/which",
     "veneer compare --from scores.jsonl --metric accuracy --output runs/theirs",
+    "veneer compare --watch runs/which",
     "veneer compare --self-test",
 )
 SETTINGS = OPEN
@@ -57,6 +58,12 @@ def compare(
     self_test: Annotated[
         bool, typer.Option("--self-test", help="try the statistics on simulated scores whose truth is known")
     ] = False,
+    watch_in: Annotated[
+        str | None, typer.Option("--watch", help="the folder of a comparison: how far it is; runs nothing")
+    ] = None,
+    report_of: Annotated[
+        str | None, typer.Option("--report", help="the folder of a comparison: its report, made again")
+    ] = None,
     task: Annotated[str | None, typer.Option(help="default: found from the data")] = None,
     metric: Annotated[str | None, typer.Option(help="default: the task's")] = None,
     lower_is_better: Annotated[
@@ -103,6 +110,17 @@ def compare(
         from veneer.cli._selftest import run_self_test
 
         run_self_test()
+        return
+    if watch_in is not None:
+        from veneer.cli._live import watch_folder
+
+        watch_folder(watch_in, as_json)
+        return
+    if report_of is not None:
+        from veneer.comparing.report import write_again
+
+        written = str(write_again(report_of))
+        result({"report": written}, written)
         return
     if from_file is not None:
         from veneer.comparing import from_results
@@ -251,8 +269,8 @@ def text_of(found: Any, width: int) -> str:
                        "p: of being the best, corrected for all arms", width, subsequent_indent="  "),
     ]  # fmt: skip
     for other in summary["not_measured"]:
-        lines += textwrap.wrap(f"{other['arm']}: {other['status'].replace('_', ' ')} ({other['reason']})", width,
-                               subsequent_indent="  ")  # fmt: skip
+        status, reason = other["status"].replace("_", " "), other["reason"].rstrip(".")
+        lines += textwrap.wrap(f"{other['arm']}: {status} ({reason})", width, subsequent_indent="  ")
     if summary["claim"]:
         lines.append(summary["claim"])
     lines += ["", f"report: {found.report}"]

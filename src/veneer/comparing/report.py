@@ -22,6 +22,7 @@ from veneer.comparing.ledger import write_atomic
 from veneer.comparing.limits import limits_of
 from veneer.comparing.published import Published
 from veneer.comparing.words import bytes_text, count, seconds_text
+from veneer.errors import BadData
 
 PRICES: dict[str, tuple[str, Any]] = {
     "trainable_parameters": ("trained parameters", count),
@@ -45,6 +46,16 @@ def write_report(folder: str | Path, live: Mapping[str, Any] | None = None) -> P
     page = Published.read(folder) if has_result else None
     write_atomic(path, render(page, live))
     return path
+
+
+def write_again(folder: str | Path) -> Path:
+    """report.html of a finished comparison, made anew from its files: after an update, or when it was lost."""
+    if not (Path(folder) / "summary.json").is_file():
+        raise BadData(
+            f"{folder} has no summary.json, from which a report is made.",
+            next_step="veneer compare --watch FOLDER, where the comparison has not ended yet",
+        )
+    return write_report(folder)
 
 
 def render(page: Published | None, live: Mapping[str, Any] | None = None) -> str:

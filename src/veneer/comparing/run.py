@@ -23,6 +23,7 @@ from veneer.comparing.design import (
 )
 from veneer.comparing.file import write_comparison
 from veneer.comparing.ledger import Ledger, locked, write_atomic
+from veneer.comparing.live import LivePage
 from veneer.comparing.prepare import Prepared, prepare
 from veneer.comparing.rates import extension
 from veneer.comparing.results import CompareResult, Record, publish
@@ -108,22 +109,23 @@ def run(
         _settle_design(ledger, design, folder, extend)
         settled()
         expected = expected or forecast(design, design.sizes)
-        progress(Progress(f"comparison {design.sha256[:12]} ({parse_budget(design.budget).label})"))
-        progress(Progress(str(expected)))
-        runs = Runs(folder, design, ledger, run_arm, progress, of=expected.runs)
-        records = [_run_arm_through(runs, arm) for arm in design.parsed_arms]
-        if not any(record.lines for record in records):
-            reasons = "; ".join(f"{record.arm}: {record.reason}" for record in records)
-            raise TrainingFailed(
-                f"no arm could be measured ({reasons}).",
-                next_step="mend the first of them; the same command then goes on",
-            )
-        if costs:
-            identity = canonical_json([design.model, design.data_sha256, design.options])
-            put_into(records, measured_costs(folder, run_arm, records, identity, progress))
-        reads = _read_test_once(runs, records, progress)
-        show = getattr(run_arm, "show", None)
-        return publish(folder, design, expected, records, reads, source="veneer", show=show)
+        with LivePage(folder, progress) as live:
+            live(Progress(f"comparison {design.sha256[:12]} ({parse_budget(design.budget).label})"))
+            live(Progress(str(expected)))
+            runs = Runs(folder, design, ledger, run_arm, live, of=expected.runs)
+            records = [_run_arm_through(runs, arm) for arm in design.parsed_arms]
+            if not any(record.lines for record in records):
+                reasons = "; ".join(f"{record.arm}: {record.reason}" for record in records)
+                raise TrainingFailed(
+                    f"no arm could be measured ({reasons}).",
+                    next_step="mend the first of them; the same command then goes on",
+                )
+            if costs:
+                identity = canonical_json([design.model, design.data_sha256, design.options])
+                put_into(records, measured_costs(folder, run_arm, records, identity, live))
+            reads = _read_test_once(runs, records, live)
+            show = getattr(run_arm, "show", None)
+            return publish(folder, design, expected, records, reads, source="veneer", show=show)
 
 
 def _settle_design(ledger: Ledger, design: Comparison, folder: Path, extend: bool) -> None:

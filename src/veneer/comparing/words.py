@@ -156,7 +156,7 @@ def table_text(summary: Mapping[str, Any]) -> str:
     ]
     texts.insert(1, "  ".join("-" * width for width in widths))
     for other in summary["not_measured"]:
-        texts.append(f"{other['arm']}: {other['status'].replace('_', ' ')} ({other['reason']})")
+        texts.append(f"{other['arm']}: {other['status'].replace('_', ' ')} ({other['reason'].rstrip('.')})")
     texts.append("* recommended: the cheapest arm that cannot be told apart from the best")
     if summary["claim"]:
         texts.append(summary["claim"])
