@@ -86,6 +86,18 @@ def compare(
         bool, typer.Option("--dry-run", help="the design, its hash and what it will cost; trains nothing")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="begin without a question")] = False,
+    groups: Annotated[
+        str | None, typer.Option(help="a column: scores by its values, the worst and the gap")
+    ] = None,
+    shifted: Annotated[
+        list[str] | None, typer.Option(help="another test set of the same task and labels; repeat it")
+    ] = None,
+    corrupt: Annotated[
+        list[str] | None, typer.Option(help="corrupt the test split: all, or kinds such as typos,case:5")
+    ] = None,
+    forgetting: Annotated[
+        list[str] | None, typer.Option(help="an off-task set: what is lost of what the base knew; repeat it")
+    ] = None,
     costs: Annotated[
         bool, typer.Option("--costs/--no-costs", help="measure each arm alone in a process when all is done")
     ] = True,

@@ -25,7 +25,16 @@ COUNTED = WARM_UP + 1  # one step whose operations are counted, and which is not
 STEPS = 2  # timed in each turn, always on the same rows
 LATENCIES = 5  # single items in each turn
 THROUGHPUT_ROWS = 16
-SETTINGS = ("epochs", "max_steps", "max_tokens", "early_stopping", "evaluate_every", "seed", "learning_rate")
+SETTINGS = (
+    "epochs",
+    "max_steps",
+    "max_tokens",
+    "max_seconds",
+    "early_stopping",
+    "evaluate_every",
+    "seed",
+    "learning_rate",
+)
 
 
 class Turns(Hooks):

@@ -76,6 +76,7 @@ class Comparison:
     each side where the best lies on the edge. contrasts: pairs "first - second" that were planned; none means
     every arm against the best. smallest_effect: the smallest difference of the metric that would matter.
     options: of every training. reading: how the data were read. claim: a published claim, and its rule.
+    beyond: groups of test items and further sets, each with its digest (`further`).
     """
 
     model: str
@@ -97,6 +98,7 @@ class Comparison:
     options: Mapping[str, Any] = field(default_factory=dict)
     reading: Mapping[str, Any] = field(default_factory=dict)
     claim: Mapping[str, Any] = field(default_factory=dict)
+    beyond: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.correction not in ("holm", "fdr_bh"):
@@ -155,6 +157,7 @@ class Comparison:
             "options": dict(self.options),
             "reading": dict(self.reading),
             "claim": dict(self.claim),
+            "beyond": dict(self.beyond),
         }
 
     @classmethod

@@ -163,6 +163,7 @@ def prepare(
         options=options,
         reading=reading,
         claim=dict(claim or {}),
+        beyond=run_arm.beyond.to_dict() if hasattr(run_arm, "beyond") else {},
     )
     return Prepared(design, run_arm, _writable(given))
 

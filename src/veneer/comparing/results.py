@@ -115,7 +115,7 @@ def publish(
     scale = Scale.of(_analysed(design, rows), sign, scores.of.values())
     sentence = conclusion(analysis, scale, costs, design.is_demo)
     summary = _summary(design, analysis, scale, records, rows, costs, sentence, reads, source)
-    summary |= sections(design, records, oriented)
+    summary |= sections(design, records, oriented, scores_of)
     if expected is not None:  # without the time, which depends on what has ended
         summary["forecast"] = str(forecast(design, design.sizes))
     write_atomic(folder / "results.jsonl", "".join(_line(row) for row in rows))

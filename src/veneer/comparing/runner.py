@@ -6,6 +6,7 @@ sizes and epochs that a budget means.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import statistics
 from collections import Counter
@@ -16,11 +17,14 @@ from typing import Any
 
 from veneer.comparing.arms import Arm
 from veneer.comparing.design import Budget, canonical_json
+from veneer.comparing.further import ASKED, MOST_ROWS, TRAIN_SAMPLE, further_of, train_sample
+from veneer.errors import Unsupported
 
 DEMO_SIZES = {"train": 190, "validation": 200, "test": 300}
 DEMO_EPOCHS = 2
 READING = ("columns", "sizes", "group", "split")
 """Options of reading the data, not of training."""
+IN_MEMORY = "the base is in memory, and cannot be opened again from a name"
 COST_ROWS = 512  # training rows, evenly spread, that costs are measured on
 
 
@@ -35,10 +39,15 @@ class TrainingRunner:
 
         self.model, self.budget, self.options = model, budget, dict(options)
         self.reading = {key: self.options.pop(key) for key in READING if key in self.options}
+        asked = {key: self.options.pop(key) for key in ASKED if key in self.options}
         self.data = data if isinstance(data, Splits) else read(data, task=task, **self.reading)
         if budget.kind == "demo":
             for split, size in DEMO_SIZES.items():
                 setattr(self.data, split, getattr(self.data, split)[:size])
+        most = DEMO_SIZES["test"] if budget.kind == "demo" else MOST_ROWS
+        self.beyond = further_of(self.data, asked, most, "" if isinstance(model, str | Path) else IN_MEMORY)
+        if budget.kind != "demo":
+            self.beyond.rows[TRAIN_SAMPLE] = train_sample(self.data)
         self.task = find_task(self.data.task).from_rows(self.data.train, self.data.labels or None)
         self.options = self.amount() | self.options
 
@@ -103,18 +112,31 @@ class TrainingRunner:
         from veneer.training import train
 
         gc.collect()  # models hold cycles: the last one is still there
-        return train(
+        inside = tuple(split for split in splits if split not in self.beyond.off_task)
+        result = train(
             model=self.model,
-            data=self.data,
+            data=self.beyond.beside(self.data, inside),
             method=str(arm),
             task=self.data.task,
             output=output,
             learning_rate=learning_rate,
             seed=seed,
-            evaluate_on=splits,
+            evaluate_on=inside,
             progress=False,
             **self.options,
         )
+        return self.with_off_task(result, splits, output)
+
+    def with_off_task(self, result: Any, splits: tuple[str, ...], output: Path) -> Any:
+        """The result with what the trained model still knows of other tasks."""
+        from veneer.comparing.forgetting import knows
+
+        wanted = [split for split in splits if split in self.beyond.off_task]
+        if wanted:
+            of = {split: self.beyond.off_task[split] for split in wanted}
+            with contextlib.suppress(Unsupported):  # a base that no probe can read: the summary names the arm
+                result.predictions |= knows(self.model, self.task, output, of, self.options)
+        return result
 
     def alone(self, arm: Arm, learning_rate: float | None) -> dict[str, Any] | None:
         """What another process needs to run this arm by itself; None where it could not open the base."""
@@ -159,12 +181,12 @@ class TrainingRunner:
         labels = [self._label(row) for row in self.data.train]
         predictions = {
             split: [
-                {"item": number, **self._guess(labels, self._label(row))}
-                for number, row in enumerate(getattr(self.data, split))
+                {"item": number, **self._guess(labels, self._label(row))} for number, row in enumerate(rows)
             ]
-            for split in splits
+            for split, rows in self.beyond.beside(self.data, splits).splits.items()
+            if split in splits
         }
-        return SimpleNamespace(
+        guess = SimpleNamespace(
             metrics={split: self.task.metrics(found) for split, found in predictions.items()},
             predictions=predictions,
             trainable_parameters=0,
@@ -174,6 +196,7 @@ class TrainingRunner:
             peak_memory_bytes=None,
             folder=output,
         )
+        return self.with_off_task(guess, splits, output)
 
     def _label(self, row: Mapping[str, Any]) -> Any:
         """The number to predict, or the index of the class."""

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from veneer.comparing.arms import Arm
+from veneer.comparing.calibration import confidence_of
 from veneer.comparing.design import Comparison, canonical_json, duration
+from veneer.comparing.further import TRAIN_SAMPLE
 from veneer.comparing.history import compact
 from veneer.comparing.ledger import Ledger, write_atomic
 from veneer.errors import (
@@ -105,7 +107,8 @@ class Runs:
         found = self.find(stage, arm, seed, rate)
         if found is not None:
             return found
-        splits = ("validation",) if stage == "tune" else ("validation", "test")
+        further = tuple(getattr(self.run_arm, "beyond", ()))
+        splits = ("validation",) if stage == "tune" else ("validation", "test", *further)
         name = f"seed-{seed}" if stage == "confirm" else f"tune-seed-{seed}-rate-{rate:g}"
         output = self.folder / "runs" / arm.slug / name
         line: dict[str, Any] = {
@@ -141,10 +144,11 @@ class Runs:
         outcome |= {key: plain(getattr(result, key, None)) for key in COSTS}
         if stage == "confirm":
             outcome["history"] = compact(getattr(result, "history", None) or (), self.design.metric)
-            sealed: dict[str, Any] = {
-                "metrics": {key: plain(number) for key, number in result.metrics.get("test", {}).items()},
-                "items": [_item_line(line, arm) for line in result.predictions["test"]],
-            }
+            if TRAIN_SAMPLE in result.metrics:
+                outcome["train"] = plain(result.metrics[TRAIN_SAMPLE][self.design.metric])
+            sealed = self._to_seal(result, "test", arm)
+            sets = [name for name in result.predictions if name not in ("validation", "test", TRAIN_SAMPLE)]
+            sealed["further"] = {name: self._to_seal(result, name, arm) for name in sets}
             if any(not math.isfinite(item["score"]) for item in sealed["items"]):
                 return {"status": "diverged", "reason": "scores on the test split are not finite"}
             text = canonical_json(sealed)
@@ -156,6 +160,15 @@ class Runs:
                 else str(result.folder)
             )
         return outcome
+
+    def _to_seal(self, result: RunResult, split: str, arm: Arm) -> dict[str, Any]:
+        """Metrics and items of one set; of the test split also the group of each item."""
+        groups = getattr(getattr(self.run_arm, "beyond", None), "groups", {}) if split == "test" else {}
+        items = [_item_line(line, arm) for line in result.predictions[split]]
+        return {
+            "metrics": {key: plain(number) for key, number in result.metrics.get(split, {}).items()},
+            "items": [item | {"group": groups[item["item"]]} for item in items] if groups else items,
+        }
 
     def sealed_path(self, arm: Arm, seed: int) -> Path:
         return self.folder / "sealed" / arm.slug / f"seed-{seed}.json"
@@ -247,10 +260,8 @@ def _item_line(line: Mapping[str, Any], arm: Arm) -> dict[str, Any]:
             f"a test prediction of '{arm}' has {sorted(line)}: expected 'item' and 'score'.",
             next_step="a trainer returns a line an item: {'item': id, 'score': number, ...}",
         )
-    return {key: plain(value) for key, value in line.items() if key in ("score", "prediction", "label")} | {
-        "item": str(line["item"]),
-        "score": float(line["score"]),
-    }
+    kept = {key: plain(value) for key, value in line.items() if key in ("score", "prediction", "label")}
+    return kept | confidence_of(line) | {"item": str(line["item"]), "score": float(line["score"])}
 
 
 def plain(value: Any) -> Any:

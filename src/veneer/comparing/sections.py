@@ -4,12 +4,16 @@ shifted and corrupted sets, forgetting. Each is there only where it was measured
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.comparing.analysis import Scores
+from veneer.comparing.calibration import calibration, over_seeds, stability
 from veneer.comparing.costs import MEASURED, TIMED
 from veneer.comparing.fronts import fronts
+from veneer.comparing.groups import SMALL, by_group
+from veneer.comparing.robustness import corrupted, forgotten, mean_of_sets, shifted
 
 if TYPE_CHECKING:
     from veneer.comparing.design import Comparison
@@ -19,10 +23,97 @@ NO_TRAINING = ("trainable_parameters", "bytes_on_disk", "peak_memory_bytes", "st
                "flops_per_step")  # fmt: skip
 
 
-def sections(design: Comparison, records: Sequence[Record], scores: Scores) -> dict[str, Any]:
-    """What summary.json says beyond the primary metric. scores: higher is better."""
+def sections(
+    design: Comparison,
+    records: Sequence[Record],
+    scores: Scores,
+    scores_of: Callable[[Sequence[Record]], Scores],
+) -> dict[str, Any]:
+    """What summary.json says beyond the primary metric.
+
+    scores: of the test split, higher is better. scores_of: reads scores off records, as for the test split.
+    """
     costs = costs_section(records)
-    return {"costs": costs, "fronts": fronts(scores, costs["arms"])}
+    measured = [record for record in records if str(record.arm) in scores.of]
+    found: dict[str, Any] = {"costs": costs, "fronts": fronts(scores, costs["arms"])}
+    found["stability"] = {str(record.arm): _stability(record, scores) for record in measured}
+    calibrated = {str(record.arm): calibration(record.opened, record.arm.is_trained) for record in measured}
+    if any(calibrated.values()):
+        found["calibration"] = {arm: one for arm, one in calibrated.items() if one}
+    groups = _groups(measured, scores)
+    if groups:
+        column = str(design.beyond.get("groups", "group"))
+        arms = {arm: by_group(of, groups) for arm, of in scores.of.items()}
+        found["by_group"] = {"column": column, "small_below": SMALL, "arms": arms}
+    return found | _further(design, records, scores, scores_of)
+
+
+def _stability(record: Record, scores: Scores) -> dict[str, Any]:
+    """Deviation over seeds, and how much better the arm is on rows that it learned from, on validation's metric."""
+    is_drawn = record.arm.is_trained
+    found: dict[str, Any] = {}
+    if is_drawn:
+        found |= stability(scores.of[str(record.arm)].mean(1))
+    gaps = [line["train"] - line["validation"] for line in record.lines if line.get("train") is not None]
+    return found | {"train_validation_gap": over_seeds(gaps if is_drawn else gaps[:1])}
+
+
+def _groups(records: Sequence[Record], scores: Scores) -> list[str]:
+    """The group of each item, in the order of `scores.items`; empty where items have none."""
+    opened = next((run for record in records for run in record.opened if run), None)
+    if opened is None:
+        return []
+    of = {item["item"]: item["group"] for item in opened["items"] if item.get("group") is not None}
+    return [of[item] for item in scores.items] if len(of) == len(scores.items) else []
+
+
+def _further(
+    design: Comparison,
+    records: Sequence[Record],
+    scores: Scores,
+    scores_of: Callable[[Sequence[Record]], Scores],
+) -> dict[str, Any]:
+    """{"shifted", "corrupted", "forgetting"}: {set: what the design says of it, with "arms"}."""
+    found: dict[str, Any] = {}
+    spoiled: list[Scores] = []
+    for name, about in design.beyond.get("sets", {}).items():
+        of_kind = found.setdefault(about["kind"], {})
+        of_kind[name] = dict(about)
+        if about.get("not_applicable"):
+            continue
+        inside = [one for record in records if record.opened and (one := _with_set(record, name)) is not None]
+        of_kind[name]["not_measured"] = sorted(
+            {str(record.arm) for record in records if record.opened} - {str(record.arm) for record in inside}
+        )
+        if about["kind"] == "forgetting":
+            ended = [one for record in inside if (one := _without_diverged(record)) is not None]
+            opened = {str(record.arm): record.opened for record in ended}
+            arms = forgotten(scores_of(ended), opened, about["measure"]) if ended else {}
+        else:
+            of_set = scores_of(inside)
+            arms = shifted(scores, of_set) if about["kind"] == "shifted" else corrupted(scores, of_set)
+            spoiled += [of_set] if about["kind"] == "corrupted" else []
+        of_kind[name]["arms"] = arms
+    together = mean_of_sets(spoiled)
+    if together is not None and len(spoiled) > 1:
+        arms = corrupted(scores, together)
+        found["corrupted"]["all"] = {"kind": "corrupted", "name": "mean of all", "arms": arms}
+    return found
+
+
+def _with_set(record: Record, name: str) -> Record | None:
+    """The record as if the set were its test split; None where a run was not scored on it."""
+    if any(run is not None and name not in run.get("further", {}) for run in record.opened):
+        return None
+    return replace(record, opened=[run and run["further"][name] for run in record.opened])
+
+
+def _without_diverged(record: Record) -> Record | None:
+    """Less the runs that diverged: the chance score that stands for them on a test set is no memory of the base."""
+    kept = [place for place, run in enumerate(record.opened) if run is not None]
+    if not kept:
+        return None
+    return replace(record, lines=[record.lines[p] for p in kept], opened=[record.opened[p] for p in kept])
 
 
 def costs_section(records: Sequence[Record]) -> dict[str, Any]:

@@ -20,6 +20,12 @@ _DOMAINS = {"tweets": "tweet", "amazonReviewSnippets": "product", "nytEditorialS
             "movieReviewSnippets": "movie"}  # fmt: skip
 
 
+DOMAIN_SETS = {
+    "vader-domains": ("tweet-sentences", "product-sentences", "editorial-sentences", "movie-sentences")
+}
+"""Sets that stand for one, where it is asked for as a test set of other sources: same task and labels in each."""
+
+
 def _rated(folder: Path, stem: str) -> Numbered:
     lines = next(folder.rglob(f"{stem}_GroundTruth.txt")).read_text(encoding="utf-8").splitlines()
     found = []
@@ -29,15 +35,19 @@ def _rated(folder: Path, stem: str) -> Numbered:
     return found
 
 
-def _movie_sentences(folder: Path) -> Raw:
+def _sentiment(stem: str) -> Callable[[Path], Raw]:
     """Two classes: ratings of at least half a point on either side; those between are left out."""
-    rows = [
-        (number, {**row, "label": "positive" if row["rating"] > 0 else "negative"})
-        for number, row in _rated(folder, "movieReviewSnippets")
-        if abs(row["rating"]) >= 0.5
-    ]
-    columns = {"text": "text", "label": "label"}
-    return Raw({"": rows}, columns=columns, task="classify", labels={"label": ["negative", "positive"]})
+
+    def rows(folder: Path) -> Raw:
+        found = [
+            (number, {**row, "label": "positive" if row["rating"] > 0 else "negative"})
+            for number, row in _rated(folder, stem)
+            if abs(row["rating"]) >= 0.5
+        ]
+        columns = {"text": "text", "label": "label"}
+        return Raw({"": found}, columns=columns, task="classify", labels={"label": ["negative", "positive"]})
+
+    return rows
 
 
 def _vader_domains(folder: Path) -> Raw:
@@ -164,7 +174,22 @@ def _easy_vqa(folder: Path) -> Raw:
 
 
 SETS = (
-    _vader("movie-sentences", "10,072 film sentences of two sentiments, with ratings", _movie_sentences),
+    _vader(
+        "movie-sentences",
+        "10,072 film sentences of two sentiments, with ratings",
+        _sentiment("movieReviewSnippets"),
+    ),
+    _vader("tweet-sentences", "tweets of two sentiments, with ratings", _sentiment("tweets")),
+    _vader(
+        "product-sentences",
+        "sentences of product reviews, of two sentiments, with ratings",
+        _sentiment("amazonReviewSnippets"),
+    ),
+    _vader(
+        "editorial-sentences",
+        "sentences of editorials, of two sentiments, with ratings",
+        _sentiment("nytEditorialSnippets"),
+    ),
     _vader("vader-domains", "23,703 rated sentences of four sources", _vader_domains),
     *(
         Builtin(
