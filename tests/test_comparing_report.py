@@ -14,6 +14,7 @@ import pytest
 from test_comparing_fake import RATES, SIZES, FakeTrainer
 from veneer.comparing import compare, from_results
 from veneer.comparing.axes import Axis, LogAxis
+from veneer.comparing.disagreements import pair_counts, read_scores
 from veneer.comparing.report import digest
 
 ARMS = ["lora:rank=1", "lora:rank=4", "broken", "impossible"]
@@ -44,7 +45,7 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.found.append((tag, dict(attributes)))
-        if tag not in ("meta", "input", "img"):
+        if tag not in ("meta", "input", "img", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -128,9 +129,10 @@ def test_the_page_can_be_used_without_eyes_or_mouse(page):
 
 def test_names_from_outside_are_text_and_never_markup(tmp_path):
     path = tmp_path / "x.jsonl"
-    names = ["<script>alert(1)</script>", 'a"onload="x', "</style><b>"]
+    names = ["<script>alert(1)</script>", 'a"onload="x', "</style><b>", "\u202eright to left {{ 7 * 7 }}"]
+    text = "</script><script>alert(2)</script><!-- <img src=x onerror=alert(3)> \u2028 ' \" &"
     lines = [
-        {"arm": name, "seed": seed, "item": str(item), "score": (item * (place + 2) + seed) % 3 > 0}
+        {"arm": name, "seed": seed, "item": f"{item}{text}", "score": (item * (place + 2) + seed) % 3 > 0}
         for place, name in enumerate(names)
         for seed in range(3)
         for item in range(30)
@@ -140,7 +142,17 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path):
     tags = Tags(page)
     assert sum(tag == "script" for tag, _ in tags.found) == 2  # the data and the script
     assert not any("onload" in attributes for _, attributes in tags.found)
-    assert html.escape(names[0]) in page
+    assert not any(tag in ("img", "b") and "onerror" in attributes for tag, attributes in tags.found)
+    assert "alert(2)" not in re.sub(r'<script type="application/json".*?</script>', "", html_of_scripts(page))
+    shown = html.unescape(page.replace("<wbr>", ""))
+    assert all(name in shown for name in names)
+    data = json.loads(re.search(r'id="item-data">(.*?)</script>', page, re.S)[1])
+    assert set(data["arms"]) == set(names)
+    assert data["items"][0]["i"].endswith(text)
+
+
+def html_of_scripts(page):
+    return "".join(re.findall(r"<script.*?</script>", page, re.S))
 
 
 def test_ticks_are_round_and_within_the_axis():
@@ -153,6 +165,18 @@ def test_ticks_are_round_and_within_the_axis():
     assert axis(0.62) < axis(0.91)
 
 
+def chromium(tmp_path, address):
+    """The page at `address` after its scripts ran, as HTML."""
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --dump-dom"
+    flags += " --disable-background-networking --disable-component-update --virtual-time-budget=4000"
+    return subprocess.run(
+        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", address],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+
+
 def in_browser(tmp_path, page, script, width):
     """What `script` (an expression over `d`, the page's document) says in a frame of this width."""
     outer = tmp_path / "outer.html"
@@ -161,14 +185,7 @@ def in_browser(tmp_path, page, script, width):
         "<pre id=said></pre><script>onload = () => {const d = frames[0].document;"
         f"said.textContent = JSON.stringify({script})}}</script>"
     )
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync --dump-dom"
-    flags += " --disable-background-networking --disable-component-update --virtual-time-budget=4000"
-    shown = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", outer.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    ).stdout
+    shown = chromium(tmp_path, outer.as_uri())
     return json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', shown, re.S)[1]))
 
 
@@ -184,6 +201,76 @@ def test_nothing_runs_over_the_edge(tmp_path, page, width):
     found = in_browser(tmp_path, page, script, width)
     assert found["width"] <= width
     assert found["over"] == []
+
+
+ACTIONS = """(() => {
+    const w = d.defaultView, said = {};
+    const key = (e, k) => e.dispatchEvent(new w.KeyboardEvent("keydown", {key: k, bubbles: true}));
+    const change = (e, value, type) => { e.value = value; e.dispatchEvent(new w.Event(type, {bubbles: true})); };
+    const all = [...d.querySelectorAll("#arms ~ .tablebox tbody tr")];
+    const rows = () => all.filter(r => !r.hidden).map(r => r.dataset.arm);
+    const tip = d.querySelector(".tip"), chart = d.querySelector("#groups ~ * svg");
+    said.controls = [...d.querySelectorAll(".controls")].every(c => !c.hidden);
+    key(chart, "ArrowRight"); said.first = [tip.hidden, tip.textContent];
+    key(chart, "ArrowRight"); said.second = tip.textContent;
+    key(chart, "Escape"); said.gone = tip.hidden;
+    said.titles = d.querySelectorAll("svg title").length;
+    said.all = rows();
+    change(d.querySelector(".filter"), "rank=1", "input"); said.filtered = rows();
+    said.faded = d.querySelectorAll("#groups ~ * svg .out").length;
+    change(d.querySelector(".filter"), "", "input");
+    change(d.querySelector(".verdict"), "worse", "change"); said.worse = rows();
+    change(d.querySelector(".verdict"), "", "change"); said.back = rows();
+    const axis = d.querySelector("select.axis"); change(axis, "step_seconds", "change");
+    said.figures = [...d.querySelectorAll("figure[data-cost]")].filter(f => !f.hidden).map(f => f.dataset.cost);
+    const [first, second] = ["first", "second"].map(name => d.querySelector("select." + name));
+    const arms = [...first.options].map(o => o.textContent);
+    change(first, arms.indexOf("full"), "change"); change(second, arms.indexOf("linear_probe"), "change");
+    said.dispute = d.querySelector(".disputed .says").textContent;
+    said.listed = d.querySelectorAll(".disputes li").length;
+    d.querySelector(".disputed .plain").click(); said.more = d.querySelectorAll(".disputes li").length;
+    change(d.querySelector(".search"), "test-17", "input");
+    said.found = [...d.querySelectorAll(".what")].map(p => p.textContent);
+    change(second, arms.indexOf("full"), "change"); said.same = d.querySelector(".disputed").textContent;
+    return said})()"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_page_answers_keys_filters_and_choices(tmp_path, page, result):
+    said = in_browser(tmp_path, page, ACTIONS, 1000)
+    names = [arm.arm for arm in result.analysis.arms]
+    assert said["controls"]
+    assert said["first"][0] is False
+    assert said["first"][1].startswith(names[0])
+    assert said["second"].startswith(names[1])
+    assert said["gone"]
+    assert said["titles"] == 0  # the script shows them, so that the browser must not
+    assert said["all"] == said["back"] == names
+    assert said["filtered"] == ["lora:rank=1"]
+    assert said["faded"] == len(names) - 1
+    assert said["worse"] == [arm.arm for arm in result.analysis.arms if not arm.tied_with_best]
+    assert said["figures"] == ["step_seconds"]
+    scores = read_scores(result.folder / "scores.jsonl", ["full", "linear_probe"])
+    more, less = pair_counts(scores)["0,1"]
+    assert said["dispute"].startswith(f"full is better on {more} items, linear_probe on {less}, of 300.")
+    assert said["listed"] == 12
+    assert said["more"] == min(36, more + less)
+    assert all("test-17" in text for text in said["found"])
+    assert "two different arms" in said["same"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_policy_lets_the_page_run_and_nothing_else(tmp_path, page):
+    """The page by itself, as a person opens it, with a handler and a script that somebody smuggled in."""
+    smuggled = '<p onclick="document.title = 1" id="trap"></p><script>document.title = "taken over"</script>'
+    path = tmp_path / "page.html"
+    path.write_text(page.replace("</main>", smuggled + "</main>"))
+    shown = chromium(tmp_path, path.as_uri())
+    assert "taken over" not in re.search(r"<title>(.*?)</title>", shown)[1]
+    assert 'class="controls">' in shown or 'class="controls"' in shown.replace(' hidden=""', "")
+    assert '<button type="button">Mean</button>' in shown  # the page's own script ran
 
 
 @pytest.mark.slow

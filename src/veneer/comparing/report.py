@@ -24,13 +24,13 @@ from veneer.comparing.published import Published
 from veneer.comparing.words import bytes_text, count, seconds_text
 from veneer.errors import BadData
 
-PRICES: dict[str, tuple[str, Any]] = {
-    "trainable_parameters": ("trained parameters", count),
-    "peak_memory_bytes": ("memory", bytes_text),
-    "step_seconds": ("time of a training step", seconds_text),
-    "latency_seconds": ("latency of one item", seconds_text),
-    "bytes_on_disk": ("bytes on disk", bytes_text),
-    "tuning_seconds": ("time of tuning", seconds_text),
+PRICES: dict[str, tuple[str, str, Any]] = {
+    "trainable_parameters": ("trained parameters", "Parameters", count),
+    "peak_memory_bytes": ("memory of training", "Memory", bytes_text),
+    "step_seconds": ("time of a training step", "Step", seconds_text),
+    "latency_seconds": ("latency of one item", "Latency", seconds_text),
+    "bytes_on_disk": ("bytes on disk", "Disk", bytes_text),
+    "tuning_seconds": ("time of tuning", "Tuning", seconds_text),
 }
 STATIC_ITEMS = 12  # disagreements of the first pair that stand in the page itself
 
@@ -67,6 +67,7 @@ def render(page: Published | None, live: Mapping[str, Any] | None = None) -> str
         loader=jinja2.FunctionLoader(part), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
+    environment.filters["breakable"] = _breakable
     css, js = part("report.css"), part("report.js")
     policy = (
         f"default-src 'none'; script-src {digest(js)}; style-src {digest(css)}; img-src data:; "
@@ -86,6 +87,16 @@ def part(name: str) -> str:
 def digest(text: str) -> str:
     """As a content security policy names an inline script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _breakable(name: str) -> Any:
+    """A name that a line may break behind its punctuation."""
+    from markupsafe import Markup, escape
+
+    found = escape(name)
+    for mark in "_:,+=":
+        found = found.replace(mark, Markup(mark + "<wbr>"))
+    return found
 
 
 def content(page: Published) -> dict[str, Any]:
@@ -114,7 +125,7 @@ def content(page: Published) -> dict[str, Any]:
         "missing": beyond.missing(page),
         "tuning": _tuning(page),
         "learning": _learning(page, costs),
-        "costs": tables.costs_table(page, costs),
+        "costs": tables.costs_tables(page, costs),
         "costs_say": _costs_say(page),
         "commands_say": _commands_say(s),
         "commands": _commands(page),
@@ -166,13 +177,13 @@ def _prices(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> tuple[li
     fronts.setdefault("trainable_parameters", {arm["arm"]: arm["front_probability"] for arm in page.arms})
     arms = [{**arm, **costs[arm["arm"]]} for arm in page.arms]
     found: list[dict[str, Any]] = []
-    for cost, (title, text) in PRICES.items():
+    for cost, (title, _, text) in PRICES.items():
         paid = [arm for arm in arms if arm.get(cost) is not None]
         if len({arm[cost] for arm in paid}) < 2:
             continue
         chart = charts.scatter(paid, cost, page.chosen, page.scale, title, text, fronts.get(cost))
         found.append({"cost": cost, "title": title, "chart": chart, "is_first": len(found) < 4})
-    titles = {cost: title for cost, (title, _) in PRICES.items()}
+    titles = {cost: short for cost, (_, short, _) in PRICES.items()}
     table = (
         tables.fronts_table(page, fronts, titles) if found and len(set(fronts) & set(titles)) > 1 else None
     )

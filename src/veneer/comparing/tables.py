@@ -29,11 +29,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """text as shown; order as sorted ("" is last)."""
+    """text as shown; order as sorted ("" is last); extra: what a narrow screen leaves out."""
 
     text: str
     order: Any = ""
     is_dim: bool = False
+    extra: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,19 +163,24 @@ def sensitivity_table(page: Published, found: Sequence[Tuned], text: Callable[[f
     return Table("The chosen rate among those tried", columns, rows)
 
 
-COST_COLUMNS: tuple[tuple[str, str, Callable[[Any], str], bool], ...] = (
+CostColumn = tuple[str, str, Callable[[Any], str], bool]
+
+OF_TRAINING: tuple[CostColumn, ...] = (
     ("trainable_parameters", "Trained", count, False),
     ("bytes_on_disk", "Stored", bytes_text, False),
     ("step_seconds", "Step", seconds_text, False),
+    ("peak_memory_bytes", "Memory", bytes_text, False),
     ("cpu_seconds", "CPU a step", seconds_text, True),
     ("tokens_per_second", "Tokens/s", count, True),
-    ("peak_memory_bytes", "Peak memory", bytes_text, False),
-    ("runs_in_bytes", "Runs in", bytes_text, True),
-    ("latency_seconds", "Latency", seconds_text, True),
-    ("merged_latency_seconds", "Merged", seconds_text, True),
-    ("items_per_second", "Items/s", count, True),
     ("flops_per_step", "FLOPs a step", count, True),
     ("energy_joules", "Energy a step, J", lambda value: f"{value:.3g}", True),
+    ("tuning_seconds", "Tuning", duration, True),
+)
+OF_USE: tuple[CostColumn, ...] = (
+    ("runs_in_bytes", "Trains in", bytes_text, False),
+    ("latency_seconds", "Latency", seconds_text, False),
+    ("merged_latency_seconds", "Merged", seconds_text, False),
+    ("items_per_second", "Items/s", count, True),
 )
 
 
@@ -190,23 +196,37 @@ def costs_of(page: Published) -> dict[str, dict[str, Any]]:
     }
 
 
-def costs_table(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> Table:
-    shown = [column for column in COST_COLUMNS if any(c.get(column[0]) is not None for c in costs.values())]
-    columns = [Column("Arm", True)]
-    columns += [Column(title, is_minor=minor, falls=title.endswith("/s")) for _, title, _, minor in shown]
-    rows = []
-    for name, cost in costs.items():
-        cells = []
-        for key, _, text, _ in shown:
-            low, high = cost.get(f"{key}_low"), cost.get(f"{key}_high")
-            cell = number(cost.get(key), text)
-            if low is not None and high is not None and low != high:
-                cell = Cell(f"{cell.text} ({text(low)} to {text(high)})", cell.order)
-            cells.append(cell)
-        tuning = page.tuning_seconds(name)
-        cells.append(number(tuning, duration))
-        rows.append(Row(name, cells, name, kind_of(page, name)))
-    return Table("What each arm costs", [*columns, Column("Tuning", is_minor=True)], rows)
+def costs_tables(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
+    """What training takes and, where it was measured, what using it takes."""
+    tuned = {name: {"tuning_seconds": page.tuning_seconds(name), **cost} for name, cost in costs.items()}
+    found = [
+        _costs_table(page, tuned, "What training takes", OF_TRAINING),
+        _costs_table(page, tuned, "What fits and how fast it answers", OF_USE),
+    ]
+    return [table for table in found if len(table.columns) > 1]
+
+
+def _costs_table(
+    page: Published, costs: Mapping[str, Mapping[str, Any]], caption: str, known: Sequence[CostColumn]
+) -> Table:
+    shown = [column for column in known if any(cost.get(column[0]) is not None for cost in costs.values())]
+    rows = [
+        Row(name, [_cost(cost, key, text) for key, _, text, _ in shown], name, kind_of(page, name))
+        for name, cost in costs.items()
+    ]
+    columns = [Column(title, is_minor=minor, falls=title.endswith("/s")) for _, title, _, minor in shown]
+    return Table(caption, [Column("Arm", True), *columns], rows)
+
+
+def _cost(cost: Mapping[str, Any], key: str, text: Callable[[Any], str]) -> Cell:
+    """A cost, with its quartiles where there are any: 136 ms (132-145)."""
+    cell = number(cost.get(key), text)
+    low, high = cost.get(f"{key}_low"), cost.get(f"{key}_high")
+    if low is None or high is None or text(low) == text(high):
+        return cell
+    unit = cell.text.partition(" ")[2]
+    least, most = (text(value).removesuffix(" " + unit) for value in (low, high))
+    return Cell(cell.text, cell.order, extra=f"({least}–{most})")
 
 
 def fronts_table(
@@ -219,5 +239,8 @@ def fronts_table(
         name = arm["arm"]
         cells = [number(fronts[cost].get(name), lambda value: f"{value:.2f}") for cost in shown]
         rows.append(Row(name, cells, name, kind_of(page, name)))
-    columns = [Column("Arm", True), *(Column(titles[cost].capitalize(), falls=True) for cost in shown)]
+    columns = [
+        Column("Arm", True),
+        *(Column(titles[cost], is_minor=place >= 4, falls=True) for place, cost in enumerate(shown)),
+    ]
     return Table("Probability of being on the front, by what is paid", columns, rows)
