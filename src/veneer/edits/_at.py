@@ -39,6 +39,7 @@ class At:
     _project: Callable[[str, Tensor], Tensor] | None = None
     _history: Callable[[str, Tensor], Tensor] | None = None
     _bare: Callable[..., Any] | None = None
+    _dropout: Callable[[Tensor, float], Tensor] | None = None
 
     def project(self, role: str, z: Tensor) -> Tensor:
         """The site's own frozen projection before rotary, "query", "key" or "value".

@@ -38,8 +38,10 @@ def layer_norm(
 
 
 def dropout(x: Tensor, p: float, at: Any) -> Tensor:
-    """Dropout in training, the identity otherwise."""
-    return F.dropout(x, p, True) if p and at.training else x
+    """Dropout in training, the identity otherwise. Its draws are the adapter's own where the loop gave it a seed."""
+    if not p or not at.training:
+        return x
+    return F.dropout(x, p, True) if at._dropout is None else at._dropout(x, p)
 
 
 def widen(extra: Tensor, width: int) -> Tensor:

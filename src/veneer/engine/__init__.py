@@ -5,6 +5,7 @@ from ._adapter import Adapter
 from ._api import activate, active, adapters, bare, rows
 from ._attach import attach, detach, host_of, plan, read, relayout
 from ._cohort import alone, draws, is_still, put_draws, random_places, require_gradients, without_dropout
+from ._draws import dropout_seeds
 from ._host import Host, fingerprint
 from ._merge import MergeReport, merge, unmerge, why_not
 from ._plan import Plan
@@ -38,6 +39,7 @@ __all__ = [
     "check_gradients",
     "detach",
     "draws",
+    "dropout_seeds",
     "export",
     "fingerprint",
     "folder_of",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from veneer.edits import At, Tensors, call
 
+from ._draws import Dropper
 from ._frame import Frame
 from ._program import Op
 from ._rows import Rows
@@ -30,6 +31,8 @@ def facts(op: Op, frame: Frame) -> At:
         changes["conditions"] = _spread(found, op, frame)
     if "total" in frame.captured:
         changes["_history"] = functools.partial(_history, frame, op)
+    if frame.seeds is not None and at.training:
+        changes["_dropout"] = Dropper(frame, op)
     if op.members:
         changes["members"] = tuple(functools.partial(_member, frame, m) for m in op.members)
     return at.with_(**changes)

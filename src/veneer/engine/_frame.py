@@ -50,15 +50,21 @@ class Frame:
     )  # stack -> (rows, keys): inserted padding, where a base has no mask
     inserted: Any = None
     names: Any = ()  # the names of the whole batch, or of each row
+    seeds: Any = field(default_factory=lambda: _seeds())  # of adapters' dropout, where a loop gave some
 
 
 class _Local(threading.local):
     def __init__(self) -> None:  # once for each thread: compiled code guards on the attributes being there
         self.frame: Frame | None = None
         self.session: Session | None = None
+        self.seeds: Any = None
 
 
-local = _Local()
+local: _Local = _Local()
+
+
+def _seeds() -> Any:
+    return local.seeds
 
 
 def current(host: Any) -> Frame | None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.engine import dropout_seeds, without_dropout
 from veneer.errors import TrainingFailed
 from veneer.tasks import Batch, Encoded, Task
 from veneer.training._batches import Plan, parts
@@ -23,7 +25,7 @@ from veneer.training._failures import out_of_memory
 from veneer.training._optimizer import load_optimizer, make_optimizer, optimizer_state, views_of
 from veneer.training._progress import Progress
 from veneer.training._schedule import rate_factor, set_rates, warmup_steps
-from veneer.training._seeds import own_randomness, seed_all
+from veneer.training._seeds import derived, own_randomness, seed_all
 from veneer.training._settings import Settings
 from veneer.training._step import update
 from veneer.training._subject import Subject
@@ -69,6 +71,7 @@ class Run:
         self.best: dict[str, Any] = {}
         self.stopped = False
         self.phase = -1
+        self._stages: list[tuple[float, Phase]] = []
         self.written: str | None = None
         self.checked, self._saved = False, time.monotonic()
         self.optimizer = self._make_optimizer()
@@ -165,38 +168,60 @@ class Run:
         self.progress.begin(self.total_steps, self.step_now)
         self.model.train()
         try:
-            with own_randomness():
-                self.subject.prepare(self.total_steps)
-                phases = self._phases()
-                if self.step_now == 0:
-                    seed_all(self.settings.seed, "begin")
-                    self._changed(self.hooks.between_steps(self, 0))
-                while self.step_now < self.total_steps and not self.stopped:
-                    self._turn_phase(phases)
+            with own_randomness(), self._dropout():
+                self.start()
+                while not self.done:
+                    self.turn_phase()
                     self._one_step()
-                    self._after_step()
-                if phases and self.phase >= 0 and not self.stopped:
-                    self._leave(phases)
+                    self.after_step()
+                self.close()
         finally:
             self.progress.end()
             self.model.eval()
 
-    def _one_step(self) -> None:
+    @property
+    def done(self) -> bool:
+        return self.step_now >= self.total_steps or self.stopped
+
+    def start(self) -> None:
+        """What comes before the first of the steps that are left."""
+        self.subject.prepare(self.total_steps)
+        self._stages = self._phases()
+        if self.step_now == 0:
+            seed_all(self.settings.seed, "begin")
+            self._changed(self.hooks.between_steps(self, 0))
+
+    def close(self) -> None:
+        """What comes behind the last step."""
+        if self._stages and self.phase >= 0 and not self.stopped:
+            self._leave()
+
+    def _dropout(self) -> Any:
+        return nullcontext() if self.settings.base_dropout else without_dropout(self.model)
+
+    def dropout_seed(self, at: int) -> int:
+        """Of what the adapter drops in the `at`-th part of this step."""
+        return derived(self.settings.seed, "dropout", self.step_now, at)
+
+    def draws(self, at: int) -> Any:
+        """A context in which the adapter's dropout is drawn from the run's own seed."""
+        name = getattr(self.subject, "name", None)
+        return nullcontext() if name is None else dropout_seeds(self.model, {name: self.dropout_seed(at)})
+
+    def begin_step(self) -> list[Batch]:
+        """The parts of this step's batch, with the learning rates set."""
         if self.step_now % self.steps_an_epoch == 0:
             self._hold_trained()
-        self.began, rows = time.perf_counter(), self.rows_of(self.step_now)
+        rows = self.rows_of(self.step_now)
         micro = [self.collate(part) for part in parts(rows, self.settings.accumulate)]
         set_rates(
             self.optimizer, rate_factor(self.settings.schedule, self.step_now, self.total_steps, self.warmup)
         )
-        try:
-            loss = update(self, micro)
-        except torch.OutOfMemoryError as error:
-            longest = max(f["length"] for f in rows)
-            s = self.settings
-            raise out_of_memory(
-                error, self.step_now, s.batch_size, s.accumulate, longest, s.gradient_checkpointing
-            ) from error
+        return micro
+
+    def end_step(self, loss: float, micro: Sequence[Batch], took: float) -> None:
+        """What comes behind an update; took: its seconds until now."""
+        self.began = time.perf_counter() - took
         self.step_now += 1
         self._changed(self.subject.between_steps(self.step_now, self.total_steps, self.optimizer))
         self._changed(self.hooks.between_steps(self, self.step_now))
@@ -206,6 +231,19 @@ class Run:
         self.step_seconds.append(took)
         self.tokens += sum(b.tokens for b in micro)
         self._note(loss)
+
+    def _one_step(self) -> None:
+        began = time.perf_counter()
+        micro = self.begin_step()
+        try:
+            loss = update(self, micro)
+        except torch.OutOfMemoryError as error:
+            longest = max(f["length"] for f in self.rows_of(self.step_now))
+            s = self.settings
+            raise out_of_memory(
+                error, self.step_now, s.batch_size, s.accumulate, longest, s.gradient_checkpointing
+            ) from error
+        self.end_step(loss, micro, time.perf_counter() - began)
 
     def _changed(self, change: str | None) -> None:
         if change == "groups_changed":
@@ -222,12 +260,14 @@ class Run:
             before += phase.share
         return found
 
-    def _turn_phase(self, phases: list[tuple[float, Phase]]) -> None:
+    def turn_phase(self) -> None:
+        """Enter the stage that the next step belongs to."""
+        phases = self._stages
         while self.phase + 1 < len(phases) and self.step_now >= round(
             self.total_steps * phases[self.phase + 1][0]
         ):
             if self.phase >= 0:
-                self._leave(phases)
+                self._leave()
             self.phase += 1
             phase = phases[self.phase][1]
             if phase.enter is not None:
@@ -236,8 +276,8 @@ class Run:
             if phase.optimizer == "rebuild":
                 self.rebuild_optimizer(keep=False)
 
-    def _leave(self, phases: list[tuple[float, Phase]]) -> None:
-        leave = phases[self.phase][1].exit
+    def _leave(self) -> None:
+        leave = self._stages[self.phase][1].exit
         if leave is not None:
             leave(self)
 
@@ -250,7 +290,8 @@ class Run:
             self.history.append({"step": self.step_now, "loss": loss, "learning_rate": rate})
         self.progress.step(self.step_now, loss, rate, self.tokens / max(self.seconds, 1e-9))
 
-    def _after_step(self) -> None:
+    def after_step(self) -> None:
+        """Look at the validation rows and write a checkpoint, where it is time."""
         s, at_end = self.settings, self.step_now == self.total_steps
         ends_epoch = self.step_now % self.steps_an_epoch == 0
         by_epoch = s.evaluate_every is None and s.early_stopping is not None and (ends_epoch or at_end)

@@ -23,6 +23,7 @@ SILENT = ("evaluate_batch_size", "save_every")  # change nothing of the result
 class Settings:
     """batch_size: rows of a step; accumulate: into how many parts they are cut (the same result, less memory).
     max_tokens: real ones, without padding. max_seconds: of the steps themselves; such a run repeats only roughly.
+    base_dropout: whether the base drops what it does in training; a cohort has it off.
     """
 
     learning_rate: float | None = None
@@ -37,6 +38,7 @@ class Settings:
     warmup: float = 0.06
     schedule: str = "linear"
     clip: float | None = 1.0
+    base_dropout: bool = True
     gradient_checkpointing: bool = False
     mixed_precision: str | None = None
     early_stopping: int | None = None
@@ -111,6 +113,11 @@ def check_options(options: Mapping[str, Any], also: tuple[str, ...] = ()) -> Non
 def hold_same(saved: Mapping[str, Any], settings: Settings, folder: str) -> None:
     """An error that names what differs, when a folder holds a run of other settings."""
     before, now = dict(_flat(saved)), dict(_flat(settings.decides()))
+    for name in (
+        now.keys() - before.keys()
+    ):  # a setting that came after the run was begun had its default then
+        default = getattr(Settings, name, None)
+        before |= {} if default is None else {name: default}
     unlike = [n for n in sorted(before.keys() | now.keys()) if before.get(n) != now.get(n)]
     if unlike:
         shown = "; ".join(f"{n}: {before.get(n)!r} there, {now.get(n)!r} now" for n in unlike[:6])

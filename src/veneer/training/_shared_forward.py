@@ -28,6 +28,12 @@ FILLING = {
     "decoder_input_ids": None, "decoder_attention_mask": 0, "decoder_inputs_embeds": 0.0, "prompt_mask": 0,
 }  # fmt: skip
 BY_TOKEN = ("start_logits", "end_logits")  # outputs of two axes whose second is the token
+ENTERS = ("input_ids", "inputs_embeds")
+LEAVES = (
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+    *ENTERS,
+)  # the output has tokens of the decoder, if there is one
 NOT_ROWS = ("past_key_values", "loss")
 
 
@@ -84,15 +90,19 @@ class Ask:
         return next((v.shape[0] for v in self.inputs.values() if isinstance(v, Tensor) and v.dim()), 0)
 
 
-def shared_losses(model: nn.Module, losses: Mapping[str, Loss]) -> dict[str, Tensor | Exception]:
+def shared_losses(
+    model: nn.Module, losses: Mapping[str, Loss], seeds: Mapping[str, int] | None = None
+) -> dict[str, Tensor | Exception]:
     """{name: scalar loss, or the error that this member's part raised}: one forward for all that fit together.
+
+    seeds: of what each member's adapter drops; None draws from torch's generator.
 
     Members whose inputs cannot stand in one batch (other names, pictures of other sizes) get a forward for each
     kind. Where a shared forward fails, each member is run by itself, so that the error is that of its cause alone.
     """
     asks = [_asked(model, name, loss) for name, loss in losses.items()]
     for group in _groups(model, [a for a in asks if a.error is None]):
-        _run(model, group)
+        _run(model, group, seeds or {})
     return {a.name: a.value if a.error is None else a.error for a in asks}  # type: ignore[misc]
 
 
@@ -149,20 +159,20 @@ def _groups(model: nn.Module, asks: Sequence[Ask]) -> list[list[Ask]]:
     return list(found.values())
 
 
-def _run(model: nn.Module, group: list[Ask]) -> None:
+def _run(model: nn.Module, group: list[Ask], seeds: Mapping[str, int]) -> None:
     """The forward of a group, and the loss of each member from its own rows of the output."""
     from veneer import engine
 
     before = engine.draws(model, [a.name for a in group])
     try:
-        answers = _forward(model, group)
+        answers = _forward(model, group, seeds)
     except Exception as error:
         if len(group) == 1:
             group[0].error = error
             return
         engine.put_draws(model, before)
         for ask in group:  # whose fault it was
-            _run(model, [ask])
+            _run(model, [ask], seeds)
         return
     for ask, answer in zip(group, answers):
         try:
@@ -171,7 +181,7 @@ def _run(model: nn.Module, group: list[Ask]) -> None:
             ask.error = error
 
 
-def _forward(model: nn.Module, group: list[Ask]) -> list[Callable[[], Any]]:
+def _forward(model: nn.Module, group: list[Ask], seeds: Mapping[str, int]) -> list[Callable[[], Any]]:
     """One call of the model for all rows; for each member a function that gives its output."""
     from veneer import engine
 
@@ -180,12 +190,13 @@ def _forward(model: nn.Module, group: list[Ask]) -> list[Callable[[], Any]]:
         inputs["use_cache"] = False
     names = [a.name for a in group for _ in range(a.rows)]
     head = output_layer(model) if group[0].wants_hidden else None
-    with engine.rows(model, names):
+    lengths = {a.name: (_length(a.inputs, ENTERS), _length(a.inputs, LEAVES)) for a in group}
+    with engine.rows(model, names), engine.dropout_seeds(model, seeds, lengths):
         output, hidden = _call(model, head, inputs)
     answers, start = [], 0
     for ask in group:
         span = (start, start + ask.rows)
-        tokens = (_tokens(ask.inputs), _tokens(inputs))
+        tokens = (_length(ask.inputs, LEAVES), _length(inputs, LEAVES))
         if hidden is None:
             answers.append(_constant(cut(output, span, *tokens, len(names))))
         else:
@@ -219,9 +230,9 @@ def _call(model: nn.Module, head: nn.Module | None, inputs: dict[str, Any]) -> t
     return model(**inputs), None
 
 
-def _tokens(inputs: Mapping[str, Any]) -> int:
-    """Tokens of a row of the output: those of the decoder where there is one."""
-    for name in ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds"):
+def _length(inputs: Mapping[str, Any], names: Sequence[str]) -> int:
+    """Tokens of a row, of the first of these inputs that there is."""
+    for name in names:
         value = inputs.get(name)
         if isinstance(value, Tensor) and value.dim() >= 2:
             return value.shape[1]

@@ -25,9 +25,9 @@ def update(run: Run, micro: list[Batch]) -> float:
         seed_all(run.settings.seed, "step", run.step_now)
         whole = torch.zeros((), device=run.device)
         for at, batch in enumerate(micro):
-            with run.accelerator.autocast():
+            with run.accelerator.autocast(), run.draws(at):
                 loss = run.task.loss(run.model, batch) * (batch.weight / total)
-            for term in _terms(run, batch) if at == 0 else ():
+            for term in terms(run, batch) if at == 0 else ():
                 loss = loss + term
             if backward:
                 run.accelerator.backward(loss)
@@ -39,7 +39,7 @@ def update(run: Run, micro: list[Batch]) -> float:
         loss = _ordinary(run, closure, micro)
     value = float(loss)
     if not math.isfinite(value):
-        _fail(run, "the loss", micro)
+        fail(run, "the loss", micro)
     return value
 
 
@@ -49,7 +49,13 @@ def _ordinary(run: Run, closure: Any, micro: list[Batch]) -> Tensor:
             return run.optimizer.step(lambda: closure(backward=False))
     loss = closure()
     if not math.isfinite(float(loss)):
-        _fail(run, "the loss", micro)  # before the update: what is trained stays finite
+        fail(run, "the loss", micro)  # before the update: what is trained stays finite
+    apply_gradients(run, micro)
+    return loss
+
+
+def apply_gradients(run: Run, micro: list[Batch]) -> None:
+    """The update that the gradients of a step ask for. Raises TrainingFailed where they are not finite."""
     if not run.checked:
         run.subject.check_gradients()
         run.checked = True
@@ -64,14 +70,14 @@ def _ordinary(run: Run, closure: Any, micro: list[Batch]) -> Tensor:
     if scaler is not None:
         scaler.step(run.optimizer)
         scaler.update()
-        return loss
+        return
     if not math.isfinite(float(norm)):
-        _fail(run, "the gradient", micro)
+        fail(run, "the gradient", micro)
     run.optimizer.step()
-    return loss
 
 
-def _terms(run: Run, batch: Batch) -> list[Tensor]:
+def terms(run: Run, batch: Batch) -> list[Tensor]:
+    """What is added to the loss once a step: the method's penalty, and what hooks add."""
     penalty = run.subject.penalty()
     found = [] if penalty is None else [penalty]
     return [*found, *run.hooks.loss_terms(run, batch).values()]
@@ -84,13 +90,14 @@ def _exchange(run: Run) -> None:
         trained[int(name)].grad = gradient
 
 
-def _fail(run: Run, what: str, micro: list[Batch]) -> None:
+def fail(run: Run, what: str, micro: list[Batch]) -> None:
     """Raise the error of a step that diverged, with the module that overflowed first."""
 
     def again() -> None:
         seed_all(run.settings.seed, "step", run.step_now)
-        for batch in micro:
-            run.task.loss(run.model, batch)
+        for at, batch in enumerate(micro):
+            with run.draws(at):
+                run.task.loss(run.model, batch)
 
     rate = max(g["lr"] for g in run.optimizer.param_groups)
     items = [i for b in micro for i in b.items]
