@@ -28,6 +28,7 @@ from veneer.errors import BadOption
 EXAMPLES = (
     "veneer train --model builtin:minilm --data reviews.csv --method lora --rank 8 --output runs/one",
     "veneer train --model builtin:smollm2 --data builtin:dialog --method dora --max-steps 200 --output runs/two",
+    "veneer train --cohort members.toml --output runs/members",
 )
 SETTINGS = OPEN
 
@@ -35,17 +36,22 @@ SETTINGS = OPEN
 def train(
     ctx: typer.Context,
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--model", help="folder, hub id, file.gguf, timm:NAME, builtin:NAME, module:PATH:FUNCTION"
         ),
-    ],
+    ] = None,
     data: Annotated[
-        str, typer.Option("--data", help="CSV, TSV, JSONL, Parquet, a folder, a hub id, builtin:NAME")
-    ],
+        str | None,
+        typer.Option("--data", help="CSV, TSV, JSONL, Parquet, a folder, a hub id, builtin:NAME"),
+    ] = None,
     output: Annotated[
-        str, typer.Option("--output", help="the folder of the run; the same command goes on in it")
-    ],
+        str | None, typer.Option("--output", help="the folder of the run; the same command goes on in it")
+    ] = None,
+    cohort: Annotated[
+        str | None,
+        typer.Option("--cohort", help="a TOML file: a table for each of several adapters, trained together"),
+    ] = None,
     method: Annotated[str, typer.Option("--method", help="method[:option=value,...][+recipe]")] = "lora",
     option: Option = None,
     recipe: Annotated[str | None, typer.Option(help="a recipe: lora_plus, galore, mezo")] = None,
@@ -111,13 +117,37 @@ def train(
     extras = extra_options(ctx.args, "train")
     settings |= {name: extras.pop(name) for name in list(extras) if name in Settings.__dataclass_fields__}
     flags = [opt for p in ctx.command.params for opt in p.opts]
+    reading = {"columns": columns, "group": group, "sizes": sizes, "skip_bad_rows": skip_bad_rows}
+    reading = {k: v for k, v in reading.items() if v is not None}
+    if cohort is not None:
+        from veneer.cli._cohort import train_members
+
+        typed = [f"--{name.replace('_', '-')}" for name in extras]
+        typed += ["--option"] if option else []
+        typed += ["--method"] if ctx.get_parameter_source("method").name != "DEFAULT" else []  # type: ignore[union-attr]
+        if typed:
+            raise BadOption(
+                f"{typed[0]} is of one member of the cohort.", next_step=f"write it into {cohort}"
+            )
+        for_all: dict[str, Any] = {
+            "model": model, "data": data, "output": output, "recipe": recipe, "task": task, "whole": whole,
+            "members": _members(member) or None, "dtype": dtype, "device": device, "quantise": quantise,
+            "max_length": max_length, "data_options": reading or None, **settings,
+            "seed": seed if ctx.get_parameter_source("seed").name != "DEFAULT" else None,  # type: ignore[union-attr]
+        }  # fmt: skip
+        if train_members(cohort, for_all, quiet):
+            raise typer.Exit(1)
+        return
+    missing = [f"--{n}" for n, v in (("model", model), ("data", data), ("output", output)) if not v]
+    if missing:
+        raise BadOption(f"veneer train needs {', '.join(missing)}.", next_step="veneer train --help")
+    model, data, output = str(model), str(data), str(output)
     key = method.partition(":")[0].partition("+")[0].strip()
     options = (
         {} if key == "untrained" else method_options(key, {**extras, **typed_options(option)}, "train", flags)
     )
     still()
-    reading = {"columns": columns, "group": group, "sizes": sizes, "skip_bad_rows": skip_bad_rows}
-    splits = data_room.read(data, task=task, **{k: v for k, v in reading.items() if v is not None})
+    splits = data_room.read(data, task=task, **reading)
     gathered = Gather(progress_for(not quiet))
     announce = Announce(splits, model, learning_rate is not None, gathered)
     found = run_training(

@@ -1,13 +1,16 @@
 """Training: one loop, cohorts of adapters, checkpoints that survive a kill, evaluation, and prediction from a folder.
 
-Public: `train` and `TrainResult`; `Cohort`; `predict`, `evaluate`, `generate`, `stream`, `Chat` and the `Predictor`
-that they open; `Hooks`, `Phase` and `Run` for those that take part in training; `Callback` for
-transformers' Trainer.
+Public: `train` and `TrainResult`; `Cohort`, `train_cohort` and `read_cohort` for several adapters at once;
+`predict`, `evaluate`, `generate`, `stream`, `Chat` and the `Predictor` that they open; `Hooks`, `Phase` and `Run`
+for those that take part in training; `Callback` for transformers' Trainer.
 """
 
 from typing import Any
 
 from veneer.training._cohort import Cohort
+from veneer.training._cohort_file import read_cohort
+from veneer.training._cohort_run import CohortResult
+from veneer.training._cohort_train import train_cohort
 from veneer.training._generate import Chat, generate, stream
 from veneer.training._loop import Run
 from veneer.training._predict import Evaluation, Predictor, evaluate, predict
@@ -23,6 +26,7 @@ __all__ = [
     "Callback",
     "Chat",
     "Cohort",
+    "CohortResult",
     "Evaluation",
     "Hooks",
     "Phase",
@@ -35,8 +39,10 @@ __all__ = [
     "evaluate",
     "generate",
     "predict",
+    "read_cohort",
     "stream",
     "train",
+    "train_cohort",
 ]
 
 

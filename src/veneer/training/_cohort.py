@@ -8,107 +8,57 @@ whose loss is not finite, or whose batch is wrong, stops; the others go on.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from veneer.errors import BadOption, TrainingFailed, UnknownName, UnknownOption, nearest
+from veneer.errors import BadOption, UnknownName, UnknownOption, nearest
+from veneer.training._cohort_hand import Member
+from veneer.training._cohort_progress import listeners
+from veneer.training._cohort_run import CohortResult, Rounds
+from veneer.training._cohort_train import OPTIONS, wanted_member
 from veneer.training._job import Job
 from veneer.training._optimizer import make_optimizer
-from veneer.training._own_loss import check_own_loss, own_loss, without_labels
-from veneer.training._seeds import derived
+from veneer.training._progress import Progress
+from veneer.training._seated import Seated, seat
 from veneer.training._shared_forward import shared_losses
-from veneer.training._subject import Adapted
 
-STEP_OPTIONS = (
-    "learning_rate",
-    "weight_decay",
-    "clip",
-    "seed",
-    "recipe",
-    "loss",
-    "total_steps",
-    "data",
-    "whole",
-)
-
-
-class Seated(Adapted):
-    """A member as the loop sees it: what reads the active adapters finds this one alone."""
-
-    def groups(self, learning_rate: float, weight_decay: float, recipe: Any = None) -> list[dict[str, Any]]:
-        from veneer import engine
-
-        with engine.alone(self.model, self.name):
-            found = super().groups(learning_rate, weight_decay, recipe)
-        engine.require_gradients(self.model, self.name)  # a recipe may have laid them out anew
-        return found
-
-    def prepare(self, total_steps: int) -> None:
-        from veneer import engine
-
-        with engine.alone(self.model, self.name):
-            super().prepare(total_steps)
-
-    def penalty(self) -> Tensor | None:
-        from veneer import engine
-
-        with engine.alone(self.model, self.name):
-            return super().penalty()
-
-    def between_steps(self, step: int, total_steps: int, optimizer: Any) -> str | None:
-        from veneer import engine
-
-        with engine.alone(self.model, self.name):
-            return super().between_steps(step, total_steps, optimizer)
-
-    def check_gradients(self) -> None:
-        from veneer import engine
-
-        with engine.alone(self.model, self.name):
-            super().check_gradients()
-
-
-@dataclass
-class Member:
-    """One adapter of a cohort. error: why it stopped, or None while it trains."""
-
-    name: str
-    method: Any
-    learning_rate: float
-    subject: Seated
-    optimizer: Any
-    clip: float | None
-    loss: Any = None
-    total_steps: int | None = None
-    steps: int = 0
-    error: Exception | None = None
-    checked: bool = field(default=False, repr=False)
+OWN = ("loss", "total_steps", "start_data")  # options beside those of `train`
 
 
 class Cohort:
-    """Adapters that train together. `step` gives each its own batch; `fit` (see there) trains on data to the end."""
+    """Adapters that train together. `step` gives each its own batch; `fit` trains each on its own data to the end."""
 
     def __init__(self, model: nn.Module, members: Mapping[str, Any], **options: Any) -> None:
         """members: {name: method}, a method being an arm's text ("lora:rank=4+lora_plus"), a Method, a class, or a
-        dict {"method": ..., and options of its own}. options: for all members that do not have their own:
-        learning_rate (None: from the method's range), weight_decay=0.01, clip=1.0, seed=0, recipe, total_steps,
-        whole (modules that are trained whole), data (batches with labels, for methods whose start is made from
-        them), loss: (model, batch) -> scalar, from one call of the model; without it the model's own.
+        dict {"method": ..., and options of its own}. options: for all members that do not have their own. They are
+        those of `train`; `step` reads learning_rate (None: from the method's range), weight_decay=0.01, clip=1.0,
+        seed=0, recipe and whole (modules that are trained whole). Beside them: total_steps; start_data, batches with
+        labels for methods whose start is made from them; loss, (model, batch) -> scalar, from one call of the model:
+        without it the model's own.
 
         The base's dropout is off while a cohort trains: its masks would depend on who else is in the batch.
         """
-        self.model, self.options = model, options
-        self.members: dict[str, Member] = {}
-        _check(options)
-        for name, method in members.items():
-            self.add(name, method)
         from veneer import engine
 
+        self.model, self.options = model, options
+        self.members: dict[str, Member] = {}
+        self._lock = threading.RLock()
+        self._rounds: Rounds | None = None
+        self._kinds: set[Any] = set()
+        _check(options)
         self._random = engine.random_places(model)
+        try:
+            for name, method in members.items():
+                self.add(name, method)
+        except Exception:
+            for name in list(self.members):
+                self.remove(name)
+            raise
         self.notes = (
             [f"the base's dropout is off in a cohort ({len(self._random)} places)"] if self._random else []
         )
@@ -116,14 +66,17 @@ class Cohort:
     # -- who is in ---------------------------------------------------------------------------------
 
     def add(self, name: str, method: Any, **options: Any) -> Member:
-        """Let another adapter in, from the next step on. Raises BadOption where the name is taken."""
+        """Let another adapter in, from the next step on; during `fit` too, from its `on_round` or another thread.
+
+        Raises BadOption where the name is taken.
+        """
         from veneer import engine
 
         if isinstance(method, Mapping):
             given = dict(method)
             method, options = given.pop("method", "lora"), {**given, **options}
         _check(options)
-        options = {**self.options, **options}
+        options = {**self.options, **options, "method": method}
         if name in self.members or name in engine.adapters(self.model):
             raise BadOption(
                 f"a member is already called '{name}'.", next_step="choose another name, or remove it first"
@@ -137,12 +90,27 @@ class Cohort:
                 f"member '{name}': the recipe {job.recipe_text} takes no gradient that a cohort could share.",
                 next_step="train it by itself",
             )
-        also = {k: options[k] for k in ("total_steps", "data", "whole") if options.get(k)}
-        engine.attach(
-            self.model, job.method, name=name, activate=False, seed=derived(seed, "attach") % 2**31, **also
-        )
+        total, data = options.get("total_steps"), options.get("start_data")
+        with self._lock:
+            subject = seat(
+                self.model,
+                name,
+                job,
+                options.get("whole", ()),
+                seed,
+                options.get("members"),
+                data,
+                total_steps=total,
+            )
+            self.members[name] = self._member_of(name, job, subject, options)
+        return self.members[name]
+
+    def _member_of(self, name: str, job: Job, subject: Seated, options: Mapping[str, Any]) -> Member:
+        from veneer import engine
+
+        recipe, seed = job.recipe(), options.get("seed", 0)
         try:
-            subject = Seated(self.model, name)
+            engine.require_gradients(self.model, name)
             subject.prepare(options.get("total_steps") or 0)
             rate = job.rate(options.get("learning_rate"), recipe)
             decay = options.get("weight_decay", 0.01)
@@ -150,23 +118,24 @@ class Cohort:
         except Exception:
             engine.detach(self.model, name)
             raise
-        member = Member(
-            name, job.method, rate, subject, optimizer, options.get("clip", 1.0), options.get("loss"),
-            options.get("total_steps"),
+        return Member(
+            name, job, rate, subject, optimizer, seed=seed, clip=options.get("clip", 1.0), loss=options.get("loss"),
+            total_steps=options.get("total_steps"), options={k: v for k, v in options.items() if k not in OWN},
         )  # fmt: skip
-        self.members[name] = member
-        return member
 
     def remove(self, name: str, keep: bool = False) -> None:
         """Let a member leave; its adapter is taken off the model unless keep=True."""
         from veneer import engine
 
-        member = self._member(name)
-        del self.members[name]
-        if keep:
+        with self._lock:
+            member = self._member(name)
+            if self._rounds is not None and name in self._rounds.seats:
+                self._rounds.leave(name)
+            del self.members[name]
+            if not keep:
+                engine.detach(self.model, name)
+                return
             engine.require_gradients(self.model, member.name, name in engine.host_of(self.model).active)
-        else:
-            engine.detach(self.model, name)
 
     def _member(self, name: str) -> Member:
         if name not in self.members:
@@ -175,6 +144,73 @@ class Cohort:
                 nearest=nearest(name, self.members) or tuple(self.members),
             )
         return self.members[name]
+
+    # -- to the end --------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        data: Any = None,
+        *,
+        tokenizer: Any = None,
+        device: Any = None,
+        output: str | Path | None = None,
+        progress: bool | Progress | Callable[[str], Progress] = True,
+        on_round: Callable[[Cohort], None] | None = None,
+        **options: Any,
+    ) -> CohortResult:
+        """Train every member on data to its own end: {name: TrainResult} in `.results`, and `.failed`.
+
+        data and options: as for `train`, for members that were not added with their own. output: a folder, in which
+        each member has one by its name, as `train` would have written it; the same call goes on after a kill.
+        on_round: called with the cohort between rounds (a step of every member that is not done); it may add members
+        and remove them. Adapters stay on the model, trained.
+        """
+        from veneer.bases import Base
+
+        kind = "transformers" if hasattr(self.model, "config") else "function"
+        base = Base(self.model, type(self.model).__name__, "", kind, tokenizer=tokenizer, processor=tokenizer)
+        for_all = {**self.options, **options} | ({} if data is None else {"data": data})
+        for_all = {k: v for k, v in for_all.items() if k not in OWN}
+        shared = {k: for_all.get(k) for k in ("mixed_precision", "gradient_checkpointing")}
+        with Rounds(
+            base, device, mixed_precision=shared["mixed_precision"], listener=listeners(progress),
+            gradient_checkpointing=bool(shared["gradient_checkpointing"]),
+        ) as rounds:  # fmt: skip
+            self._rounds = rounds
+            try:
+                read: dict[Any, Any] = {}
+                self._join(for_all, output, read)
+                while self._round():
+                    if on_round is not None:
+                        on_round(self)
+                    self._join(for_all, output, read)
+            finally:
+                self._rounds = None
+                self._settle(rounds.result)
+        return rounds.result
+
+    def _round(self) -> bool:
+        with self._lock:
+            return self._rounds is not None and self._rounds.round()
+
+    def _join(self, for_all: Mapping[str, Any], output: str | Path | None, read: dict[Any, Any]) -> None:
+        """Let those in that are not yet: all at the beginning, later those that were added."""
+        with self._lock:
+            rounds: Any = self._rounds
+            for name, member in self.members.items():
+                if name in rounds.seats or name in rounds.result.results or name in rounds.result.failed:
+                    continue
+                own = {**member.options, "learning_rate": member.learning_rate}
+                rounds.join(name, wanted_member(name, own, for_all, self.model, output, read))
+
+    def _settle(self, result: CohortResult) -> None:
+        """What the members are behind a fit: why they stopped, and optimizers over the leaves of now."""
+        for name, member in self.members.items():
+            member.error = result.failed.get(name, member.error)
+            recipe = member.job.recipe()
+            decay = member.options.get("weight_decay", 0.01)
+            groups = member.subject.groups(member.learning_rate, decay, None)
+            member.optimizer = make_optimizer(groups, recipe, member.learning_rate, decay)
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -188,96 +224,37 @@ class Cohort:
         """
         from veneer import engine
 
-        going = {n: b for n, b in batches.items() if self._member(n).error is None}
-        losses = {n: self._loss(self.members[n], b) for n, b in going.items()}
+        going = {n: self._member(n) for n in batches}
+        going = {n: m for n, m in going.items() if m.error is None}
         was = self.model.training
         self.model.train()
+        finite: dict[str, Tensor] = {}
         try:
-            with engine.without_dropout(self.model, self._random):
-                found = shared_losses(self.model, losses)
-                finite = self._finite(found)
+            with engine.without_dropout(self.model, self._random), self._lock:
+                losses = {n: m.loss_of(self.model, batches[n], self._kinds) for n, m in going.items()}
+                found = shared_losses(self.model, losses, {n: m.dropout_seed for n, m in going.items()})
+                finite = {n: v for n, m in going.items() if (v := m.checked(found[n])) is not None}
                 if finite:
                     torch.stack([v.float() for v in finite.values()]).sum().backward()
-                    for name in list(finite):
-                        self._update(self.members[name])
+                for name in finite:
+                    self._update(going[name])
         finally:
             self.model.train(was)
-        stopped = [m.error for n in batches if (m := self.members[n]).error is not None]
-        if stopped and len(stopped) == len(batches):
-            raise stopped[0]
-        return {
-            n: math.nan if self.members[n].error is not None else float(finite[n].detach()) for n in batches
-        }
-
-    def _loss(self, member: Member, batch: Mapping[str, Any]) -> Any:
-        """The member's loss as a function of a model."""
-        if member.loss is not None:
-            return lambda model: member.loss(model, batch)
-        inputs, labels = without_labels(self.model, batch)
-
-        def loss(model: Any) -> Tensor:
-            return own_loss(model, model(**inputs), labels)
-
-        kind = tuple(sorted(batch))
-        if kind not in self._kinds:
-            try:
-                check_own_loss(self.model, batch, loss)
-                self._kinds.add(kind)
-            except (IndexError, RuntimeError, ValueError):
-                pass  # a bad batch: the step says whose
-        return loss
-
-    @property
-    def _kinds(self) -> set[Any]:
-        return self.__dict__.setdefault("_checked_kinds", set())
-
-    def _finite(self, found: Mapping[str, Tensor | Exception]) -> dict[str, Tensor]:
-        """The losses to go backward from, penalties included; members without one stop."""
-        finite = {}
-        for name, value in found.items():
-            member = self.members[name]
-            if isinstance(value, Exception):
-                member.error = value
-                continue
-            penalty = member.subject.penalty()
-            value = value if penalty is None else value + penalty
-            if not bool(torch.isfinite(value).all()):
-                member.error = _not_finite(member, "the loss")
-                continue
-            finite[name] = value
-        return finite
+        errors = {n: self.members[n].error for n in batches}
+        reasons = [e for e in errors.values() if e is not None]
+        if reasons and len(reasons) == len(batches):
+            raise reasons[0]
+        return {n: math.nan if errors[n] is not None else float(finite[n].detach()) for n in batches}
 
     def _update(self, member: Member) -> None:
-        """Clip, step and clear; the member stops where its gradient is not finite."""
-        leaves = [p for g in member.optimizer.param_groups for p in g["params"] if p.grad is not None]
-        try:
-            if not member.checked:
-                member.subject.check_gradients()
-                member.checked = True
-            norm = torch.nn.utils.clip_grad_norm_(leaves, member.clip or math.inf)
-            if not math.isfinite(float(norm)):
-                member.error = _not_finite(member, "the gradient")
-                return
-            member.optimizer.step()
-            member.steps += 1
-            member.subject.between_steps(member.steps, member.total_steps or 0, member.optimizer)
-        except Exception as error:
-            member.error = error
-        finally:
-            member.optimizer.zero_grad(set_to_none=True)
+        member.update()
 
 
 def _check(options: Mapping[str, Any]) -> None:
+    known = [*OPTIONS, *OWN]
     for name in options:
-        if name not in STEP_OPTIONS:
+        if name not in known:
             raise UnknownOption(
-                f"a cohort has no option {name!r}.", nearest=nearest(name, STEP_OPTIONS),
+                f"a cohort has no option {name!r}.", nearest=nearest(name, known),
                 next_step='options of a method go into its arm: "lora:rank=16", or LoRA(rank=16)',
             )  # fmt: skip
-
-
-def _not_finite(member: Member, what: str) -> TrainingFailed:
-    return TrainingFailed(
-        f"member '{member.name}': {what} is not finite at its step {member.steps}.",
-        next_step=f"learning_rate={member.learning_rate / 10:.1g} for this member; then look at its rows",
-    )

@@ -84,8 +84,8 @@ def check_own_loss(model: nn.Module, batch: Mapping[str, Any], loss: Any) -> Non
             next_step="loss=lambda model, batch: ...   a scalar from one call of the model",
         )
     with torch.no_grad(), engine.bare(model), evaluating(model):
-        own = model(**batch).loss
         mine = loss(model)
+        own = model(**batch).loss
     if own is None or not torch.allclose(own.float(), mine.float(), rtol=1e-4, atol=1e-6, equal_nan=True):
         raise Unsupported(
             f"{type(model).__name__} computes its loss in a way of its own (here {float(mine):.4f}, its own "

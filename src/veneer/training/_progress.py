@@ -28,8 +28,10 @@ class Progress:
 class Lines(Progress):
     """A line now and then, for logs and pipes."""
 
-    def __init__(self, every_seconds: float = 5.0) -> None:
+    def __init__(self, every_seconds: float = 5.0, name: str = "") -> None:
+        """name: stands before each line, where several runs speak."""
         self.every, self.last, self.total = every_seconds, 0.0, 0
+        self.before = f"{name}: " if name else ""
 
     def begin(self, total: int, done: int = 0) -> None:
         self.total, self.last = total, time.monotonic()
@@ -44,7 +46,7 @@ class Lines(Progress):
             )
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(f"{self.before}{text}", file=sys.stderr, flush=True)
 
 
 class Live(Progress):
