@@ -1157,6 +1157,17 @@ def test_trained_tokens_are_one_tensor_for_every_owner_of_a_shared_table():
         assert moved.nonzero().flatten().tolist() == [4, 7]
 
 
+@pytest.mark.parametrize("method", ["full", "bitfit", "diff_pruning"])
+def test_a_head_that_is_trained_whole_is_not_trained_a_second_time(method):
+    import zoo
+
+    model, _ = zoo.zoo()["bert"]()
+    found = veneer.plan(model, method, whole=["classifier"])
+    assert [sp.part for sp in found.sites if sp.site.module == "classifier"] == [-1, -1]
+    if method == "full":
+        assert found.trainable_parameters == sum(p.numel() for p in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [

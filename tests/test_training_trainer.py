@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import veneer
 import veneer.engine as engine
 from training_tiny import CHATML, bert_base, llama, opened, word_tokenizer
+from veneer.errors import BadOption
 from veneer.tasks import IGNORED, make_task
 from veneer.tasks._answers import answer_losses, shifted
 from veneer.training import Callback, train
@@ -102,6 +104,49 @@ def test_a_constraint_and_what_is_derived_hold_behind_every_step_of_the_loop():
     )
     assert max(errors) < 1e-5
     assert all(not torch.equal(a, b) for a, b in pairwise(fresh[:-1]))
+
+
+def test_diff_pruning_leaves_the_share_of_entries_that_it_names_and_trains_them_on():
+    seen = {}
+
+    class Watch:
+        def between_steps(self, run, step):
+            sites = [sp for sp in run.model.veneer.adapter("trained").plan.sites if sp.part == 0]
+            named = engine.trainable(run.model)
+            w = {sp.site.name: named[f"trained.{sp.site.name}/w"] for sp in sites}
+            seen[step] = {n: v.clone() for n, v in w.items()}
+
+    base = bert_base()
+    model = base.model
+    train(
+        model=base, data=opened(), method="diff_pruning:keep_ratio=0.01,settle=0.5,gate_rate=10", max_steps=6,
+        batch_size=8, learning_rate=1e-3, progress=False, device="cpu", hooks=[Watch()],
+    )  # fmt: skip
+    total = sum(v.numel() for v in seen[6].values())
+    before, fixed, last = (torch.cat([v.flatten() for v in seen[n].values()]) for n in (2, 3, 6))
+    assert int((before != 0).sum()) > 0.5 * total
+    assert int((last != 0).sum()) == int(0.01 * total)
+    assert torch.equal(fixed != 0, last != 0)
+    assert not torch.equal(fixed, last)
+    with torch.no_grad():  # what an entry was trained to is what it adds, without noise too
+        veneer.merge(model, "trained")
+        bare = {n: p.clone() for n, p in model.named_parameters() if n in last_names(model, seen[6])}
+        veneer.unmerge(model)
+        for name, merged in bare.items():
+            change = merged - model.get_parameter(name)
+            assert torch.allclose(change, seen[6][name], atol=1e-6)
+
+
+def last_names(model, sites):
+    return [n for n, _ in model.named_parameters() if n in sites]
+
+
+def test_a_share_that_keeps_nothing_is_said_at_the_first_step():
+    with pytest.raises(BadOption, match=r"(?s)keep_ratio=1e-09 keeps none.*keeps one"):
+        train(
+            model=bert_base(), data=opened(), method="diff_pruning:keep_ratio=1e-9", max_steps=3,
+            batch_size=8, progress=False, device="cpu",
+        )  # fmt: skip
 
 
 METHODS = [

@@ -159,13 +159,25 @@ def make_plan(
     plans = [_null_gradients(found, sp) for sp in plans]
     copied = (sp.site for sp in plans if sp.part > 0 and isinstance(sp.method, TrainedCopy))
     taken = {(site.module, site.parameter) for site in copied}
+    copies = []
     for name in whole:
         copy = TrainedCopy(sites=name)
         sites = [s for s in _whole_sites(found, name) if (s.module, s.parameter) not in taken]
-        plans += [SitePlan(s, copy, copy.tensors(s), -1) for s in sites]
+        copies += [SitePlan(s, copy, copy.tensors(s), -1) for s in sites]
+    plans = _apart_from(copies, plans) + copies
     entries, keys = _entries(plans)
     options = {"exclude": exclude, "layers": layers, "patterns": dict(patterns or {})}
     return Plan(method, options, plans, entries, keys, found, tuple(whole))
+
+
+def _apart_from(copies: list[SitePlan], plans: list[SitePlan]) -> list[SitePlan]:
+    """Without edits of parameters that are trained whole: those would be trained twice, and the two added.
+
+    Where nothing else is edited they are what was asked for, and stay.
+    """
+    own = {(sp.site.module, sp.site.parameter) for sp in copies}
+    left = [sp for sp in plans if sp.site.port != "weight" or (sp.site.module, sp.site.parameter) not in own]
+    return left if any(sp.part == 0 for sp in left) else plans
 
 
 def _remake(found: Anatomy, method: Method, options: dict[str, Any], whole: tuple[str, ...]) -> Plan:

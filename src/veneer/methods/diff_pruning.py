@@ -11,14 +11,17 @@ open gates,
 
     penalty * [ sum_i sigmoid(alpha_i - log(-low / high)) + sigmoid(alpha_group - log(-low / high)) ]
 
-Training has three phases: train w and alpha; `finish`, which fixes the gates at their median and keeps the
-entries of largest |z_group z w| over all sites; train those entries on. The first costs more memory than
-full fine-tuning, the result is as small as `keep_ratio` says. The alphas learn at `gate_rate` times the rate
-of w: the authors' script has 1e-5 for w and 0.1 for the alphas.
+Training has three phases: train w and alpha; fix the gates at their median, where only the entries of largest
+|z_group z w| over all sites stay open; train those entries on. The second happens between two steps, before
+the last `settle` of them (0: at the end), wherever a loop says how many there will be; a run that is stopped
+before has its gates still in motion. The first phase costs more memory than full fine-tuning, the change that
+comes out has `keep_ratio` of the entries and is zero in all others. The alphas learn at `gate_rate` times the
+rate of w: the authors' script has 1e-5 for w and 0.1 for the alphas.
 """
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +29,8 @@ from veneer.edits import Site, Sites, Specs, Tensors, WeightMethod, constant, hy
 from veneer.errors import BadOption
 
 from ._masks import largest
+
+FIXED = 1e3  # an alpha so far from zero that its gate no longer moves
 
 
 @method("diff_pruning", paper="arXiv:2012.07463", family="selective/mask", rates=(1e-6, 1e-4))
@@ -38,6 +43,9 @@ class DiffPruning(WeightMethod):
     high: float = hyper(1.5, "where it ends", more_than=1)
     alpha_start: float = hyper(5.0, "start of the alphas")
     gate_rate: float = hyper(1e4, "rate of the alphas over that of w", more_than=0)
+    settle: float = hyper(
+        0.25, "share of the steps, the last ones, that train the kept entries alone", at_least=0, at_most=0.9
+    )
     sites: Sites = "parameter"
 
     def tensors(self, site: Site) -> Specs:
@@ -74,6 +82,34 @@ class DiffPruning(WeightMethod):
             count = count + (t.alpha_group - ratio).sigmoid().sum()
         return self.penalty_weight * count
 
+    def between_steps(self, run: Any) -> None:
+        """The gates are fixed once: those of kept entries at one, all others at zero, for good."""
+        sites = {name: t for name, t in run.t.items() if "alpha" in t}
+        if run.step == 1:
+            self._count(sum(t.w.numel() for t in sites.values()))  # a run should not fail at its end
+        if not run.total_steps or run.step != run.total_steps - round(self.settle * run.total_steps):
+            return
+        for name, kept in self.finish(sites).items():
+            t = sites[name]
+            t.w.zero_().view(-1)[kept["index"]] = kept["values"].to(t.w.dtype)
+            # So far out no noise reaches the slope: the gate is 0 or 1 and its gradient zero.
+            t.alpha.fill_(-FIXED).view(-1)[kept["index"]] = FIXED
+            if "alpha_group" in t:
+                t.alpha_group.fill_(FIXED)
+            for tensor in ("alpha", "alpha_group"):
+                if tensor in t:
+                    run.forget(name, tensor)
+            run.forget(name, "w", t.alpha < 0)
+
+    def _count(self, entries: int) -> int:
+        k = int(self.keep_ratio * entries)
+        if k <= 0:
+            raise BadOption(
+                f"diff_pruning: keep_ratio={self.keep_ratio} keeps none of the {entries} entries.",
+                next_step=f"keep_ratio={1.01 / max(entries, 1):.1e} keeps one",
+            )
+        return k
+
     def finish(self, sites: Mapping[str, Tensors]) -> dict[str, dict[str, Tensor]]:
         """What is left of a trained adapter: {site: {"index": (k,), "values": (k,)}}, flat and rising.
 
@@ -85,8 +121,6 @@ class DiffPruning(WeightMethod):
             n: Tensors({k: v for k, v in t.items() if not k.startswith("u")}) for n, t in sites.items()
         }
         changes = [self.delta(t, t.w).detach().flatten() for t in medians.values()]
-        k = int(self.keep_ratio * sum(c.numel() for c in changes))
-        if k <= 0:
-            raise BadOption(f"diff_pruning: keep_ratio={self.keep_ratio} keeps none of the entries.")
+        k = self._count(sum(c.numel() for c in changes))
         kept = largest([c.abs() for c in changes], k)
         return {n: {"index": i, "values": c[i]} for n, i, c in zip(medians, kept, changes)}
