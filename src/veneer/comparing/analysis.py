@@ -1,7 +1,6 @@
 """From scores to what may be said: intervals, the best group, groups, the front, the recommendation.
 
-The input is the same for runs made here and elsewhere: for each arm a matrix of item scores, one row a seed,
-the same items in the same order for all arms, higher is better.
+The input is the same for runs made here and elsewhere: the `Scores` of all arms, higher is better.
 """
 
 from __future__ import annotations
@@ -12,31 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from veneer.comparing.scores import Scores
 from veneer.comparing.statistics import (
     Array,
     Difference,
     Interval,
     adjust,
-    crossed_interval,
-    difference,
     sign_flip_can_decide,
     smallest_for,
     spread,
 )
 
 LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class Scores:
-    """`of[arm]`: (seed, item); `seeds[arm]` names its rows, `items` the columns."""
-
-    of: Mapping[str, Array]
-    seeds: Mapping[str, tuple[Any, ...]]
-    items: tuple[str, ...]
-
-    def same_seeds(self, first: str, second: str) -> bool:
-        return self.seeds[first] == self.seeds[second]
 
 
 @dataclass(frozen=True)
@@ -106,15 +92,12 @@ def analyse(
     planned = bool(contrasts)
     wanted = list(contrasts) or [(names[0], name) for name in names[1:]]
     wanted = [pair for pair in wanted if pair[0] in scores.of and pair[1] in scores.of]
-    found = [
-        difference(scores.of[first], scores.of[second], scores.same_seeds(first, second))
-        for first, second in wanted
-    ]
+    found = [scores.difference(first, second) for first, second in wanted]
     corrected = adjust([one.p_value for one in found], correction)
     results = tuple(
         ArmResult(
             arm=name,
-            interval=crossed_interval(scores.of[name]),
+            interval=scores.interval(name),
             seed_deviation=_seed_deviation(scores.of[name]),
             tied_with_best=p_best[name] > LEVEL,
             p_adjusted=p_best[name],
@@ -137,7 +120,7 @@ def analyse(
         best=names[0],
         sign_flip_decides=sign_flip_can_decide(seeds, max(1, len(wanted))),
         seeds=seeds,
-        items=len(scores.items),
+        items=scores.item_count,
         smallest_found=_smallest_found(found),
     )
 
@@ -147,9 +130,7 @@ Pairs = dict[tuple[str, str], Difference]
 
 def _all_pairs(scores: Scores, names: Sequence[str]) -> Pairs:
     return {
-        (first, second): difference(
-            scores.of[first], scores.of[second], scores.same_seeds(first, second), flips=False
-        )
+        (first, second): scores.difference(first, second, flips=False)
         for place, first in enumerate(names)
         for second in names[place + 1 :]
     }
@@ -222,21 +203,8 @@ def front_probability(
 
 
 def drawn_means(scores: Scores, names: Sequence[str], resamples: int = 2000) -> Array:
-    """(arm, resample) mean scores. One draw of items serves all arms and seeds; seeds are drawn S - 1 at a
-    time, which keeps the variance of their mean unbiased.
-    """
-    rng = np.random.default_rng(0)
-    items = len(scores.items)
-    weights = rng.multinomial(items, np.full(items, 1 / items), size=resamples) / items
-    drawn: dict[tuple[Any, ...], Array] = {}
-    quality = np.empty((len(names), resamples))
-    for place, name in enumerate(names):
-        seeds = scores.seeds[name]
-        if seeds not in drawn:
-            count = max(1, len(seeds) - 1)
-            drawn[seeds] = rng.multinomial(count, np.full(len(seeds), 1 / len(seeds)), size=resamples) / count
-        quality[place] = np.einsum("rs,rs->r", weights @ scores.of[name].T, drawn[seeds])
-    return quality
+    """(arm, resample) mean scores, drawn for all arms together (see `Scores.resampled`)."""
+    return scores.resampled(names, resamples)
 
 
 def on_front(names: Sequence[str], quality: Array, price: Array) -> dict[str, float]:

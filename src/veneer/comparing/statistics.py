@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 CONFIDENCE = 0.95
+MANY = 1e9  # degrees of freedom of a variance that is known
 
 
 @dataclass(frozen=True)
@@ -138,22 +139,60 @@ def spread_of_difference(first: Array, second: Array, same_seeds: bool = True) -
     )  # the degrees of freedom of two variances: Welch and Satterthwaite
 
 
+def spread_of_runs(values: Array, items: int | None = None) -> Spread:
+    """Spread of the mean of `values`: (seed,), one number a run, where scores of items are not known.
+
+    items: of how many right-or-wrong items each value is the share; their binomial variance then counts too.
+    Without it the spread is that over seeds alone, and nothing is said about other items.
+    """
+    seeds, mean = len(values), values.mean()
+    from_seeds = values.var(ddof=1) / seeds if seeds > 1 else 0.0
+    from_items = mean * (1 - mean) / items if items else 0.0
+    return Spread(mean, from_seeds, from_items, 0.0, max(1.0, seeds - 1.0), MANY)
+
+
+def spread_of_run_difference(
+    first: Array, second: Array, items: int | None = None, same_seeds: bool = True
+) -> Spread:
+    """Spread of `mean(first) - mean(second)`; each (seed,), one number a run.
+
+    Which items both got right is not known, so that their binomial variances add: wider than a paired interval.
+    """
+    one, two = spread_of_runs(first, items), spread_of_runs(second, items)
+    if same_seeds:
+        from_seeds, degrees = spread_of_runs(first - second).from_seeds, one.seed_df
+    else:
+        from_seeds = one.from_seeds + two.from_seeds
+        noise = one.from_seeds**2 / one.seed_df + two.from_seeds**2 / two.seed_df
+        degrees = from_seeds**2 / noise if noise > 0 else 1.0
+    return Spread(
+        one.estimate - two.estimate, from_seeds, one.from_items + two.from_items, 0.0, degrees, MANY
+    )
+
+
 def crossed_interval(scores: Array, confidence: float = CONFIDENCE) -> Interval:
     """Interval of the mean of `scores` (seed, item), for new seeds and new items alike.
 
     Scores that are all 0 or all 1 have no spread to estimate; the bound of n equal trials
     (1 - alpha^(1/n), the "rule of three") stands in for it.
     """
-    found = spread(scores)
+    items = scores.shape[1] if is_binary(scores) else None
+    return interval_of(spread(scores), scores.shape[0] == 1, items, confidence)
+
+
+def interval_of(
+    found: Spread, items_only: bool = False, right_or_wrong: int | None = None, confidence: float = CONFIDENCE
+) -> Interval:
+    """The interval that a spread gives. right_or_wrong: the number of items, where the scores are 0 or 1."""
     estimate, error = float(found.estimate), float(found.standard_error)
     half = float(found.half_width((1 - confidence) / 2))
     low, high = estimate - half, estimate + half
-    if is_binary(scores):
+    if right_or_wrong:
         low, high = max(0.0, low), min(1.0, high)
-        if error == 0.0:
-            slack = 1 - (1 - confidence) ** (1 / scores.shape[1])
+        if error == 0.0 and estimate in (0.0, 1.0):
+            slack = 1 - (1 - confidence) ** (1 / right_or_wrong)
             low, high = (low - slack, high) if estimate > 0.5 else (low, high + slack)
-    return Interval(estimate, low, high, error, items_only=scores.shape[0] == 1)
+    return Interval(estimate, low, high, error, items_only)
 
 
 def difference(
@@ -163,20 +202,31 @@ def difference(
 
     flips: with the sign-flip test, where the seeds are shared.
     """
-    found = spread_of_difference(first, second, same_seeds)
-    estimate, error = float(found.estimate), float(found.standard_error)
-    half = float(found.half_width((1 - confidence) / 2))
-    if error == 0.0 and is_binary(first) and is_binary(second):
-        half = 1 - (1 - confidence) ** (1 / first.shape[1])
-    p_greater = float(found.p_greater())
     one_seed = min(first.shape[0], second.shape[0]) == 1
     flip = sign_flip(first.mean(1) - second.mean(1)) if flips and same_seeds and not one_seed else None
+    items = first.shape[1] if is_binary(first) and is_binary(second) else None
+    return difference_of(spread_of_difference(first, second, same_seeds), one_seed, flip, items, confidence)
+
+
+def difference_of(
+    found: Spread,
+    items_only: bool = False,
+    flip: float | None = None,
+    right_or_wrong: int | None = None,
+    confidence: float = CONFIDENCE,
+) -> Difference:
+    """The difference that a spread gives, with its p."""
+    estimate, error = float(found.estimate), float(found.standard_error)
+    half = float(found.half_width((1 - confidence) / 2))
+    if error == 0.0 and right_or_wrong:
+        half = 1 - (1 - confidence) ** (1 / right_or_wrong)
+    p_greater = float(found.p_greater())
     return Difference(
         estimate,
         estimate - half,
         estimate + half,
         error,
-        items_only=one_seed,
+        items_only=items_only,
         p_value=min(1.0, 2 * min(p_greater, 1 - p_greater)),
         p_greater=p_greater,
         sign_flip_p=flip,
