@@ -304,7 +304,7 @@ def test_results_from_elsewhere_may_have_one_seed_and_a_score_that_falls(tmp_pat
             '{"arm": "a", "item": "1", "score": 1}\n{"arm": "a", "item": "1", "score": 0}\n',
             "line 2: item '1'",
         ),
-        ("not json\n", "not a JSON object"),
+        ("not json\n", "line 1: not JSON"),
         ("", "it is empty"),
         (
             "".join(f'{{"arm": "{a}", "item": "{i}", "score": 1}}\n' for a, i in ("a1", "a2", "b1", "b3")),

@@ -29,7 +29,7 @@ from veneer.errors import BadOption, UnknownOption, nearest
 EXAMPLES = (
     "veneer compare which.toml --dry-run",
     "veneer compare --model builtin:minilm --data reviews.csv --methods lora,dora:rank=4,loreft --output runs/which",
-    "veneer compare --from scores.jsonl --metric accuracy --output runs/theirs",
+    "veneer compare --from 'theirs/{arm}/seed-{seed}/scores.csv' --metric accuracy --output runs/theirs",
     "veneer compare --watch runs/which",
     "veneer compare --self-test",
 )
@@ -52,8 +52,16 @@ def compare(
         typer.Option("--output", help="the folder of the comparison; the same command goes on in it"),
     ] = None,
     from_file: Annotated[
-        str | None,
-        typer.Option("--from", help="results made elsewhere: a line an item, with arm, seed, item, score"),
+        list[str] | None,
+        typer.Option(
+            "--from",
+            help="results made elsewhere: a table of scores, HF Trainer's or PEFT's files; "
+            "may repeat, and hold {arm} and {seed}",
+        ),
+    ] = None,
+    items: Annotated[
+        int | None,
+        typer.Option(help="with --from: test items behind each number, where it is a share of them"),
     ] = None,
     self_test: Annotated[
         bool, typer.Option("--self-test", help="try the statistics on simulated scores whose truth is known")
@@ -134,16 +142,10 @@ def compare(
         written = str(write_again(report_of))
         result({"report": written}, written)
         return
-    if from_file is not None:
-        from veneer.comparing import from_results
+    if from_file:
+        from veneer.cli._elsewhere import analyse_files
 
-        if model or data or methods:
-            raise BadOption("--from analyses results that are there; --model, --data and --methods make new ones.",
-                            next_step="give the one or the other")  # fmt: skip
-        found = from_results(
-            from_file, output=output, metric=metric or "score", higher_is_better=not lower_is_better,
-            contrasts=[_pair(text) for text in contrast or ()], correction=correction, smallest_effect=smallest_effect,
-        )  # fmt: skip
+        found = analyse_files(ctx.params, [_pair(text) for text in contrast or ()])
         result(found, text_of(found, terminal_width()))
         return
     fields = fields_of(ctx)

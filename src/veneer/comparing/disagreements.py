@@ -49,7 +49,7 @@ def read_scores(path: Path, arms: Sequence[str]) -> ItemScores:
         for text in file:
             line = json.loads(text)
             arm = place.get(line["arm"])
-            if arm is None:
+            if arm is None or "item" not in line:  # one number for a whole run
                 continue
             item = items.setdefault(line["item"], len(items))
             sums[arm][item] += line["score"]
@@ -85,7 +85,7 @@ def predictions_of(
     with open(path, encoding="utf-8") as file:
         for text in file:
             line = json.loads(text)
-            if line["item"] not in wanted or line["arm"] not in known:
+            if line.get("item") not in wanted or line["arm"] not in known:
                 continue
             for key, name in (("prediction", line["arm"]), ("label", "")):
                 if line.get(key) is not None:

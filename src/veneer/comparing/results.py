@@ -20,6 +20,7 @@ from veneer.comparing.items import write_items
 from veneer.comparing.ledger import write_atomic
 from veneer.comparing.report import write_report
 from veneer.comparing.runs import COSTS
+from veneer.comparing.scores import RunScores
 from veneer.comparing.sections import sections
 from veneer.comparing.words import Scale, table_text
 from veneer.errors import BadData
@@ -98,24 +99,27 @@ def publish(
     source: str,
     scores_rise: bool = True,
     show: Callable[[Sequence[str]], Mapping[str, dict[str, Any]]] | None = None,
+    scores: Scores | None = None,
+    notes: Sequence[str] = (),
 ) -> CompareResult:
     """Analyse the records and write scores.jsonl, results.jsonl, history.jsonl, summary.json, best/, items.jsonl
     and report.html. show: the texts or pictures of test items (see `items.described`).
 
     scores_rise: item scores are better where they are higher, as a trainer's always are, whatever its metric.
+    scores: where they are not item scores. notes: what a reader must know of the source.
     """
     from veneer.comparing.words import conclusion
 
-    scores = scores_of(records)
+    scores = scores_of(records) if scores is None else scores
     sign = 1.0 if scores_rise else -1.0
-    oriented = Scores({arm: sign * of for arm, of in scores.of.items()}, scores.seeds, scores.items)
+    oriented = scores if scores_rise else scores.turned()
     costs = {str(record.arm): record.costs for record in records}
     analysis = analyse(oriented, costs, design.contrasts, design.correction)
     rows = tuple(row for record in records for row in _rows(record, design, scores))
     scale = Scale.of(_analysed(design, rows), sign, scores.of.values())
     sentence = conclusion(analysis, scale, costs, design.is_demo)
     summary = _summary(design, analysis, scale, records, rows, costs, sentence, reads, source)
-    summary |= sections(design, records, oriented, scores_of)
+    summary |= {"notes": list(notes)} | sections(design, records, oriented, scores_of)
     if expected is not None:  # without the time, which depends on what has ended
         summary["forecast"] = str(forecast(design, design.sizes))
     write_atomic(folder / "results.jsonl", "".join(_line(row) for row in rows))
@@ -126,6 +130,9 @@ def publish(
     result = CompareResult(folder, design, analysis, rows, sentence, reads, best_folder)
     histories = [line for record in records for line in _history_lines(record)]
     write_atomic(folder / "history.jsonl", "".join(_line(line) for line in histories))
+    if isinstance(scores, RunScores):  # there are no items to show
+        write_report(folder)
+        return result
     disputed = most_disputed(np.stack([of.mean(0) for of in scores.of.values()]))
     opened = (one for record in records for one in record.opened)
     write_items(folder, [scores.items[place] for place in disputed], opened, show)
@@ -269,9 +276,9 @@ def _score_lines(records: Sequence[Record], scores: Scores) -> list[dict[str, An
             for place, (item, score) in enumerate(zip(scores.items, of, strict=True)):
                 costs = {key: line.get(key) for key in COSTS if place == 0 and line.get(key) is not None}
                 extra = {k: v for k, v in more.get(item, {}).items() if k in ("prediction", "label")}
-                lines.append(
-                    {"arm": name, "seed": line["seed"], "item": item, "score": float(score), **extra, **costs}
-                )
+                run = {"arm": name, "seed": line["seed"]}
+                run |= {} if isinstance(scores, RunScores) else {"item": item}
+                lines.append({**run, "score": float(score), **extra, **costs})
     return lines
 
 

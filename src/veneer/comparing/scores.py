@@ -85,8 +85,9 @@ class RunScores(Scores):
         return self.right_or_wrong or 0
 
     def interval(self, arm: str) -> Interval:
-        values = np.abs(self.of[arm][:, 0]) if self.right_or_wrong else self.of[arm][:, 0]
-        return interval_of(spread_of_runs(values, self.right_or_wrong), len(values) == 1, self.right_or_wrong)
+        values = self.of[arm][:, 0]
+        bounded = self.right_or_wrong if (values >= 0).all() else None
+        return interval_of(spread_of_runs(values, self.right_or_wrong), len(values) == 1, bounded)
 
     def difference(self, first: str, second: str, flips: bool = True) -> Difference:
         one, two = self.of[first][:, 0], self.of[second][:, 0]

@@ -147,7 +147,8 @@ def spread_of_runs(values: Array, items: int | None = None) -> Spread:
     """
     seeds, mean = len(values), values.mean()
     from_seeds = values.var(ddof=1) / seeds if seeds > 1 else 0.0
-    from_items = mean * (1 - mean) / items if items else 0.0
+    share = min(1.0, abs(float(mean)))  # the sign is turned where lower is better
+    from_items = share * (1 - share) / items if items else 0.0
     return Spread(mean, from_seeds, from_items, 0.0, max(1.0, seeds - 1.0), MANY)
 
 

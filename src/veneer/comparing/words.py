@@ -82,7 +82,8 @@ def conclusion(
         first += (
             f"{best.arm} has the highest mean, {scale.value(scale.sign * best.interval.estimate)}{percent}."
         )
-    over = f"{analysis.items} test items and {analysis.seeds} seed{'s' if analysis.seeds != 1 else ''}"
+    over = f"{analysis.seeds} seed{'s' if analysis.seeds != 1 else ''}"
+    over = f"{analysis.items} test items and {over}" if analysis.items else over
     second = f"With {over}, {scale.missed(analysis.smallest_found)} would usually be missed."
     if analysis.seeds == 1:
         second += " One seed: how much a repeated run would differ is unknown."

@@ -8,6 +8,7 @@ names of roles; a label is a name, and `Splits.labels` puts the names in order.
 from veneer.data._builtin import BUILTINS
 from veneer.data._chat import messages_of
 from veneer.data._columns import TASKS, parse_columns
+from veneer.data._formats import read_table
 from veneer.data._read import check, read
 from veneer.data._report import DataReport, Problem
 from veneer.data._sets_python import DOMAIN_SETS
@@ -39,4 +40,5 @@ __all__ = [
     "parse_columns",
     "parse_corruptions",
     "read",
+    "read_table",
 ]

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from veneer.data._report import Problem
@@ -150,6 +151,16 @@ READERS: dict[str, Callable[..., tuple[Numbered, list[Problem]]]] = {
     ".csv": read_csv, ".tsv": read_tsv, ".tab": read_tsv, ".jsonl": read_jsonl, ".ndjson": read_jsonl,
     ".json": read_json, ".parquet": read_parquet,
 }  # fmt: skip
+
+
+def read_table(path: Path, split: str = "") -> tuple[Numbered, list[Problem]]:
+    """The rows of a file, by its ending, as they stand there, and the problems met. Errors: BadData."""
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise BadData(
+            f"{path.name} has the ending {path.suffix!r}, which veneer does not read.", nearest=list(READERS)
+        )
+    return reader(path.read_bytes(), split)
 
 
 def _text(data: bytes) -> str:

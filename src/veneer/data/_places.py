@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from veneer.data._formats import READERS, Numbered, Raw
+from veneer.data._formats import READERS, Numbered, Raw, read_table
 from veneer.errors import BadData, UnknownName, VeneerError, missing_package, nearest
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
@@ -41,12 +41,7 @@ def read_raw(spec: Any) -> Raw:
 
 
 def _from_file(path: Path, split: str) -> Raw:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
-        raise BadData(
-            f"{path.name} has the ending {path.suffix!r}, which veneer does not read.", nearest=list(READERS)
-        )
-    rows, problems = reader(path.read_bytes(), split)
+    rows, problems = read_table(path, split)
     return Raw({split: rows}, problems)
 
 

@@ -1,0 +1,40 @@
+"""`veneer compare --from`: results made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from veneer.errors import BadOption
+
+
+def analyse_files(given: Mapping[str, Any], contrasts: list[tuple[str, str]]) -> Any:
+    """The analysis of the files that --from names. given: the parameters of `veneer compare`."""
+    from veneer.comparing import from_results
+
+    if given["model"] or given["data"] or given["methods"]:
+        raise BadOption(
+            "--from analyses results that are there; --model, --data and --methods make new ones.",
+            next_step="give the one or the other",
+        )
+    return from_results(
+        given["from_file"],
+        output=given["output"],
+        metric=given["metric"],
+        higher_is_better=False if given["lower_is_better"] else None,
+        columns=_columns(given["columns"]),
+        items=given["items"],
+        contrasts=contrasts,
+        correction=given["correction"],
+        smallest_effect=given["smallest_effect"],
+    )
+
+
+def _columns(text: str | None) -> dict[str, str]:
+    pairs = [part.partition("=") for part in (text or "").split(",") if part.strip()]
+    for role, _, column in pairs:
+        if not column.strip():
+            raise BadOption(
+                f"--columns: '{role.strip()}' names no column.", next_step="arm=model,score=correct"
+            )
+    return {role.strip(): column.strip() for role, _, column in pairs}
