@@ -189,6 +189,7 @@ def test_files_of_the_benchmark_of_peft_say_what_one_run_can_say(tmp_path):
     assert best.interval.items_only
     summary = found.to_dict()
     assert summary["items"] == 1319
+    assert summary["metric"] == "test accuracy"
     assert [other["arm"] for other in summary["not_measured"]] == ["broken/default"]
     assert any("one number a run and one seed" in note for note in summary["notes"])
     assert summary["arms"][0]["trainable_parameters"] == 9175040

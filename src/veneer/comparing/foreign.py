@@ -38,6 +38,7 @@ class Found:
     costs: dict[str, float] = field(default_factory=dict)
     right_or_wrong: int | None = None
     failed: str = ""
+    metric: str = "score"
 
 
 def read_runs(
@@ -235,7 +236,7 @@ def _of_trainer(
         notes.append(
             f"{key} is a score on the evaluation split, on which checkpoints and rates may have been chosen."
         )
-    return [Found(arm, seed, str(path), value=measured[key])], notes
+    return [Found(arm, seed, str(path), value=measured[key], metric=key)], notes
 
 
 def _saved_predictions(path: Path, named: Mapping[str, str]) -> Found:
@@ -302,7 +303,7 @@ def _of_peft(path: Path, whole: Mapping[str, Any], metric: str | None) -> tuple[
             nearest=nearest(wanted, last) or sorted(last),
             next_step="--metric 'test accuracy'",
         )
-    found.value = float(last[key])
+    found.value, found.metric = float(last[key]), key
     steps = run.get("train_config", {}).get("max_steps")
     seconds = trained.get("train_time")
     known = {

@@ -58,7 +58,9 @@ def from_results(
                     nearest=nearest(name, arms) or arms[:5],
                     next_step="name arms as the file does",
                 )
-    records = [_record(name, found, metric or "score") for name in arms]
+    measured = {run.metric for run in found if not run.failed}
+    metric = metric or (measured.pop() if len(measured) == 1 else "score")
+    records = [_record(name, found, metric) for name in arms]
     scores = _run_scores(found, items)
     rise = (scores is None or _rises(metric)) if higher_is_better is None else higher_is_better
     seeds = [tuple(line["seed"] for line in record.lines) for record in records]
@@ -67,7 +69,7 @@ def from_results(
         data=_named(paths),
         arms=tuple(arms),
         rates={},
-        metric=metric or "score",
+        metric=metric,
         higher_is_better=rise,
         budget="published",
         seeds=max(seeds, key=len),
@@ -103,7 +105,7 @@ def _beside(path: Path) -> Path:
     return path.with_name(path.stem + "-compared")
 
 
-def _rises(metric: str | None) -> bool:
+def _rises(metric: str) -> bool:
     from veneer.tasks.metrics import METRICS
 
     return METRICS[metric].greater_is_better if metric in METRICS else True
