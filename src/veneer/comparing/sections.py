@@ -37,7 +37,8 @@ def sections(
     measured = [record for record in records if str(record.arm) in scores.of]
     found: dict[str, Any] = {"costs": costs, "fronts": fronts(scores, costs["arms"])}
     found["stability"] = {str(record.arm): _stability(record, scores) for record in measured}
-    calibrated = {str(record.arm): calibration(record.opened, record.arm.is_trained) for record in measured}
+    with_items = [record for record in measured if all(run is None or run["items"] for run in record.opened)]
+    calibrated = {str(record.arm): calibration(record.opened, record.arm.is_trained) for record in with_items}
     if any(calibrated.values()):
         found["calibration"] = {arm: one for arm, one in calibrated.items() if one}
     groups = _groups(measured, scores)
