@@ -285,7 +285,7 @@ def _flags(group: Any, name: str) -> set[str]:
         command = group.get_command(None, name)
     except ModuleNotFoundError:
         return set()
-    plain = {o for p in command.params for o in p.opts}
+    plain = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
     if name in ("train", "plan"):  # options of methods, by their names
         from veneer.edits import registry
 

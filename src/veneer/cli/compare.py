@@ -87,6 +87,14 @@ def compare(
     ] = None,
     correction: Annotated[str, typer.Option(help="holm (planned) or fdr_bh (screens)")] = "holm",
     smallest_effect: Annotated[float, typer.Option(help="the smallest difference that would matter")] = 0.01,
+    controls: Annotated[
+        str | None,
+        typer.Option(help="further ones: duplicate,broken_scale; none leaves out random_direction too"),
+    ] = None,
+    match_parameters: Annotated[
+        str | None, typer.Option(help="sizes so that each arm trains as many parameters as LoRA, within 2%")
+    ] = None,
+    match_to: Annotated[int | None, typer.Option(help="as many as this, instead of LoRA")] = None,
     extend: Annotated[
         bool, typer.Option("--extend", help="add arms or seeds to a comparison that is there")
     ] = False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from veneer._written import NAME, named_options, pieces, typed
@@ -17,6 +17,12 @@ from veneer.errors import BadOption, UnknownMethod, UnknownName, nearest
 
 CONTROLS = ("untrained", "linear_probe", "full")
 """In every comparison: nothing trained, only the head trained, everything trained."""
+
+ANCHOR = "lora"
+"""What all comparisons have in common, so that they can be read beside each other."""
+
+OPTIONAL_CONTROLS = ("random_direction", "duplicate", "broken_scale")
+"""Made from the anchor; see `veneer.comparing.controls`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,19 @@ class Arm:
     def is_trained(self) -> bool:
         return self.method != "untrained"
 
+    @property
+    def anchor(self) -> Arm:
+        """The arm that a control is made from; an arm that is no control is its own."""
+        return replace(self, method=ANCHOR) if self.method in OPTIONAL_CONTROLS else self
+
+    def as_control(self, name: str) -> Arm:
+        return replace(self, method=name)
+
+    @property
+    def takes_rate_of_anchor(self) -> bool:
+        """Without trials of its own: it runs at the rate that its anchor chose."""
+        return self.method in ("random_direction", "broken_scale")
+
 
 def parse_arm(
     text: str | Arm,
@@ -69,7 +88,7 @@ def parse_arm(
         return text
     first, *rest = [part.strip() for part in pieces(text, "+")]
     method, options = _named(first, text)
-    known = None if methods is None else {*methods, *CONTROLS}
+    known = None if methods is None else {*methods, *CONTROLS, *OPTIONAL_CONTROLS}
     if known is not None and method not in known:
         raise UnknownMethod(
             f"no method is called '{method}' (in the arm '{text}').",

@@ -77,6 +77,7 @@ class Comparison:
     every arm against the best. smallest_effect: the smallest difference of the metric that would matter.
     options: of every training. reading: how the data were read. claim: a published claim, and its rule.
     beyond: groups of test items and further sets, each with its digest (`further`).
+    match_parameters: how near the trained parameters are to the anchor's, and matched what became of each arm.
     """
 
     model: str
@@ -99,6 +100,8 @@ class Comparison:
     reading: Mapping[str, Any] = field(default_factory=dict)
     claim: Mapping[str, Any] = field(default_factory=dict)
     beyond: Mapping[str, Any] = field(default_factory=dict)
+    match_parameters: str = ""
+    matched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.correction not in ("holm", "fdr_bh"):
@@ -158,6 +161,8 @@ class Comparison:
             "reading": dict(self.reading),
             "claim": dict(self.claim),
             "beyond": dict(self.beyond),
+            "match_parameters": self.match_parameters,
+            "matched": {arm: dict(said) for arm, said in self.matched.items()},
         }
 
     @classmethod

@@ -34,6 +34,9 @@ FIELDS: dict[str, tuple[str, str]] = {
     "contrasts": ("pairs", "planned pairs of arms; default: all against the best"),
     "correction": ("text", "holm (planned) or fdr_bh (screens)"),
     "smallest_effect": ("number", "the smallest difference that would matter; default 0.01"),
+    "controls": ("texts", "further controls: duplicate, broken_scale; none leaves out random_direction too"),
+    "match_parameters": ("share", "choose sizes so that each arm trains as many parameters as LoRA, within 2%"),
+    "match_to": ("count", "trained parameters of every arm, instead of LoRA's"),
     "columns": ("any", "which column is what: text=...,label=..."),
     "group": ("text", "a column whose rows stay in one split"),
     "sizes": ("any", "of the splits: validation=500,test=0.1"),
@@ -175,6 +178,10 @@ def _number(value: Any) -> float:
     return value
 
 
+def _share(value: Any) -> Any:
+    return value if isinstance(value, str) else _number(value)
+
+
 def _count(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise TypeError
@@ -233,6 +240,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "texts": ("a list of texts, or one text with commas", _texts),
     "data": ("a text, or [[data]] tables", _data),
     "number": ("a number", _number),
+    "share": ("a part, as 2% or 0.02", _share),
     "count": ("a whole number, not below 0", _count),
     "seeds": ("a whole number, or a list of them", _seeds),
     "rates": ("a table of lists of numbers, by arm or method", _rates),

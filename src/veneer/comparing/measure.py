@@ -19,7 +19,7 @@ from typing import Any
 from veneer.comparing.arms import Arm
 from veneer.comparing.design import Comparison
 
-PASSES = {"linear_probe": 1.0, "full": 3.0}
+PASSES = {"linear_probe": 1.0, "full": 3.0, "random_direction": 4.0}  # which trains its anchor first
 OTHERS = 2.0
 STEPS = 4
 
@@ -75,7 +75,7 @@ def _planned(runner: Any, arms: Sequence[Arm]) -> Measured:
     from veneer.errors import VeneerError
 
     base, task, options = runner.open_base(), runner.task, runner.options
-    head = set(getattr(base, "fresh", ()))
+    head = getattr(base, "fresh", ())
     rows = math.ceil(options.get("batch_size", 16) / options.get("accumulate", 1))
     length = options.get("max_length") or task.max_length or 256
     parameters, cannot, memory = {}, {}, None
@@ -88,13 +88,17 @@ def _planned(runner: Any, arms: Sequence[Arm]) -> Measured:
         except VeneerError as error:
             cannot[str(arm)] = _first_line(error)
             continue
-        own = [s for s in plan.sites if f"{s.site.module}.{s.site.parameter}" in head]
-        parameters[str(arm)] = plan.trainable_parameters - sum(
-            spec.size for s in own for spec in s.specs.values() if spec.trained
-        )
+        parameters[str(arm)] = 0 if arm.method == "random_direction" else trained_beside_head(plan, head)
         needs = plan.memory(batch_size=rows, length=length)["total"]
         memory = max(memory or (0, ""), (needs, str(arm)))
     return Measured(parameters=parameters, memory=memory, cannot=cannot)
+
+
+def trained_beside_head(plan: Any, fresh: Sequence[str]) -> int:
+    """Trained parameters of a plan, without those of `fresh`: the names that no file filled."""
+    head = [s for s in plan.sites if f"{s.site.module}.{s.site.parameter}" in set(fresh)]
+    counted = sum(spec.size for s in head for spec in s.specs.values() if spec.trained)
+    return plan.trainable_parameters - counted
 
 
 def _timed(runner: Any, arm: Arm, arms: Sequence[Arm]) -> tuple[dict[str, float], str]:

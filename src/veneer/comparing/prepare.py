@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veneer.comparing.arms import Arm, parse_arm, parse_arms, split_arms
+from veneer.comparing.arms import ANCHOR, OPTIONAL_CONTROLS, Arm, parse_arm, parse_arms, split_arms
+from veneer.comparing.controls import parse_controls, with_controls
 from veneer.comparing.design import Comparison, Forecast, choose_seeds, forecast, parse_budget
 from veneer.comparing.ledger import Ledger
+from veneer.comparing.match import matched, parse_tolerance
 from veneer.comparing.measure import Measured, from_ledger, measure
 from veneer.comparing.rates import grids
 from veneer.comparing.runs import RunArm
+from veneer.errors import BadOption
 
 DEMO_TRIALS, TRIALS = 3, 7
 
@@ -66,7 +69,9 @@ class Prepared:
         ]
         for arm in design.arms:
             said = [arm]
-            if arm in self.measured.parameters:
+            if arm in design.matched:
+                said.append(f"parameters {design.matched[arm]['said']}")
+            elif arm in self.measured.parameters:
                 said.append(f"{self.measured.parameters[arm]:,} trained, the head apart")
             if arm in design.rates:
                 said.append(f"rates {_listed(design.rates[arm])}")
@@ -98,6 +103,9 @@ def prepare(
     contrasts: Sequence[tuple[str, str]] = (),
     correction: str = "holm",
     smallest_effect: float = 0.01,
+    controls: str | Iterable[str] | None = None,
+    match_parameters: str | float | None = None,
+    match_to: int | None = None,
     claim: Mapping[str, Any] | None = None,
     sizes: Any = None,
     run_arm: RunArm | None = None,
@@ -116,6 +124,8 @@ def prepare(
         "model": model, "data": data, "methods": methods, "task": task, "metric": metric, "budget": str(budget),
         "seeds": seeds, "tuning_seeds": tuning_seeds, "trials": trials, "extend_rates": extend_rates, "rates": rates,
         "contrasts": contrasts, "correction": correction, "smallest_effect": smallest_effect, "claim": claim,
+        "controls": controls if controls is None or isinstance(controls, str) else list(controls) or "none",
+        "match_parameters": match_parameters, "match_to": match_to,
         "sizes": sizes if run_arm is None else None, **options,
     }  # fmt: skip
     ranges: Mapping[str, tuple[float, float]] = {}
@@ -139,9 +149,15 @@ def prepare(
             higher_is_better = find_metric(metric).greater_is_better
     is_demo = parse_budget(budget).kind == "demo"
     arms = parse_arms(methods, known_methods, known_recipes, families)
+    wanted = parse_controls(controls) if runner is not None or controls is not None else ()
+    arms = with_controls(arms, wanted, anchored=ANCHOR in (known_methods or ()) or bool(wanted))
     if runner is not None:
         for arm in arms:
             runner.check(arm)
+    pairs = [(parse_arm(first), parse_arm(second)) for first, second in contrasts]
+    matches: dict[str, Any] = {}
+    if match_parameters is not None or match_to is not None:
+        arms, pairs, matches = _matched(runner, arms, pairs, match_parameters or "2%", match_to)
     count = trials or (DEMO_TRIALS if is_demo else TRIALS)
     design = Comparison(
         model=name_of(model),
@@ -155,7 +171,7 @@ def prepare(
         seeds=choose_seeds(seeds),
         tuning_seeds=choose_seeds(tuning_seeds, first=0),
         extension=(0 if is_demo else 2) if extend_rates is None else extend_rates,
-        contrasts=tuple((str(parse_arm(first)), str(parse_arm(second))) for first, second in contrasts),
+        contrasts=tuple((str(first), str(second)) for first, second in pairs),
         correction=correction,
         smallest_effect=smallest_effect,
         data_sha256=data_sha256,
@@ -164,8 +180,36 @@ def prepare(
         reading=reading,
         claim=dict(claim or {}),
         beyond=run_arm.beyond.to_dict() if hasattr(run_arm, "beyond") else {},
+        match_parameters="" if not matches else str(match_parameters or "2%"),
+        matched=matches,
     )
     return Prepared(design, run_arm, _writable(given))
+
+
+Pairs = list[tuple[Arm, Arm]]
+
+
+def _matched(
+    runner: Any, arms: Sequence[Arm], pairs: Pairs, tolerance: str | float, target: int | None
+) -> tuple[tuple[Arm, ...], Pairs, dict[str, Any]]:
+    """Arms and planned pairs in the sizes that were chosen, and what is to be said of each arm."""
+    if runner is None:
+        raise BadOption(
+            "match_parameters needs a base to count on; this comparison has a trainer of its own.",
+            next_step="give every arm its size: lora:rank=8",
+        )
+    ordinary = [arm for arm in arms if arm.method not in OPTIONAL_CONTROLS]
+    found = matched(ordinary, runner.count, parse_tolerance(tolerance), target)
+    runner.close_base()
+    sizes = {arm: sized for arm, (sized, _) in found.items()}
+
+    def sized(arm: Arm) -> Arm:
+        if arm.method in OPTIONAL_CONTROLS:
+            return sizes.get(arm.anchor, arm.anchor).as_control(arm.method)
+        return sizes.get(arm, arm)
+
+    said = {str(match.arm): match.to_dict() for _, match in found.values()}
+    return tuple(map(sized, arms)), [(sized(first), sized(second)) for first, second in pairs], said
 
 
 def _writable(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def grids(
     ranges: Mapping[str, tuple[float, float]] | None = None,
     families: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[float, ...]]:
-    """The rates of every arm that is trained: `{str(arm): rising rates}`.
+    """The rates of every arm that has trials: `{str(arm): rising rates}`.
 
     `given` are rates by arm text or by method name; each list must hold `trials` different positive rates,
     because an arm with more trials would have more chances. `ranges` are what methods and recipes declare
@@ -76,17 +76,18 @@ def grids(
     given, ranges, families = given or {}, ranges or {}, families or {}
     found: dict[str, tuple[float, ...]] = {}
     for arm in arms:
-        if not arm.is_trained:
+        if not arm.is_trained or arm.takes_rate_of_anchor:
             continue
-        rates = given.get(str(arm), given.get(arm.method))
-        names = [f"+{recipe.name}" for recipe in arm.recipes] + [arm.method]
+        method = arm.anchor.method
+        rates = given.get(str(arm), given.get(arm.method, given.get(method)))
+        names = [f"+{recipe.name}" for recipe in arm.recipes] + [method]
         span = next((ranges[name] for name in names if name in ranges), None)
         if rates is not None:
             found[str(arm)] = _checked(arm, rates, trials)
         elif span is not None:
             found[str(arm)] = spaced(*span, trials)
         else:
-            found[str(arm)] = grid(centre(arm.method, families.get(arm.method, "")), trials)
+            found[str(arm)] = grid(centre(method, families.get(method, "")), trials)
     return found
 
 

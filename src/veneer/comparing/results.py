@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from veneer.comparing.analysis import Analysis, Scores, analyse
-from veneer.comparing.arms import Arm
+from veneer.comparing.arms import OPTIONAL_CONTROLS, Arm
+from veneer.comparing.controls import judged
 from veneer.comparing.design import DEMO, Comparison, Forecast, forecast, parse_budget
 from veneer.comparing.disagreements import most_disputed
 from veneer.comparing.items import write_items
@@ -114,11 +115,15 @@ def publish(
     sign = 1.0 if scores_rise else -1.0
     oriented = scores if scores_rise else scores.turned()
     costs = {str(record.arm): record.costs for record in records}
-    analysis = analyse(oriented, costs, design.contrasts, design.correction)
+    # A control is never recommended: it has no price.
+    prices = {str(r.arm): r.costs for r in records if r.arm.method not in OPTIONAL_CONTROLS}
+    analysis = analyse(oriented, prices, design.contrasts, design.correction)
     rows = tuple(row for record in records for row in _rows(record, design, scores))
     scale = Scale.of(_analysed(design, rows), sign, scores.of.values())
     sentence = conclusion(analysis, scale, costs, design.is_demo)
     summary = _summary(design, analysis, scale, records, rows, costs, sentence, reads, source)
+    made_here = source == "veneer"  # names from elsewhere are no arms
+    summary["controls"] = judged(oriented, [arm.arm for arm in analysis.arms]) if made_here else []
     summary |= {"notes": list(notes)} | sections(design, records, oriented, scores_of)
     if expected is not None:  # without the time, which depends on what has ended
         summary["forecast"] = str(forecast(design, design.sizes))
@@ -241,7 +246,7 @@ def settings_of(record: Record, design: Comparison, seed: Any) -> dict[str, Any]
         "budget": design.budget,
         **design.options,
     }
-    if seed is not None and arm.is_trained and design.model:
+    if seed is not None and arm.is_trained and arm.anchor == arm and design.model:
         settings["command"] = command_of(record, design, seed)
     return json.loads(json.dumps(settings, default=str))
 

@@ -45,13 +45,14 @@ def compare(
     """Compare `methods` on `data`, and say how sure the answer is.
 
     methods: arms (`"lora:rank=16+lora_plus"`) or families, in a list or separated by commas; `untrained`,
-    `linear_probe` and `full` are always added. extend: add arms or seeds to a comparison that is in `output`
+    `linear_probe`, `full` and `lora` are always added. extend: add arms or seeds to a comparison that is in `output`
     already. costs: measure each arm alone in a process of its own when the runs are done. question: the fields of
     a comparison file (`veneer.comparing.FIELDS`), such as
 
     seeds (6), budget ("published"), task, metric, contrasts, smallest_effect (0.01); rates: learning rates by arm
     or method, else evenly spaced over the range that the method declares; trials: rates for each arm (7; in the
-    demo budget 3); extend_rates: further rates on each side where the best lies on the edge (2; demo 0); what is
+    demo budget 3); extend_rates: further rates on each side where the best lies on the edge (2; demo 0); controls: see
+    `veneer.comparing.controls`; match_parameters: see `veneer.comparing.match`; what is
     no field is an option of every training. run_arm: a trainer (see `runs`); without it `veneer.training` is used.
 
     Writes comparison.toml, design.json, ledger.jsonl, results.jsonl, scores.jsonl, trials.jsonl, summary.json,
@@ -113,7 +114,7 @@ def run(
             live(Progress(f"comparison {design.sha256[:12]} ({parse_budget(design.budget).label})"))
             live(Progress(str(expected)))
             runs = Runs(folder, design, ledger, run_arm, live, of=expected.runs)
-            records = [_run_arm_through(runs, arm) for arm in design.parsed_arms]
+            records = _run_all(runs)
             if not any(record.lines for record in records):
                 reasons = "; ".join(f"{record.arm}: {record.reason}" for record in records)
                 raise TrainingFailed(
@@ -151,11 +152,25 @@ def _settle_design(ledger: Ledger, design: Comparison, folder: Path, extend: boo
     )
 
 
-def _run_arm_through(runs: Runs, arm: Arm) -> Record:
+def _run_all(runs: Runs) -> list[Record]:
+    """A record of every arm, in the order of the design; those that take their anchor's rate run last."""
+    done: dict[Arm, Record] = {}
+    for arm in sorted(runs.design.parsed_arms, key=lambda arm: arm.takes_rate_of_anchor):
+        anchor = done.get(arm.anchor) if arm.takes_rate_of_anchor else None
+        done[arm] = _run_arm_through(runs, arm, anchor)
+    return [done[arm] for arm in runs.design.parsed_arms]
+
+
+def _run_arm_through(runs: Runs, arm: Arm, anchor: Record | None = None) -> Record:
     """Tune and confirm one arm. It stops at the first run that shows that the arm cannot be measured."""
     design = runs.design
     record = Record(arm)
-    if arm.is_trained:
+    if arm.takes_rate_of_anchor:
+        if anchor is None or anchor.status != "ok":
+            record.status, record.reason = "not_applicable", "its anchor was not measured"
+            return record
+        record.learning_rate = anchor.learning_rate
+    elif arm.is_trained:
         for line in _tuning(runs, arm):
             if line["status"] in ("not_applicable", "failed"):
                 record.status, record.reason = line["status"], line["reason"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from veneer.comparing.arms import Arm
+from veneer.comparing.arms import OPTIONAL_CONTROLS, Arm
 from veneer.comparing.design import Budget, canonical_json
 from veneer.comparing.further import ASKED, MOST_ROWS, TRAIN_SAMPLE, further_of, train_sample
 from veneer.errors import Unsupported
@@ -38,6 +38,7 @@ class TrainingRunner:
         from veneer.tasks import find_task
 
         self.model, self.budget, self.options = model, budget, dict(options)
+        self._base: Any = None  # open while arms are counted
         self.reading = {key: self.options.pop(key) for key in READING if key in self.options}
         asked = {key: self.options.pop(key) for key in ASKED if key in self.options}
         self.data = data if isinstance(data, Splits) else read(data, task=task, **self.reading)
@@ -92,7 +93,20 @@ class TrainingRunner:
         """The method that an arm trains, or None where it trains none."""
         from veneer.edits import build
 
-        return build(arm.method, **dict(arm.options)) if arm.is_trained else None
+        return build(arm.anchor.method, **dict(arm.options)) if arm.is_trained else None
+
+    def count(self, arm: Arm) -> int:
+        """Trained parameters of an arm on this base, the head apart; raises where the arm cannot be."""
+        from veneer import engine
+        from veneer.comparing.measure import trained_beside_head
+
+        if self._base is None:
+            self._base = self.open_base()
+        plan = engine.plan(self._base.model, self.method_of(arm))
+        return trained_beside_head(plan, getattr(self._base, "fresh", ()))
+
+    def close_base(self) -> None:
+        self._base = None
 
     def check(self, arm: Arm) -> None:
         """Raise for an option that the method or recipe does not have, before anything runs."""
@@ -107,25 +121,29 @@ class TrainingRunner:
     ) -> Any:
         if arm.method == "untrained" and self.task.name in ("classify", "regress"):
             return self.constant_guess(splits, output)
+        if arm.method in OPTIONAL_CONTROLS:
+            found = self.control(arm, splits, seed=seed, learning_rate=learning_rate, output=output)
+            return self.with_off_task(found, splits, output)
+        given = {"seed": seed, "learning_rate": learning_rate, "output": output}
+        return self.with_off_task(self.train(arm, splits, **given), splits, output)
+
+    def train(self, arm: Arm, splits: tuple[str, ...], **given: Any) -> Any:
+        """One training of an arm, with the options of all, evaluated on those of `splits` that are of this task."""
         import gc
 
         from veneer.training import train
 
         gc.collect()  # models hold cycles: the last one is still there
         inside = tuple(split for split in splits if split not in self.beyond.off_task)
-        result = train(
+        return train(
             model=self.model,
             data=self.beyond.beside(self.data, inside),
             method=str(arm),
             task=self.data.task,
-            output=output,
-            learning_rate=learning_rate,
-            seed=seed,
             evaluate_on=inside,
             progress=False,
-            **self.options,
+            **self.options | given,
         )
-        return self.with_off_task(result, splits, output)
 
     def with_off_task(self, result: Any, splits: tuple[str, ...], output: Path) -> Any:
         """The result with what the trained model still knows of other tasks."""
@@ -138,6 +156,28 @@ class TrainingRunner:
                 result.predictions |= knows(self.model, self.task, output, of, self.options)
         return result
 
+    def control(self, arm: Arm, splits: tuple[str, ...], **given: Any) -> Any:
+        """A run of a control: see `veneer.comparing.controls`."""
+        from veneer.comparing import control_hooks as controls
+
+        anchor, seed = arm.anchor, given["seed"]
+        if arm.method == "duplicate":
+            return self.train(anchor, splits, **given | {"seed": seed + controls.OTHER_DRAWS})
+        if arm.method == "broken_scale":
+            # Without early stopping, which would put back what was there before it broke.
+            return self.train(anchor, splits, **given, hooks=[controls.BrokenScale()], early_stopping=None)
+        if self.method_of(arm).start_reads_weight:
+            raise Unsupported(
+                f"{anchor} starts from the weights, so that its update is not B A and has no norm to match.",
+                next_step="an anchor with init='default'",
+            )
+        norms = controls.Norms()
+        self.train(anchor, (), **given | {"output": None}, hooks=[norms])
+        fixed = controls.RandomDirection(norms.of, seed)
+        found = self.train(anchor, splits, **given, hooks=[fixed])
+        found.trainable_parameters -= fixed.size
+        return found
+
     def alone(self, arm: Arm, learning_rate: float | None) -> dict[str, Any] | None:
         """What another process needs to run this arm by itself; None where it could not open the base."""
         from dataclasses import replace
@@ -148,7 +188,7 @@ class TrainingRunner:
         return {
             "model": str(self.model),
             "data": replace(self.data, train=self.data.train[::every], validation=[], test=[]),
-            "method": str(arm),
+            "method": str(arm.anchor),
             "is_trained": arm.is_trained,
             "learning_rate": learning_rate,
             "options": self.options,
