@@ -1,10 +1,11 @@
-"""`veneer compare --from`: results made elsewhere."""
+"""`veneer compare --from` and `--across`: results that are there already, of others or of several comparisons."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from veneer.cli._common import note, result
 from veneer.errors import BadOption
 
 
@@ -28,6 +29,16 @@ def analyse_files(given: Mapping[str, Any], contrasts: list[tuple[str, str]]) ->
         correction=given["correction"],
         smallest_effect=given["smallest_effect"],
     )
+
+
+def put_together(folders: list[str], output: str | None) -> None:
+    """What several finished comparisons say together; across.json in `output`, where that is given."""
+    from veneer.comparing import across
+
+    found = across(folders)
+    result(found)
+    if output is not None:
+        note(f"written: {found.write(output)}")
 
 
 def _columns(text: str | None) -> dict[str, str]:

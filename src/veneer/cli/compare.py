@@ -59,6 +59,12 @@ def compare(
             "may repeat, and hold {arm} and {seed}",
         ),
     ] = None,
+    across: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--across", help="folders of finished comparisons: what several tasks and bases say together"
+        ),
+    ] = None,
     items: Annotated[
         int | None,
         typer.Option(help="with --from: test items behind each number, where it is a share of them"),
@@ -149,6 +155,11 @@ def compare(
 
         written = str(write_again(report_of))
         result({"report": written}, written)
+        return
+    if across:
+        from veneer.cli._elsewhere import put_together
+
+        put_together(across, output)
         return
     if from_file:
         from veneer.cli._elsewhere import analyse_files

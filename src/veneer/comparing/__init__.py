@@ -5,6 +5,7 @@ once, and publishes intervals, the group of arms that cannot be told from the be
 `from_results` gives the same statistics and report over scores made elsewhere.
 """
 
+from veneer.comparing.across import Across, across
 from veneer.comparing.analysis import Analysis, Scores, analyse
 from veneer.comparing.arms import CONTROLS, Arm, parse_arm, parse_arms
 from veneer.comparing.design import Budget, Comparison, Forecast, forecast, parse_budget, smallest_findable
@@ -20,6 +21,7 @@ from veneer.comparing.selftest import SelfTest, self_test
 __all__ = [
     "CONTROLS",
     "FIELDS",
+    "Across",
     "Analysis",
     "Arm",
     "Budget",
@@ -32,6 +34,7 @@ __all__ = [
     "RunResult",
     "Scores",
     "SelfTest",
+    "across",
     "analyse",
     "compare",
     "forecast",
