@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -104,7 +105,7 @@ def content(page: Published) -> dict[str, Any]:
     s = page.summary
     costs = tables.costs_of(page)
     prices, fronts = _prices(page, costs)
-    sentence = s["recommendation"]["sentence"].replace(" %", "\N{NO-BREAK SPACE}%")
+    sentence = re.sub(r" (?=%)|(?<=\d) (?=\d{3}\b)", "\N{NO-BREAK SPACE}", s["recommendation"]["sentence"])
     lead, _, rest = sentence.partition(". ")
     return {
         "s": s,

@@ -72,8 +72,9 @@ const light = (mark) => {
   const above = box.top - own.height - 10;
   tip.style.left = `${left + scrollX}px`;
   tip.style.top = `${(above > 4 ? above : box.bottom + 10) + scrollY}px`;
-  mark.classList.add("lit");
-  mark.closest("svg").classList.add("lit");
+  const chart = mark.closest("svg"), arm = mark.dataset.arm;
+  for (const part of [mark, ...all("g[data-arm]", chart).filter((part) => arm && part.dataset.arm === arm)]) part.classList.add("lit");
+  chart.classList.add("lit");
 };
 for (const chart of all("svg")) {
   const marks = all("g[data-arm]", chart).filter((mark) => {
