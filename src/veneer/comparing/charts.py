@@ -128,6 +128,31 @@ def trials(
     return axes.svg(height, what, parts, width)
 
 
+def dots(rows: Sequence[tuple[str, str, Sequence[tuple[float, str]]]], scale: Scale, what: str) -> str:
+    """A row an arm with several marks: (arm, kind, [(value, title), ...]); the first mark is full, others empty."""
+    row, top = 25.0, 4.0
+    names = {arm: axes.short(arm, 24) for arm, _, _ in rows}
+    left = 22 + CHARACTER * max(len(name) for name in names.values())
+    bottom = top + row * len(rows)
+    values = [value for _, _, points in rows for value, _ in points]
+    axis = Axis.of(values, values, left, WIDTH - 12)
+    parts = [axes.grid_x(axis, top, bottom, axes.tick_text(scale))]
+    for place, (arm, kind, points) in enumerate(rows):
+        y = top + row * (place + 0.5)
+        spread = [axis(value) for value, _ in points]
+        name = words("label", 0, y + 4, names[arm]) + axes.line(
+            "interval thin", min(spread), y, max(spread), y
+        )
+        parts.append(f'<g class="{kind}" data-arm="{axes.escape(arm)}">{name}</g>')
+        for number, (value, title) in reversed(list(enumerate(points))):
+            form = kind if number == 0 else f"{kind} other"
+            parts.append(
+                axes.marked(form, arm, title, axes.mark(form, axis(value), y, 5.0 if number == 0 else 4.0))
+            )
+    parts.append(words("axis-title", WIDTH - 12, bottom + 32, scale.unit))
+    return axes.svg(bottom + 36, f"{scale.unit} of {len(rows)} arms: {what}.", parts)
+
+
 def _labels(
     spots: Sequence[tuple[Arm, float, float]],
     y: Axis,

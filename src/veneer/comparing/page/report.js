@@ -103,6 +103,9 @@ for (const chart of all("svg")) {
 }
 addEventListener("keydown", (event) => event.key === "Escape" && hide());
 
+// -- what is folded is printed too
+addEventListener("beforeprint", () => all("details").forEach((details) => (details.open = true)));
+
 // -- the price on the horizontal axis
 const axis = document.querySelector("select.axis");
 if (axis) {
