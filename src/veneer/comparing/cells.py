@@ -79,7 +79,8 @@ def _scores(lines: Iterator[Mapping[str, Any]], items: int | None) -> Scores:
     runs: dict[str, dict[Any, dict[str, float]]] = {}
     for line in lines:
         run = runs.setdefault(line["arm"], {}).setdefault(line["seed"], {})
-        run[str(line.get("item", ""))] = float(line.get("part", line["score"]))
+        of_query = "part" in line and "query" in line
+        run[str(line["query"] if of_query else line.get("item", ""))] = float(line.get("part", line["score"]))
     names = tuple(sorted(next(iter(next(iter(runs.values())).values()))))
     of = {
         arm: np.array([[run[i] for i in names] for run in by_seed.values()]) for arm, by_seed in runs.items()

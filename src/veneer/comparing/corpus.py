@@ -14,12 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from veneer.comparing.scores import Scores
 from veneer.comparing.statistics import Array
+
+if TYPE_CHECKING:
+    from veneer.comparing.results import Record
 
 SumsOf = Callable[[Sequence[Any], Sequence[Any]], Array]
 """(labels, predictions) of n items -> what is summed: (n, k)."""
@@ -194,30 +197,66 @@ METRICS: dict[str, Corpus] = {
     "bleu": _translation("BLEU"),
     "chrf": _translation("CHRF"),
 }
-BY_QUERY = {"ndcg_at_10": "query_ndcg", "mean_reciprocal_rank": "reciprocal_rank"}
+BY_QUERY = ("ndcg_at_10", "mean_reciprocal_rank")
 KNOWN = (*METRICS, "spearman", *BY_QUERY)
 
 
-def spearman_parts(x: Array, y: Array) -> Array:
+def spearman_parts(x: Array, y: Array, block: int = 256) -> Array:
     """The parts of the rank correlation of x and y: (item,). Ranks are those without the item."""
-    items = len(x)
-
-    def without(values: Array) -> Array:  # (left out, item) ranks; equal values share their mean rank
-        from scipy import stats
-
-        below = (values[:, None] < values[None]) + 0.5 * (values[:, None] == values[None])
-        return stats.rankdata(values)[None] - below
-
-    rest = ~np.eye(items, dtype=bool)
-    ranks = [without(values)[rest].reshape(items, items - 1) for values in (x, y)]
-    left = pearson(products(*ranks).sum(-2))
     from scipy import stats
 
-    whole = pearson(products(stats.rankdata(x), stats.rankdata(y)).sum(-2))
+    ranks, items = [stats.rankdata(values) for values in (x, y)], len(x)
+    left = np.empty(items)
+    for start in range(0, items, block):
+        out = np.arange(start, min(start + block, items))
+        # (left out, item): what stood above moves down by one; equal values share their mean rank.
+        moved = [
+            rank[None] - (values[out, None] < values[None]) - 0.5 * (values[out, None] == values[None])
+            for rank, values in zip(ranks, (x, y), strict=True)
+        ]
+        sums = np.stack(
+            [moved[0], moved[1], moved[0] ** 2, moved[1] ** 2, moved[0] * moved[1], np.ones_like(moved[0])],
+            -1,
+        )
+        left[out] = pearson(sums.sum(1) - sums[np.arange(len(out)), out])
+    whole = pearson(products(*ranks).sum(-2))
     return whole + (items - 1) * (left.mean() - left)
 
 
 # -- from the records of runs ------------------------------------------------------------------------
+
+
+def of_records(metric: str, records: Sequence[Record], scores: Scores) -> Scores | None:
+    """`corpus_scores` of the runs on record. None too where a run recorded another value than its parts give: then
+    the metric was computed in another way, and the item scores are what is known.
+    """
+    if metric not in KNOWN:
+        return None
+    measured = {str(record.arm): record for record in records if str(record.arm) in scores.of}
+    untrained = (r.opened[0] for r in measured.values() if not r.arm.is_trained and r.opened[0])
+    chance = next(untrained, None)
+    lines: dict[str, list[list[Any]]] = {}
+    for arm, record in measured.items():
+        runs = [chance if opened is None else opened for opened in record.opened]
+        if any(run is None for run in runs):
+            return None
+        by_item = [{line["item"]: line for line in run["items"]} for run in runs if run is not None]
+        lines[arm] = [[run[item] for item in scores.items] for run in by_item]
+    try:
+        found = corpus_scores(metric, scores, lines)
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        ImportError,
+    ):  # labels of another kind; a package that is not there
+        return None
+    for arm, record in measured.items() if found is not None else ():
+        for opened, of in zip(record.opened, found.of[arm], strict=True):  # type: ignore[union-attr]
+            value = (opened or {}).get("metrics", {}).get(metric)
+            if value is not None and abs(value - of.mean()) > 1e-6 * max(1.0, abs(value)):
+                return None
+    return found
 
 
 def corpus_scores(metric: str, scores: Scores, lines: Mapping[str, Sequence[Sequence[Any]]]) -> Scores | None:
@@ -262,8 +301,9 @@ def _of_queries(metric: str, scores: Scores, lines: Mapping[str, Sequence[Sequen
             for line in run:
                 by_query[str(line["query"])].append((float(line["label"]), float(line["prediction"])))
             if metric == "ndcg_at_10":
-                rows.append([metrics.query_ndcg(*zip(*by_query[q], strict=True)) for q in queries])
+                pairs = [zip(*by_query[query], strict=True) for query in queries]
+                rows.append([metrics.query_ndcg(list(y), list(p)) for y, p in pairs])
             else:
-                rows.append([metrics.reciprocal_rank(by_query[q]) for q in queries])
+                rows.append([metrics.reciprocal_rank(by_query[query]) for query in queries])
         of[arm] = np.array(rows)
     return replace(scores, of=of, items=queries)

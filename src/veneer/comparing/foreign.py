@@ -19,7 +19,7 @@ from typing import Any
 from veneer.comparing.runs import COSTS
 from veneer.errors import BadData, BadOption, UnknownName, UnknownOption, nearest
 
-ROLES = ("arm", "seed", "item", "score", "prediction", "label", *COSTS)
+ROLES = ("arm", "seed", "item", "score", "prediction", "label", "query", *COSTS)
 GSM8K_TEST = 1319
 """Test items of GSM8K (Cobbe et al., 2021), on which PEFT's benchmark of MetaMathQA tests."""
 
@@ -185,7 +185,7 @@ def _enter(runs: dict[tuple[str, str], Found], line: Mapping[str, Any], place: s
         return f"item '{item}' is there twice for this arm and seed"
     if score is None:
         score = float(str(line["prediction"]).strip() == str(line["label"]).strip())
-    more = {key: line[key] for key in ("prediction", "label") if line[key] is not None}
+    more = {key: line[key] for key in ("prediction", "label", "query") if line[key] is not None}
     run.items[item] = {"score": score, **more}
     return None
 

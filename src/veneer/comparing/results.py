@@ -15,6 +15,7 @@ import numpy as np
 from veneer.comparing.analysis import Analysis, Scores, analyse
 from veneer.comparing.arms import OPTIONAL_CONTROLS, Arm
 from veneer.comparing.controls import judged
+from veneer.comparing.corpus import of_records
 from veneer.comparing.design import DEMO, Comparison, Forecast, forecast, parse_budget
 from veneer.comparing.disagreements import most_disputed
 from veneer.comparing.items import write_items
@@ -25,6 +26,11 @@ from veneer.comparing.scores import RunScores
 from veneer.comparing.sections import sections
 from veneer.comparing.words import Scale, table_text
 from veneer.errors import BadData
+
+PARTS_NOTE = (
+    "The metric is no mean over items: intervals and tests are of the metric itself, computed anew without each item "
+    "in turn. Groups, shifted sets, calibration and fronts are of the mean item score.",
+)
 
 
 @dataclass
@@ -110,25 +116,33 @@ def publish(
     scores: where they are not item scores. notes: what a reader must know of the source.
     """
     from veneer.comparing.words import conclusion
+    from veneer.tasks import find_metric
 
-    scores = scores_of(records) if scores is None else scores
-    sign = 1.0 if scores_rise else -1.0
-    oriented = scores if scores_rise else scores.turned()
+    of_items = scores_of(records) if scores is None else scores
+    corpus = None if isinstance(of_items, RunScores) else of_records(design.metric, records, of_items)
+    scores = of_items if corpus is None else corpus
+    rise = scores_rise if corpus is None else find_metric(design.metric).greater_is_better
+    sign = 1.0 if rise else -1.0
+    oriented = scores if rise else scores.turned()
     costs = {str(record.arm): record.costs for record in records}
     # A control is never recommended: it has no price.
     prices = {str(r.arm): r.costs for r in records if r.arm.method not in OPTIONAL_CONTROLS}
     analysis = analyse(oriented, prices, design.contrasts, design.correction)
     rows = tuple(row for record in records for row in _rows(record, design, scores))
-    scale = Scale.of(_analysed(design, rows), sign, scores.of.values())
+    shown = scores.of.values() if corpus is None else [of.mean(1) for of in scores.of.values()]
+    scale = Scale.of(_analysed(design, rows), sign, shown)
     sentence = conclusion(analysis, scale, costs, design.is_demo)
     summary = _summary(design, analysis, scale, records, rows, costs, sentence, reads, source)
     made_here = source == "veneer"  # names from elsewhere are no arms
     summary["controls"] = judged(oriented, [arm.arm for arm in analysis.arms]) if made_here else []
-    summary |= {"notes": list(notes)} | sections(design, records, oriented, scores_of)
+    summary |= {"notes": [*notes, *(PARTS_NOTE if corpus is not None else ())]}
+    summary |= sections(design, records, of_items if scores_rise else of_items.turned(), scores_of)
     if expected is not None:  # without the time, which depends on what has ended
         summary["forecast"] = str(forecast(design, design.sizes))
     write_atomic(folder / "results.jsonl", "".join(_line(row) for row in rows))
-    write_atomic(folder / "scores.jsonl", "".join(_line(line) for line in _score_lines(records, scores)))
+    write_atomic(
+        folder / "scores.jsonl", "".join(_line(line) for line in _score_lines(records, of_items, corpus))
+    )
     write_atomic(folder / "trials.jsonl", "".join(_line(trial) for trial in trials_of(records)))
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     best_folder = _publish_best(folder, records, analysis, summary) if source == "veneer" else None
@@ -138,9 +152,9 @@ def publish(
     if isinstance(scores, RunScores):  # there are no items to show
         write_report(folder)
         return result
-    disputed = most_disputed(np.stack([of.mean(0) for of in scores.of.values()]))
+    disputed = most_disputed(np.stack([of.mean(0) for of in of_items.of.values()]))
     opened = (one for record in records for one in record.opened)
-    write_items(folder, [scores.items[place] for place in disputed], opened, show)
+    write_items(folder, [of_items.items[place] for place in disputed], opened, show)
     write_report(folder)
     return result
 
@@ -269,20 +283,32 @@ def command_of(record: Record, design: Comparison, seed: Any) -> str:
     return " ".join(shlex.quote(part) for part in parts)
 
 
-def _score_lines(records: Sequence[Record], scores: Scores) -> list[dict[str, Any]]:
-    """Lines that `from_results` reads: arm, seed, item, score; costs stand on the first line of a run."""
+def _score_lines(
+    records: Sequence[Record], scores: Scores, corpus: Scores | None = None
+) -> list[dict[str, Any]]:
+    """Lines that `from_results` reads: arm, seed, item, score; costs stand on the first line of a run.
+
+    With a metric that is no mean of item scores, `part` is the item's part in it, or its query's.
+    """
     lines = []
+    place_of = {} if corpus is None else {item: place for place, item in enumerate(corpus.items)}
     for record in records:
         name = str(record.arm)
         if name not in scores.of:
             continue
-        for line, opened, of in zip(record.lines, record.opened, scores.of[name], strict=True):
+        for row, (line, opened, of) in enumerate(
+            zip(record.lines, record.opened, scores.of[name], strict=True)
+        ):
             more = {item["item"]: item for item in (opened or {"items": []})["items"]}
             for place, (item, score) in enumerate(zip(scores.items, of, strict=True)):
                 costs = {key: line.get(key) for key in COSTS if place == 0 and line.get(key) is not None}
-                extra = {k: v for k, v in more.get(item, {}).items() if k in ("prediction", "label")}
+                known = more.get(item, {})
+                extra = {k: v for k, v in known.items() if k in ("prediction", "label", "query")}
                 run = {"arm": name, "seed": line["seed"]}
                 run |= {} if isinstance(scores, RunScores) else {"item": item}
+                part_of = place_of.get(item, place_of.get(str(known.get("query"))))
+                if corpus is not None and part_of is not None:
+                    extra["part"] = float(corpus.of[name][row, part_of])
                 lines.append({**run, "score": float(score), **extra, **costs})
     return lines
 

@@ -260,7 +260,9 @@ def _item_line(line: Mapping[str, Any], arm: Arm) -> dict[str, Any]:
             f"a test prediction of '{arm}' has {sorted(line)}: expected 'item' and 'score'.",
             next_step="a trainer returns a line an item: {'item': id, 'score': number, ...}",
         )
-    kept = {key: plain(value) for key, value in line.items() if key in ("score", "prediction", "label")}
+    kept = {
+        key: plain(value) for key, value in line.items() if key in ("score", "prediction", "label", "query")
+    }
     return kept | confidence_of(line) | {"item": str(line["item"]), "score": float(line["score"])}
 
 
