@@ -98,7 +98,13 @@ class At:
         return expression != "all" and self.past > 0
 
     def with_(self, **facts: Any) -> At:
-        return replace(self, **facts)
+        """The same facts, some of them changed."""
+        if torch.compiler.is_compiling():
+            return replace(self, **facts)
+        made = object.__new__(At)  # what `replace` does, at a tenth of its cost: this runs at every site
+        made.__dict__.update(self.__dict__)
+        made.__dict__.update(facts)
+        return made
 
 
 _TERM = re.compile(r"prompt\[(?:(:)(\d+)|(-\d+)(:))\]")

@@ -287,9 +287,17 @@ def gather(tensors: list[Tensors], slots: Tensor) -> Tensors:
         if all(v is values[0] for v in values):
             found[name] = values[0]
         else:
-            stacked = torch.stack(values)
-            found[name] = add_row_axis(stacked.index_select(0, slots), values[0].dim())
+            found[name] = add_row_axis(_gathered(values, slots), values[0].dim())
     return Tensors(found)
+
+
+def _gathered(values: list[Tensor], slots: Tensor) -> Tensor:
+    """(rows, *shape). What is kept over calls has its long axis innermost, as products of few tokens read it: half
+    the time of a decoding step's bmm by a tall B (measured, float32 on a CPU)."""
+    tall = values[0].dim() == 2 and values[0].shape[0] > values[0].shape[1]
+    if tall and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return torch.stack([v.mT for v in values]).index_select(0, slots).mT
+    return torch.stack(values).index_select(0, slots)
 
 
 def draw(spec: Spec, shape: tuple[int, ...], seed: int, key: str) -> Tensor:

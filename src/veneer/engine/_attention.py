@@ -47,7 +47,6 @@ class _Config:
 @kind("attention")
 def _attention(base: type) -> dict[str, Any]:
     plain = base.forward  # type: ignore[attr-defined]
-    names = tuple(inspect.signature(plain).parameters)
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,8 +55,12 @@ def _attention(base: type) -> dict[str, Any]:
             return plain(self, *args, **kwargs)
         # What entered the module, for edits that gate on it; a block runs once at a time, so one place is enough.
         entered = args[0] if args else kwargs.get("hidden_states", kwargs.get("query"))
-        frame.captured[("hidden", self.__dict__[NAME])] = entered
-        return plain(self, *args, **kwargs)
+        key = ("hidden", self.__dict__[NAME])
+        frame.captured[key] = entered
+        try:
+            return plain(self, *args, **kwargs)
+        finally:  # kept to the end of the call it would be one more tensor a block
+            frame.captured.pop(key, None)
 
     def config(self: Any) -> Any:
         own = self.__dict__["config"]
@@ -67,7 +70,6 @@ def _attention(base: type) -> dict[str, Any]:
     def set_config(self: Any, value: Any) -> None:
         self.__dict__["config"] = value
 
-    del names
     return {"forward": forward, "config": property(config, set_config)}
 
 

@@ -20,12 +20,16 @@ from ._outputs import cut_features, first, with_first
 from ._plan import SitePlan
 from ._program import Op, by_rows, is_shift, narrow
 from ._rows import Rows
-from ._swap import NAME, twin
+from ._swap import NAME, plain_class, twin
 from ._weights import cut, features, paste, stored
 
 
 def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: tuple, kwargs: dict) -> Any:
     """The base's output under weight edits: dense ones through W', factored ones added to the output."""
+    if all(op.adds_alone for op in ops):  # the common case, at every linear of every decoding step
+        y = plain(*args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        return with_first(y, _add_branches(module, ops, frame, x, first(y), None))
     factored = [op for op in ops if _is_factored(op, frame)]
     dense = [op for op in ops if not _is_factored(op, frame)]
     if dense and factored:
@@ -67,7 +71,7 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         y = with_first(y, torch.where(op.live.view(-1, *[1] * (now.dim() - 1)), new, now))
     if factored:
         x = args[0] if args else next(iter(kwargs.values()))
-        y = with_first(y, _add_branches(factored, frame, x, first(y), bias))
+        y = with_first(y, _add_branches(module, factored, frame, x, first(y), bias))
     return y
 
 
@@ -225,10 +229,14 @@ def _put_one(rows: Rows, a: Any, b: Any) -> Any:
     return rows.put(a, b, axis)
 
 
-def _add_branches(ops: list[Op], frame: Frame, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+def _add_branches(
+    module: nn.Module, ops: list[Op], frame: Frame, x: Tensor, y: Tensor, bias: Tensor | None
+) -> Tensor:
+    """y with what factored edits add to the module's output."""
+    reads = any("y" in op.method.arguments.get("branch", ()) for op in ops)
     # Without gradients dy is added in place; an edit that reads the bare output then needs a copy of it.
-    reads = not torch.is_grad_enabled() and any("y" in op.method.arguments.get("branch", ()) for op in ops)
-    bare = y.clone() if reads else y
+    bare = y.clone() if reads and not torch.is_grad_enabled() else y
+    in_place = _may_write(module) and not (reads and torch.is_grad_enabled())
     for op in ops:
         m, site = op.method, op.site
         rows = op.rows
@@ -254,8 +262,25 @@ def _add_branches(ops: list[Op], frame: Frame, x: Tensor, y: Tensor, bias: Tenso
         if site.ranges and not is_shift(op.plan):
             wide = torch.zeros(*dy.shape[:-1], y.shape[-1], dtype=dy.dtype, device=dy.device)
             dy = wide.index_copy(-1, features(site, dy.device), dy)
-        y = y + dy if rows is None else rows.add(y, dy)
+        if rows is not None:
+            y = rows.add(y, dy)
+        elif in_place:
+            y = y.add_(dy)
+        else:
+            y = y + dy
     return y if bias is None else y + bias
+
+
+def _may_write(module: nn.Module) -> bool:
+    """Whether the module's output is nobody else's: a linear layer's is new at each call, and no backward reads it.
+    Compiled code needs no such help, and under `vmap` the change may have an axis that the output lacks."""
+    if (
+        getattr(plain_class(module), "forward", None) is not nn.Linear.forward
+        or torch.compiler.is_compiling()
+    ):
+        return False
+    level = getattr(torch._C._functorch, "maybe_current_level", None)
+    return level is not None and level() is None
 
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)

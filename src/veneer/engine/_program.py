@@ -30,6 +30,7 @@ class Op:
 
     __slots__ = (
         "adapter",
+        "adds_alone",
         "count",
         "level",
         "live",
@@ -54,6 +55,7 @@ class Op:
         self.level = 0  # place in the stack of its rows
         self.singles: list[Tensors] = []  # rowed: the tensors of each row's adapter by themselves
         self.live: Tensor | None = None  # banked form: (rows, 1, 1) bool
+        self.adds_alone = adds_alone(plan)
 
     def for_rows(self, rows: Rows, kept: Sequence[tuple[int, int]]) -> Op:
         """The op on some of its rows. kept: (place among the new rows, place among its own)."""
@@ -245,6 +247,14 @@ def is_shift(sp: SitePlan) -> bool:
     """A weight edit of a bias: it shifts the output, whatever the module is."""
     site = sp.site
     return len(site.shape) == 1 and site.parameter in ("bias", site.bias or "bias") and not site.ranges
+
+
+def adds_alone(sp: SitePlan) -> bool:
+    """A weight edit of a plain linear layer that adds to its output and reads its input alone."""
+    site, branch = sp.site, sp.method.arguments.get("branch")
+    if branch is None or "y" in branch or site.kind not in ("linear", "conv1d"):
+        return False
+    return not site.experts and len(site.shape) == 2
 
 
 def by_rows(ops: Sequence[Op], total: int) -> list[tuple[Rows, list[Op]]]:

@@ -124,11 +124,12 @@ class LoRA(WeightMethod):
     def branch(self, t: Tensors, x: Tensor, at: At) -> Tensor:
         """What delta adds to the output, without forming B A: (..., in) -> (..., out)"""
         x = dropout(x, self.dropout, at)
-        y = (x @ t.A.mT) @ t.B.mT
+        # s times the narrow factor: a pass over `rank` numbers a token in place of `out`.
+        y = (self.scale * (x @ t.A.mT)) @ t.B.mT
         if "A0" in t:
-            y = y - (x @ t.A0.mT) @ t.B0.mT
-        y = self.scale * (y + t.bias if "bias" in t else y)
-        return y + t.base_bias if "base_bias" in t else y
+            y = y - (self.scale * (x @ t.A0.mT)) @ t.B0.mT
+        bias = self.bias_delta(t)
+        return y if bias is None else y + bias
 
     def bias_delta(self, t: Tensors) -> Tensor | None:
         """What `branch` adds to the output whatever x is: (out,), or None where no bias is trained."""
