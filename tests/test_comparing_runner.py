@@ -59,3 +59,17 @@ def test_every_trained_method_declares_rates_and_wrong_options_are_said_first():
     runner.check(parse_arm("lora:rank=4+lora_plus"))
     with pytest.raises(UnknownOption, match="rnk"):
         runner.check(parse_arm("lora:rnk=4"))
+
+
+def test_near_duplicates_of_held_out_rows_leave_training_and_stand_in_the_design():
+    from veneer.comparing import prepare
+    from veneer.data import Splits
+
+    copy = {**DATA["test"][0], "text": DATA["test"][0]["text"].upper() + "!"}
+    data = Splits([*DATA["train"], copy], DATA["validation"], DATA["test"], "classify", {}, ["bad", "good"])
+    found = prepare("m", data, "lora", near_duplicates=1)
+    assert found.design.near_duplicates == {"train": 1, "validation": 0, "equal": 1, "threshold": 1.0}
+    assert found.design.sizes == {"train": 10, "validation": 4, "test": 4}
+    assert "1 of train" in str(found)
+    assert len(data.train) == 11  # what was given is as it was
+    assert prepare("m", DATA, "lora", task="classify", near_duplicates=1).design.near_duplicates["train"] == 0

@@ -126,6 +126,10 @@ def compare(
     columns: Columns = None,
     group: Annotated[str | None, typer.Option(help="a column whose rows stay in one split")] = None,
     sizes: Annotated[str | None, typer.Option(help="of the splits: validation=500,test=0.1")] = None,
+    near_duplicates: Annotated[
+        float | None,
+        typer.Option(help="leave out training rows that overlap so far with held-out ones; default 0.8"),
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,

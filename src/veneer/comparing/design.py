@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,6 +77,7 @@ class Comparison:
     every arm against the best. smallest_effect: the smallest difference of the metric that would matter.
     options: of every training. reading: how the data were read. claim: a published claim, and its rule.
     beyond: groups of test items and further sets, each with its digest (`further`).
+    near_duplicates: how many rows were left out as such.
     match_parameters: how near the trained parameters are to the anchor's, and matched what became of each arm.
     """
 
@@ -100,6 +101,7 @@ class Comparison:
     reading: Mapping[str, Any] = field(default_factory=dict)
     claim: Mapping[str, Any] = field(default_factory=dict)
     beyond: Mapping[str, Any] = field(default_factory=dict)
+    near_duplicates: Mapping[str, Any] = field(default_factory=dict)
     match_parameters: str = ""
     matched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -161,6 +163,7 @@ class Comparison:
             "reading": dict(self.reading),
             "claim": dict(self.claim),
             "beyond": dict(self.beyond),
+            "near_duplicates": dict(self.near_duplicates),
             "match_parameters": self.match_parameters,
             "matched": {arm: dict(said) for arm, said in self.matched.items()},
         }
@@ -191,10 +194,10 @@ class Comparison:
         return hashlib.sha256(canonical_json(self.to_dict()).encode()).hexdigest()
 
 
-def canonical_json(value: Any) -> str:
+def canonical_json(value: Any, default: Callable[[Any], str] = str) -> str:
     """One text for one value: sorted keys, no spaces, no NaN; what JSON lacks is written as its text."""
     return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=default
     )
 
 

@@ -45,6 +45,8 @@ FIELDS: dict[str, tuple[str, str]] = {
     "shifted": ("texts", "other test sets of the same task and labels"),
     "corrupt": ("texts", "corruptions of the test split, kind:severity, or all"),
     "forgetting": ("texts", "off-task sets on which the bare base is compared with itself after training"),
+    "near_duplicates": ("number", "overlap from which on training rows that copy held-out ones are left out; "
+                        "default 0.8, 1 for equal ones"),
     "device": ("text", "cpu, cuda, cuda:1, mps"),
     "dtype": ("text", "of the base: float32, bfloat16, float16"),
     "claim": ("table", "a published claim, and the rule that decides it"),

@@ -28,6 +28,7 @@ class Prepared:
     run_arm: RunArm
     fields: Mapping[str, Any] = field(default_factory=dict)
     measured: Measured = field(default_factory=Measured)
+    notes: Sequence[str] = ()
 
     def measure(self, output: str | Path | None = None) -> Prepared:
         """What the runs cost: from those that have ended in `output`, else from a few timed steps."""
@@ -63,6 +64,7 @@ class Prepared:
             f"design {design.sha256}",
             f"base     {design.model}",
             f"data     {design.data}" + (f" ({sizes})" if sizes else ""),
+            *(f"         {note}" for note in self.notes),
             f"metric   {design.metric} ({'higher' if design.higher_is_better else 'lower'} is better)",
             f"budget   {parse_budget(design.budget).label}",
             f"seeds    {_listed(design.seeds)}; rates are tried on {_listed(design.tuning_seeds)}",
@@ -103,6 +105,7 @@ def prepare(
     contrasts: Sequence[tuple[str, str]] = (),
     correction: str = "holm",
     smallest_effect: float = 0.01,
+    near_duplicates: float | None = None,
     controls: str | Iterable[str] | None = None,
     match_parameters: str | float | None = None,
     match_to: int | None = None,
@@ -124,6 +127,7 @@ def prepare(
         "model": model, "data": data, "methods": methods, "task": task, "metric": metric, "budget": str(budget),
         "seeds": seeds, "tuning_seeds": tuning_seeds, "trials": trials, "extend_rates": extend_rates, "rates": rates,
         "contrasts": contrasts, "correction": correction, "smallest_effect": smallest_effect, "claim": claim,
+        "near_duplicates": near_duplicates,
         "controls": controls if controls is None or isinstance(controls, str) else list(controls) or "none",
         "match_parameters": match_parameters, "match_to": match_to,
         "sizes": sizes if run_arm is None else None, **options,
@@ -136,6 +140,8 @@ def prepare(
 
         if sizes is not None:
             options["sizes"] = sizes
+        if near_duplicates is not None:
+            options["near_duplicates"] = near_duplicates
         run_arm = runner = default_runner(
             model, data, task=task, budget=parse_budget(budget), options=options
         )
@@ -179,11 +185,13 @@ def prepare(
         options=options,
         reading=reading,
         claim=dict(claim or {}),
+        near_duplicates=runner.near.to_dict() if runner is not None else {},
         beyond=run_arm.beyond.to_dict() if hasattr(run_arm, "beyond") else {},
         match_parameters="" if not matches else str(match_parameters or "2%"),
         matched=matches,
     )
-    return Prepared(design, run_arm, _writable(given))
+    notes = (str(runner.near),) if runner is not None else ()
+    return Prepared(design, run_arm, _writable(given), notes=notes)
 
 
 Pairs = list[tuple[Arm, Arm]]

@@ -75,6 +75,8 @@ def run_prepared(
     """Run what was prepared, with its comparison file beside the results."""
 
     def write() -> None:
+        for note in prepared.notes:
+            progress(Progress(note))
         write_comparison(Path(output) / "comparison.toml", prepared.fields, prepared.design.sha256)
 
     return run(

@@ -24,6 +24,8 @@ DEMO_SIZES = {"train": 190, "validation": 200, "test": 300}
 DEMO_EPOCHS = 2
 READING = ("columns", "sizes", "group", "split")
 """Options of reading the data, not of training."""
+THRESHOLD = 0.8
+"""Overlap of shingles from which on a training row is a near-duplicate of a held-out one."""
 IN_MEMORY = "the base is in memory, and cannot be opened again from a name"
 COST_ROWS = 512  # training rows, evenly spread, that costs are measured on
 
@@ -34,14 +36,16 @@ class TrainingRunner:
     def __init__(
         self, model: Any, data: Any, task: str | None, budget: Budget, options: Mapping[str, Any]
     ) -> None:
-        from veneer.data import Splits, read
+        from veneer.data import Splits, read, without_near_copies
         from veneer.tasks import find_task
 
         self.model, self.budget, self.options = model, budget, dict(options)
         self._base: Any = None  # open while arms are counted
         self.reading = {key: self.options.pop(key) for key in READING if key in self.options}
         asked = {key: self.options.pop(key) for key in ASKED if key in self.options}
+        overlap = float(self.options.pop("near_duplicates", THRESHOLD))
         self.data = data if isinstance(data, Splits) else read(data, task=task, **self.reading)
+        self.data, self.near = without_near_copies(self.data, overlap)
         if budget.kind == "demo":
             for split, size in DEMO_SIZES.items():
                 setattr(self.data, split, getattr(self.data, split)[:size])
@@ -58,7 +62,7 @@ class TrainingRunner:
 
     @property
     def data_sha256(self) -> str:
-        return hashlib.sha256(canonical_json(self.data.parts).encode()).hexdigest()
+        return hashlib.sha256(canonical_json(self.data.parts, default=_content).encode()).hexdigest()
 
     @property
     def families(self) -> dict[str, str]:
@@ -255,6 +259,12 @@ class TrainingRunner:
             "label": names[label],
             "probabilities": {name: counts[index] / len(labels) for index, name in enumerate(names)},
         }
+
+
+def _content(value: Any) -> str:
+    """What stands for a picture or a sound: its bytes' digest, since its text may hold an address in memory."""
+    data = value if isinstance(value, bytes) else getattr(value, "tobytes", str(value).encode)()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _methods() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from veneer.data._builtin import BUILTINS
 from veneer.data._chat import messages_of
 from veneer.data._columns import TASKS, parse_columns
 from veneer.data._formats import read_table
+from veneer.data._near import NearCopies, without_near_copies
 from veneer.data._read import check, read
 from veneer.data._report import DataReport, Problem
 from veneer.data._sets_python import DOMAIN_SETS
@@ -30,6 +31,7 @@ def domains_of(spec: str) -> list[str]:
 __all__ = [
     "TASKS",
     "DataReport",
+    "NearCopies",
     "Problem",
     "Splits",
     "builtin_data",
@@ -41,4 +43,5 @@ __all__ = [
     "parse_corruptions",
     "read",
     "read_table",
+    "without_near_copies",
 ]
