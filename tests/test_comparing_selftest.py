@@ -10,7 +10,17 @@ import pytest
 from veneer.comparing import self_test
 from veneer.comparing.design import Assumed
 from veneer.comparing.selftest import BOUNDS, items_needed
-from veneer.comparing.simulation import SCENARIOS, Scenario, draw, draw_pair, seed_deviation
+from veneer.comparing.simulation import (
+    CORPUS_SCENARIOS,
+    SCENARIOS,
+    CorpusScenario,
+    Scenario,
+    corpus_truth,
+    draw,
+    draw_corpus,
+    draw_pair,
+    seed_deviation,
+)
 from veneer.comparing.statistics import spread
 
 
@@ -54,7 +64,7 @@ def test_an_interval_that_is_far_too_wide_is_caught_too():
 
 def test_a_small_self_test_measures_every_rate_and_prints_it():
     few = (Scenario("few", items=60), Scenario("others", items=60, binary=False, second_seeds=4))
-    found = self_test(repeats=120, ratios=(1.0,), arms=3, scenarios=few, effect=0.05)
+    found = self_test(repeats=120, ratios=(1.0,), arms=3, scenarios=few, corpus=(), effect=0.05)
     assert {row.what for row in found.rows} == set(BOUNDS)
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain["passed"] == found.passed
@@ -66,9 +76,14 @@ def test_a_small_self_test_measures_every_rate_and_prints_it():
 
 
 def test_the_same_call_measures_the_same():
-    one, two = (self_test(repeats=60, ratios=(1.0,), arms=3, scenarios=SCENARIOS[:1]) for _ in range(2))
+    one, two = (
+        self_test(repeats=60, ratios=(1.0,), arms=3, scenarios=SCENARIOS[:1], corpus=()) for _ in range(2)
+    )
     assert one.rows == two.rows
-    assert self_test(repeats=60, ratios=(1.0,), arms=3, scenarios=SCENARIOS[:1], seed=1).rows != one.rows
+    assert (
+        self_test(repeats=60, ratios=(1.0,), arms=3, scenarios=SCENARIOS[:1], corpus=(), seed=1).rows
+        != one.rows
+    )
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
@@ -81,6 +96,24 @@ def test_the_truth_of_simulated_scores_is_their_mean(scenario):
     if scenario.binary:
         assert truth[0] == pytest.approx(truth[2])  # equal levels are equal truths, whatever the spread
     assert truth[1] > truth[0]
+
+
+@pytest.mark.parametrize("scenario", CORPUS_SCENARIOS, ids=lambda scenario: scenario.metric)
+def test_the_truth_of_a_simulated_metric_is_its_mean_over_seeds(scenario):
+    levels = (1.2, 1.8)
+    means = draw_corpus(np.random.default_rng(0), scenario, levels, 6, 0.3, 200).mean((2, 3))
+    for place, level in enumerate(levels):
+        error = means[:, place].std(ddof=1) / 200**0.5
+        assert abs(means[:, place].mean() - corpus_truth(scenario, level, 0.3)) < 4 * error
+
+
+def test_the_coverage_of_a_metric_that_is_no_mean_is_measured_too():
+    found = self_test(
+        repeats=250, ratios=(1.0,), arms=3, scenarios=(), corpus=(CorpusScenario("f1_macro", 100),)
+    )
+    (of_gap,) = found.of("coverage of a difference")
+    assert of_gap.holds
+    assert "f1_macro, 100 items" in str(found)
 
 
 def test_simulated_pairs_have_the_variances_that_were_assumed():
@@ -103,7 +136,7 @@ def test_an_effect_that_no_number_of_items_shows_has_no_size():
 
 @pytest.mark.slow
 def test_coverage_error_power_and_the_best_group_keep_their_bounds_at_six_seeds():
-    found = self_test(repeats=4000)
+    found = self_test()
     print(found)
     broken = [row for row in found.of("coverage of a difference") if not row.within]
     assert not broken
@@ -112,6 +145,6 @@ def test_coverage_error_power_and_the_best_group_keep_their_bounds_at_six_seeds(
 
 @pytest.mark.slow
 def test_twelve_arms_keep_their_bounds_too():
-    found = self_test(repeats=2000, arms=12, scenarios=SCENARIOS[:1], seed=1)
+    found = self_test(repeats=2000, arms=12, scenarios=SCENARIOS[:1], corpus=(), seed=1)
     print(found)
     assert found.passed

@@ -11,7 +11,7 @@ def run_self_test() -> None:
     """Print what was measured; exit status 1 where a bound is broken."""
     from veneer.comparing import self_test
 
-    note("simulating comparisons (about a minute)")
+    note("simulating comparisons (about two minutes)")
     found = self_test()
     result(found)
     if not found.passed:

@@ -16,7 +16,19 @@ import numpy as np
 
 from veneer.comparing.analysis import LEVEL, best_group_p_of_array
 from veneer.comparing.design import Assumed, smallest_findable
-from veneer.comparing.simulation import SCENARIOS, Scenario, batches, draw, draw_pair, seed_deviation
+from veneer.comparing.simulation import (
+    CORPUS_SCENARIOS,
+    SCENARIOS,
+    CorpusScenario,
+    Scenario,
+    batches,
+    corpus_seed_deviation,
+    corpus_truth,
+    draw,
+    draw_corpus,
+    draw_pair,
+    seed_deviation,
+)
 from veneer.comparing.statistics import Array, adjust, sign_flip_can_decide, spread, spread_of_difference
 
 RATIOS = (0.1, 1.0, 10.0)
@@ -132,15 +144,17 @@ class SelfTest:
 def self_test(
     seeds: int = 6,
     ratios: Sequence[float] = RATIOS,
-    repeats: int = 2000,
+    repeats: int = 4000,
     arms: int = 5,
     scenarios: Sequence[Scenario] = SCENARIOS,
+    corpus: Sequence[CorpusScenario] = CORPUS_SCENARIOS,
     effect: float = 0.03,
     interval: IntervalOf | None = None,
     seed: int = 0,
 ) -> SelfTest:
     """Measure coverage, family-wise error, the best group and power, for each kind of scores and ratio.
 
+    corpus: metrics that are no mean of item scores, whose coverage is measured too.
     effect: the difference whose power is measured, at the number of items for which the forecast names it.
     interval: one of your own instead of veneer's, to see whether it would pass; then coverage alone is
     measured. Every default run draws the same numbers.
@@ -157,6 +171,11 @@ def self_test(
                 found = _equal(rng, scenario, seeds, deviation, repeats, arms)
                 found |= _some_equal(rng, scenario, seeds, deviation, repeats, arms)
             rows += [_measured(scenario.name, what, ratio, value, repeats) for what, value in found.items()]
+    for metric in corpus if interval is None else ():
+        for ratio in ratios:
+            rng = np.random.default_rng([seed, len(rows), 1])
+            found = _corpus(rng, metric, seeds, ratio, repeats)
+            rows += [_measured(metric.name, what, ratio, value, repeats) for what, value in found.items()]
     if interval is None:
         rows += [_power(np.random.default_rng([seed, 1]), seeds, effect, n, repeats) for n in (1, arms - 1)]
     rows.sort(key=lambda row: list(BOUNDS).index(row.what))
@@ -226,6 +245,22 @@ def _coverage_of(
         true = truth[1] - truth[0]
         covered += int(((low <= true) & (true <= high)).sum())
     return {"coverage of a difference": covered / repeats}
+
+
+def _corpus(
+    rng: np.random.Generator, scenario: CorpusScenario, seeds: int, ratio: float, repeats: int
+) -> dict[str, float]:
+    """Coverage of a metric that is no mean of items, and of the difference of two arms in it."""
+    levels = (1.2, 1.8)
+    deviation = corpus_seed_deviation(scenario, levels, seeds, ratio)
+    one, two = (corpus_truth(scenario, level, deviation) for level in levels)
+    of_mean = of_gap = 0
+    for size in batches(repeats):
+        found = draw_corpus(rng, scenario, levels, seeds, deviation, size)
+        mean, gap = spread(found[:, 0]), spread(found[:, 1] - found[:, 0])
+        of_mean += int((np.abs(mean.estimate - one) <= mean.half_width(LEVEL / 2)).sum())
+        of_gap += int((np.abs(gap.estimate - (two - one)) <= gap.half_width(LEVEL / 2)).sum())
+    return {"coverage of a difference": of_gap / repeats, "coverage of a mean": of_mean / repeats}
 
 
 def items_needed(effect: float, seeds: int, contrasts: int = 1, assumed: Assumed | None = None) -> int | None:

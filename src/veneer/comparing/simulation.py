@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from veneer.comparing.design import Assumed
-from veneer.comparing.statistics import Array
+from veneer.comparing.statistics import Array, spread
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,96 @@ def seed_deviation(scenario: Scenario, seeds: int, ratio: float) -> float:
     """
     first, second = scenario.scales(2)
     return float((ratio * seeds * 2 * scenario.own**2 / (scenario.items * (first**2 + second**2))) ** 0.5)
+
+
+@dataclass(frozen=True)
+class CorpusScenario:
+    """Runs that are scored by a metric which is no mean of items. metric: f1_macro, matthews or pearson.
+
+    An item has a label (one of two classes, the second on `rare` of the items; for pearson a number); an arm
+    follows it as far as its level goes, and a seed is lucky or not. Items and arms are as in `Scenario`.
+    """
+
+    metric: str
+    items: int = 300
+    own: float = 1.0
+    rare: float = 0.3
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric}, {self.items} items"
+
+    @property
+    def noise(self) -> float:
+        return float((2 + self.own**2) ** 0.5)
+
+
+CORPUS_SCENARIOS = (CorpusScenario("f1_macro"), CorpusScenario("matthews"), CorpusScenario("pearson"))
+
+
+def draw_corpus(
+    rng: np.random.Generator,
+    scenario: CorpusScenario,
+    levels: Sequence[float],
+    seeds: int,
+    seed_sd: float,
+    repeats: int,
+) -> Array:
+    """The parts of the metric: (repeat, arm, seed, item)."""
+    from veneer.comparing.corpus import METRICS, counts, parts, products
+
+    arms, items = len(levels), scenario.items
+    if scenario.metric == "pearson":
+        labels = rng.standard_normal((repeats, 1, 1, items))
+    else:
+        labels = np.where(rng.random((repeats, 1, 1, items)) < scenario.rare, 1.0, -1.0)
+    luck = seed_sd * rng.standard_normal((repeats, arms, seeds, 1))
+    guess = (np.asarray(levels)[:, None, None] + luck) * labels
+    guess = guess + rng.standard_normal((repeats, 1, 1, items)) + rng.standard_normal(guess.shape)
+    guess += scenario.own * rng.standard_normal((repeats, arms, 1, items))
+    labels = np.broadcast_to(labels, guess.shape)
+    if scenario.metric == "pearson":
+        sums = products(labels, guess)
+    else:
+        sums = counts((labels > 0).astype(int), (guess > 0).astype(int), 2)
+    return parts(sums, METRICS[scenario.metric].value)
+
+
+def corpus_truth(scenario: CorpusScenario, level: float, seed_sd: float) -> float:
+    """The mean of the metric over seeds, each on endless items: in closed form, then over the luck of seeds."""
+    points, weights = np.polynomial.hermite_e.hermegauss(61)
+    return float(corpus_value(scenario, level + seed_sd * points) @ weights / weights.sum())
+
+
+def corpus_value(scenario: CorpusScenario, level: Array) -> Array:
+    """The metric on endless items of arms with these levels."""
+    from scipy import stats
+
+    from veneer.comparing.corpus import METRICS
+
+    level = np.asarray(level, dtype=np.float64)
+    if scenario.metric == "pearson":
+        return level / np.sqrt(level**2 + scenario.noise**2)
+    right = stats.norm.cdf(level / scenario.noise)
+    shares = (1 - scenario.rare, scenario.rare)
+    sums = []
+    for own, other in (shares, shares[::-1]):
+        sums += [own * right, own * right + other * (1 - right), np.full_like(right, own)]
+    return METRICS[scenario.metric].value(1e6 * np.stack(sums, -1))
+
+
+def corpus_seed_deviation(
+    scenario: CorpusScenario, levels: tuple[float, float], seeds: int, ratio: float
+) -> float:
+    """The luck of seeds that brings `ratio` times the variance that items bring, to first order."""
+    from dataclasses import replace
+
+    large = replace(scenario, items=20_000)
+    found = draw_corpus(np.random.default_rng(1), large, levels, 8, 0.0, 1)[0]
+    gap = spread(found[0] - found[1])
+    from_items = float(gap.from_items - gap.shared) * large.items / scenario.items
+    slopes = [np.diff(corpus_value(scenario, np.array([at - 0.01, at + 0.01])))[0] / 0.02 for at in levels]
+    return float((ratio * seeds * from_items / sum(slope**2 for slope in slopes)) ** 0.5)
 
 
 def draw_pair(
