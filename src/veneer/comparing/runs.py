@@ -234,8 +234,17 @@ class Runs:
 
 def _forget_test(folder: Path) -> None:
     """Take out what a trainer wrote of its evaluation: test scores are in the sealed file alone."""
+    import json
+
     for path in (*folder.glob("predictions-*.jsonl"), folder / "result.json"):
         path.unlink(missing_ok=True)
+    record = folder / "veneer.json"
+    if record.is_file():
+        said = json.loads(record.read_text(encoding="utf-8"))
+        metrics = (said.get("training") or {}).get("metrics") or {}
+        if metrics.keys() - {"validation"}:
+            said["training"]["metrics"] = {key: of for key, of in metrics.items() if key == "validation"}
+            write_atomic(record, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
 
 
 def _reason(error: Exception) -> str:
