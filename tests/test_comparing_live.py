@@ -53,6 +53,15 @@ def test_a_stopped_comparison_is_seen_as_far_as_it_came(killed):
     assert f"{by_arm['full']['best_validation']:.4g}" in page
 
 
+def test_an_arm_without_rates_of_its_own_is_confirmed_on_every_seed(tmp_path):
+    lines = [{"kind": "design", "sha256": "x", "design": {"model": "m", "data": "d", "rates": {"lora": [0.1]},
+              "arms": ["untrained", "lora", "random_direction"], "seeds": [1, 2]}}]  # fmt: skip
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    state = state_of(tmp_path)
+    assert [arm["confirmed_of"] for arm in state["arms"]] == [1, 2, 2]
+    assert state["of"] == 6
+
+
 def test_the_page_and_the_state_need_no_test_score(killed):
     before = state_of(killed)
     shutil.rmtree(killed / "sealed")

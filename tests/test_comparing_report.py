@@ -15,7 +15,7 @@ from test_comparing_fake import RATES, SIZES, FakeTrainer
 from veneer.comparing import compare, from_results
 from veneer.comparing.axes import Axis, LogAxis
 from veneer.comparing.disagreements import pair_counts, read_scores
-from veneer.comparing.report import digest
+from veneer.comparing.report import digest, write_report
 
 ARMS = ["lora:rank=1", "lora:rank=4", "broken", "impossible"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -291,3 +291,31 @@ def test_a_click_on_a_heading_sorts_the_table(tmp_path, page):
     assert up[-1] == "–"  # what was not measured stays last
     assert [int(text) for text in down if text != "–"] == numbers[::-1]
     assert down[-1] == "–"
+
+
+def test_a_control_that_misbehaves_is_said_before_anything_else(result, tmp_path):
+    for name in ("summary.json", "results.jsonl", "scores.jsonl"):
+        (tmp_path / name).write_text((result.folder / name).read_text())
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["controls"]
+    assert "A control did not behave" not in write_report(tmp_path).read_text()
+    bad = {
+        "arm": "full",
+        "control": "duplicate",
+        "expected": "not separable from its anchor",
+        "against": "lora",
+    }
+    bad |= {"behaved": False, "said": "<lora> is better", "difference": 0.1, "low": 0.05, "high": 0.15}
+    summary |= {"controls": [bad], "notes": ["A note <of> the source."]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    page = write_report(tmp_path).read_text()
+    head = page[: page.index("<nav")]
+    assert "A control did not behave: &lt;lora&gt; is better" in head
+    assert "+10.0" in page
+    assert "A note &lt;of&gt; the source." in page[page.index('id="limits"') :]
+
+
+def test_the_conclusion_says_how_sure_it_is(result):
+    tied = sum(arm.tied_with_best for arm in result.analysis.arms)
+    assert tied > 1
+    assert f"The best arm is one of those {tied}, with 95 % confidence." in result.sentence

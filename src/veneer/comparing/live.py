@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing import charts
+from veneer.comparing.arms import parse_arm
 from veneer.comparing.axes import Quantity
 from veneer.comparing.design import Comparison, duration
 from veneer.comparing.published import lines_of
@@ -64,7 +65,7 @@ def _arm(name: str, design: Comparison, lines: Sequence[Mapping[str, Any]]) -> d
     known = {(line["stage"], line["seed"], line["learning_rate"]): line for line in lines}  # the last attempt
     tried = [line for line in known.values() if line["stage"] == "tune" and line["status"] != "failed"]
     confirmed = [line for line in known.values() if line["stage"] == "confirm" and line["status"] != "failed"]
-    is_trained = bool(design.rates.get(name))
+    is_trained = parse_arm(name).is_trained
     out = next((line for line in known.values() if line["status"] in ("not_applicable", "failed")), None)
     trials_of = max(len(design.rates.get(name, ())) * len(design.tuning_seeds), len(tried))
     confirmed_of = len(design.seeds) if is_trained else 1

@@ -114,6 +114,8 @@ def content(page: Published) -> dict[str, Any]:
         "certainty": rest.replace(f" {s['claim'][:1].upper()}{s['claim'][1:]}.", "") if rest else "",
         "facts": _facts(s),
         "arms": tables.arms_table(page),
+        "misbehaved": [one for one in s.get("controls") or [] if one["behaved"] is False],
+        "controls": tables.controls_table(page),
         "groups_say": _groups_say(s),
         "forest": charts.forest(page.arms, s["groups"], page.chosen, page.scale),
         "prices": prices,
@@ -130,7 +132,7 @@ def content(page: Published) -> dict[str, Any]:
         "costs_say": _costs_say(page),
         "commands_say": _commands_say(s),
         "commands": _commands(page),
-        "limits": limits_of(s, _edges(page)),
+        "limits": [*(s.get("notes") or []), *limits_of(s, _edges(page))],
         "how": _how(s),
         "design_json": json.dumps(s["comparison"], indent=2, ensure_ascii=False),
     }

@@ -134,6 +134,36 @@ def contrasts_table(page: Published) -> Table:
     return Table("Differences of means over the same seeds and items", columns, rows)
 
 
+def controls_table(page: Published) -> Table | None:
+    """Arms whose result was known beforehand: what was expected, what was found, and whether that is as it should."""
+    found = page.summary.get("controls") or []
+    if not found:
+        return None
+    columns = [
+        Column("Control", True),
+        Column("Expected", True),
+        Column("Found", True),
+        Column("Difference", is_minor=True, falls=True),
+        Column("As expected", True),
+    ]
+    rows = []
+    for one in found:
+        gap = one.get("difference")
+        cell = Cell("–")
+        if gap is not None:
+            bounds = f"({signed(one['low'], page.scale)} to {signed(one['high'], page.scale)})"
+            cell = Cell(signed(gap, page.scale), gap, extra=bounds)
+        verdict = {True: "yes", False: "NO", None: "cannot be said"}[one["behaved"]]
+        cells = [
+            Cell(one["expected"], one["expected"]),
+            Cell(one["said"], one["said"]),
+            cell,
+            Cell(verdict, verdict),
+        ]
+        rows.append(Row(one["arm"], cells, one["arm"], kind_of(page, one["arm"])))
+    return Table("Controls: the other arm less the control", columns, rows)
+
+
 def sensitivity_table(page: Published, found: Sequence[Tuned], text: Callable[[float], str]) -> Table:
     """text: a value of the metric."""
     columns = [

@@ -66,6 +66,7 @@ def conclusion(
     best = analysis.arm(analysis.best)
     if chosen.arm == "untrained":
         first = f"Nothing that was tried is shown to be better than the untrained base: {result}. "
+        first += f"{len(tied)} arms cannot be told from the best. " if len(tied) > 1 else ""
         first += (
             f"{best.arm} has the highest mean, {scale.value(scale.sign * best.interval.estimate)}{percent}."
         )
@@ -84,7 +85,10 @@ def conclusion(
         )
     over = f"{analysis.seeds} seed{'s' if analysis.seeds != 1 else ''}"
     over = f"{analysis.items} test items and {over}" if analysis.items else over
-    second = f"With {over}, {scale.missed(analysis.smallest_found)} would usually be missed."
+    second = ""
+    if analysis.seeds > 1 and len(tied) > 1:
+        second = f"The best arm is one of those {len(tied)}, with 95 % confidence. "
+    second += f"With {over}, {scale.missed(analysis.smallest_found)} would usually be missed."
     if analysis.seeds == 1:
         second += " One seed: how much a repeated run would differ is unknown."
     third = f" {DEMO[0].upper()}{DEMO[1:]}." if is_demo else ""
