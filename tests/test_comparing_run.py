@@ -7,7 +7,7 @@ import json
 import pytest
 
 from test_comparing_fake import RATES, SIZES, FakeTrainer
-from veneer.comparing import compare, from_results
+from veneer.comparing import compare, from_results, parse_arm
 from veneer.comparing.run import choose_rate
 from veneer.errors import BadData, BadOption, TrainingFailed, UnknownMethod
 
@@ -177,6 +177,28 @@ def test_adding_an_arm_runs_only_what_is_new_and_counts_the_second_read(tmp_path
     assert {arm for arm, *_ in trainer.calls} == {"lora:rank=2"}
     assert result.test_reads == 2
     assert result.to_dict()["test_reads"] == 2
+
+
+def test_reordering_or_renaming_arms_changes_no_score(tmp_path, whole):
+    def scores(folder):
+        return {(x["arm"], x["seed"], x["item"]): x["score"] for x in lines(folder / "scores.jsonl")}
+
+    other = run(tmp_path / "order", ARMS[::-1])
+    assert scores(other.folder) == scores(whole)
+
+    class Renames(FakeTrainer):
+        def __call__(self, *, arm, **job):
+            return super().__call__(arm=parse_arm(str(arm).replace("zebra", "lora")), **job)
+
+    renamed = run(
+        tmp_path / "name",
+        [arm.replace("lora", "zebra") for arm in ARMS],
+        Renames(),
+        rates={**RATES, "zebra": RATES["lora"]},
+    )
+    assert {
+        (a.replace("zebra", "lora"), *rest): s for (a, *rest), s in scores(renamed.folder).items()
+    } == scores(whole)
 
 
 def test_flipping_the_test_labels_changes_neither_rates_nor_best(tmp_path):

@@ -172,24 +172,31 @@ def compare(
         result(found, text_of(found, terminal_width()))
         return
     fields = fields_of(ctx)
-    missing = [f"--{n}" for n in ("model", "data", "methods", "output") if not fields.get(n)]
+    missing = [
+        f"--{n}" for n in ("model", "data", "methods", "output") if not (fields.get(n) or fields.get(f"{n}s"))
+    ]
     if missing and not (dry_run and missing == ["--output"]):
         raise BadOption(f"veneer compare needs {', '.join(missing)}.", next_step="veneer compare --help")
     from veneer.cli._watch import Watch
-    from veneer.comparing import prepare, run_prepared
+    from veneer.comparing import prepare_several, run_several
+    from veneer.comparing.run import run_prepared
 
     still()
-    where = str(fields.pop("output", ""))
-    prepared = prepare(**fields).measure(where or None)
+    where, costs = str(fields.pop("output", "")), fields.pop("costs", True)
+    designs = prepare_several(fields).measure(where or None)
+    single = designs.of.get("")
     if dry_run:
-        result(prepared)
+        result(single or designs)
         return
     if not yes:
-        ask(prepared.forecast)
+        ask(single.forecast if single is not None else designs)
+    how = {"extend": extend, "costs": costs}
     with Watch() as watch:
-        found = run_prepared(
-            prepared, where, extend=extend, costs=costs, progress=(lambda event: None) if quiet else watch
-        )
+        listener = (lambda event: None) if quiet else watch
+        if single is None:
+            result(run_several(designs, where, **how, progress=listener))
+            return
+        found = run_prepared(single, where, **how, progress=listener)
     finish(found)
     result(found, text_of(found, terminal_width()))
 

@@ -17,6 +17,7 @@ from veneer.comparing.results import CompareResult
 from veneer.comparing.run import compare, run, run_prepared
 from veneer.comparing.runs import Progress, RunResult
 from veneer.comparing.selftest import SelfTest, self_test
+from veneer.comparing.several import Designs, Several, prepare_several, questions, run_several
 
 __all__ = [
     "CONTROLS",
@@ -27,6 +28,7 @@ __all__ = [
     "Budget",
     "CompareResult",
     "Comparison",
+    "Designs",
     "Forecast",
     "Ledger",
     "Prepared",
@@ -34,6 +36,7 @@ __all__ = [
     "RunResult",
     "Scores",
     "SelfTest",
+    "Several",
     "across",
     "analyse",
     "compare",
@@ -43,9 +46,12 @@ __all__ = [
     "parse_arms",
     "parse_budget",
     "prepare",
+    "prepare_several",
+    "questions",
     "read_comparison",
     "run",
     "run_prepared",
+    "run_several",
     "self_test",
     "smallest_findable",
     "write_comparison",

@@ -37,6 +37,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "controls": ("texts", "further controls: duplicate, broken_scale; none leaves out random_direction too"),
     "match_parameters": ("share", "choose sizes so that each arm trains as many parameters as LoRA, within 2%"),
     "match_to": ("count", "trained parameters of every arm, instead of LoRA's"),
+    "costs": ("flag", "measure each arm alone in a process when all is done; default true"),
     "columns": ("any", "which column is what: text=...,label=..."),
     "group": ("text", "a column whose rows stay in one split"),
     "sizes": ("any", "of the splits: validation=500,test=0.1"),
@@ -180,6 +181,12 @@ def _number(value: Any) -> float:
     return value
 
 
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
 def _share(value: Any) -> Any:
     return value if isinstance(value, str) else _number(value)
 
@@ -242,6 +249,7 @@ KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "texts": ("a list of texts, or one text with commas", _texts),
     "data": ("a text, or [[data]] tables", _data),
     "number": ("a number", _number),
+    "flag": ("true or false", _flag),
     "share": ("a part, as 2% or 0.02", _share),
     "count": ("a whole number, not below 0", _count),
     "seeds": ("a whole number, or a list of them", _seeds),
