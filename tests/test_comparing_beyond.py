@@ -356,6 +356,9 @@ def test_a_shifted_file_is_read_whole_for_the_same_labels_and_copies_of_known_ro
     assert set(found.groups.values()) == {"north"}
     again = further_of(data, {"shifted": [str(path)]})
     assert again.about[name]["sha256"] == found.about[name]["sha256"]
+    path.write_text("text,label\n" + "\n".join(f"{row['text']},{row['label']}" for row in texts(6, 0)))
+    with pytest.raises(BadData, match="6 rows, of which 6 stand in the data"):
+        further_of(data, {"shifted": [str(path)]})
     path.write_text("text,label\nsomething else here,c\nand more of it,a")
     with pytest.raises(BadData, match="not among the labels"):
         further_of(data, {"shifted": str(path)})

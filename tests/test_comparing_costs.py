@@ -201,9 +201,15 @@ def test_what_was_measured_apart_replaces_what_workers_said(tmp_path, worker):
     assert arms["lora:rank=1"]["step_seconds"] == 3.0
     assert arms["lora:rank=1"]["turns_of"]["step_seconds"] == [1, 2, 3, 4, 5]
     assert arms["full"]["status"] == "failed"
-    assert arms["full"]["step_seconds"] == 0.011  # what the worker said stays where nothing better is known
+    assert arms["full"]["step_seconds"] is None  # what the worker said is not compared with what was measured
+    assert set(summary["fronts"]["step_seconds"]["probability"]) == {
+        "untrained",
+        "linear_probe",
+        "lora:rank=1",
+    }
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {row["step_seconds"] for row in rows if row["arm"] == "lora:rank=1"} == {3.0}
+    assert {row["step_seconds"] for row in rows if row["arm"] == "full"} == {0.011}
     table = {arm["arm"]: arm for arm in summary["arms"]}
     assert table["lora:rank=1"]["peak_memory_bytes"] == 7
     assert arms["lora:rank=1"]["tuning_runs"] == 3

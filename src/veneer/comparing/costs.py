@@ -203,7 +203,7 @@ def measured_costs(
     A trainer that has no `alone(arm, learning_rate)` (one that was given by the caller), or that answers None
     (a model in memory, which no other process can open), cannot be measured apart: the list is empty.
     """
-    arms = {record.arm: record.learning_rate for record in records if record.lines}
+    arms = {r.arm: r.learning_rate for r in records if r.lines and r.arm.anchor == r.arm}  # without controls
     key = hashlib.sha256(json.dumps([identity, [str(arm) for arm in arms]]).encode()).hexdigest()
     path = folder / "costs.jsonl"
     if path.is_file():
@@ -228,6 +228,11 @@ def put_into(records: Sequence[Any], lines: Sequence[Mapping[str, Any]]) -> None
     found = {line["arm"]: line for line in lines}
     for record in records:
         record.measured = measured = dict(found.get(str(record.arm), {}))
+        if lines and record.arm.anchor != record.arm:
+            record.measured = {
+                "status": "not_measured",
+                "reason": f"a control, made from {record.arm.anchor}",
+            }
         if measured.get("status") == "measured":
             changed = {key: measured[key] for key in REPLACED}
             record.lines = [{**line, **changed} for line in record.lines]

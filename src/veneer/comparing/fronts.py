@@ -35,7 +35,7 @@ def fronts(
 ) -> dict[str, dict[str, Any]]:
     """{cost: {"about", "probability": {arm: share of resamples on the front}}}, for costs that are known.
 
-    scores: higher is better. An arm whose cost is not known has None; the others are compared without it.
+    scores: higher is better. An arm whose cost is not known is left out.
     """
     names = sorted(scores.of)
     quality = drawn_means(scores, names, resamples)
@@ -46,7 +46,7 @@ def fronts(
             continue
         places = [names.index(name) for name in known]
         probability = on_front(known, quality[places], _prices(known, costs, cost, resamples))
-        found[cost] = {"about": about, "probability": {name: probability.get(name) for name in names}}
+        found[cost] = {"about": about, "probability": probability}
     return found
 
 

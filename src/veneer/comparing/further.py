@@ -132,9 +132,10 @@ def _add_shifted(found: Further, data: Any, spec: str, most: int) -> None:
             continue  # the domain that was trained on is the test split itself
         rows = read_alike(one, data)
         kept = _not_trained_on(rows, data)
-        if not kept:
+        if len(kept) < 2:
             raise BadData(
-                f"every row of the shifted set '{one}' stands in the training data, or in its test split, too.",
+                f"the shifted set '{one}' has {len(rows)} rows, of which {len(rows) - len(kept)} stand in the data of "
+                "the comparison, too: expected at least 2 of its own.",
                 next_step="--shifted with data from another source",
             )
         name = _free(found.about, f"shifted-{_short(one)}")

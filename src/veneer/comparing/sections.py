@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.comparing.analysis import Scores
 from veneer.comparing.calibration import calibration, over_seeds, stability
-from veneer.comparing.costs import MEASURED, TIMED
+from veneer.comparing.costs import MEASURED, REPLACED, TIMED
 from veneer.comparing.fronts import fronts
 from veneer.comparing.groups import SMALL, by_group
 from veneer.comparing.robustness import corrupted, forgotten, mean_of_sets, shifted
@@ -151,6 +151,8 @@ def _costs_of(record: Record) -> dict[str, Any]:
         found |= {key: measured.get(key) for key in MEASURED if key != "trainable_parameters"}
         turns = {key: [turn.get(key) for turn in measured["each_turn"]] for key in TIMED}
         found["turns_of"] = {key: of for key, of in turns.items() if None not in of}
+    elif measured:  # what a worker said of time and memory does not go beside what was measured apart
+        found |= dict.fromkeys(REPLACED)
     if not record.arm.is_trained:
         found |= {key: found.get(key) or 0 for key in NO_TRAINING}
     return found | {
