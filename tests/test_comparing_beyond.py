@@ -124,6 +124,9 @@ def test_groups_are_scored_apart_and_small_ones_are_marked_and_left_out():
     assert found["worst"]["group"] == "b"
     assert found["gap"]["difference"] == 1.0
     assert by_group(scores[:, :40], ["a"] * 40)["gap"] is None
+    names = ["10 to 20", "-3 to 2", "3 to 9"]
+    spans = by_group(scores[:, :90], [names[i % 3] for i in range(90)])
+    assert [row["group"] for row in spans["groups"]] == ["-3 to 2", "3 to 9", "10 to 20"]
 
 
 def test_a_difference_over_other_items_shares_the_seeds():

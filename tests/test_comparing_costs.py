@@ -179,6 +179,14 @@ def test_energy_is_read_from_whole_packages_and_a_wrapped_counter_counts_on(tmp_
     assert _machine.joules(before, _machine.energy_counters(tmp_path)) == pytest.approx(0.5 + 1.0)
 
 
+def test_a_machine_that_was_busy_is_said():
+    line = {"status": "measured", "step_seconds": 3.0, "cpu_seconds": 1.0, "machine": {"device": "cpu"}}
+    assert costs.busy([line]) == 3.0
+    assert costs.busy([line | {"cpu_seconds": 2.9}]) is None
+    assert costs.busy([line | {"machine": {"device": "NVIDIA"}}]) is None
+    assert costs.busy([line | {"cpu_seconds": 0.0}, {"status": "failed"}]) is None
+
+
 # -- in a comparison ---------------------------------------------------------------------------------
 
 

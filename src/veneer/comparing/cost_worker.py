@@ -121,7 +121,7 @@ def _choose_rows(run: Any) -> None:
 
 
 def infer(model: Any, task: Any, rows: list[dict[str, Any]], feeder: Any, device: Any) -> dict[str, Any]:
-    """{latency_seconds: of one item of median length, items_per_second: in batches}; encoded before."""
+    """{latency_seconds and latency_cpu_seconds: of one item of median length, items_per_second: in batches}."""
     import torch
 
     from veneer.training._evaluate import evaluating
@@ -132,15 +132,20 @@ def infer(model: Any, task: Any, rows: list[dict[str, Any]], feeder: Any, device
     several = [rows[i] for i in order[::step][:THROUGHPUT_ROWS]]
     with evaluating(model), torch.no_grad():
 
-        def seconds(chosen: list[dict[str, Any]]) -> float:
+        def seconds(chosen: list[dict[str, Any]]) -> tuple[float, float]:
+            """By the clock, and of the processor."""
             synchronize(device)
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             task.predict(model, task.collate(chosen, feeder, model).to(device))
             synchronize(device)
-            return time.perf_counter() - began
+            return time.perf_counter() - began, time.process_time() - used
 
-        latency = median(seconds([middle]) for _ in range(LATENCIES))
-        return {"latency_seconds": latency, "items_per_second": len(several) / seconds(several)}
+        single = [seconds([middle]) for _ in range(LATENCIES)]
+        return {
+            "latency_seconds": median(clock for clock, _ in single),
+            "latency_cpu_seconds": median(used for _, used in single),
+            "items_per_second": len(several) / seconds(several)[0],
+        }
 
 
 def synchronize(device: Any) -> None:

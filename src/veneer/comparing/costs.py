@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,8 @@ START_SECONDS = 900.0  # for a base to load and three steps, on a slow machine
 TURN_SECONDS = 300.0
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
            "NUMEXPR_NUM_THREADS")  # fmt: skip
-TIMED = (
-    "step_seconds",
-    "cpu_seconds",
-    "energy_joules",
-    "tokens_per_second",
-    "latency_seconds",
-    "items_per_second",
-)
+TIMED = ("step_seconds", "cpu_seconds", "energy_joules", "tokens_per_second", "latency_seconds",
+         "latency_cpu_seconds", "items_per_second")  # fmt: skip
 MEASURED = ("trainable_parameters", "flops_per_step", "peak_memory_bytes", "runs_in_bytes", "model_bytes",
             "longest_rows_tokens")  # fmt: skip
 WORKER = ("-m", "veneer.comparing.cost_worker")
@@ -130,7 +124,7 @@ class Child:
         found: dict[str, Any] = {"arm": str(self.arm), "status": "measured", "reason": ""}
         found |= {key: self.ready.get(key) for key in MEASURED}
         for key in TIMED:
-            found |= quartiles(key, [turn[key] for turn in self.turns])
+            found |= quartiles(key, [turn.get(key) for turn in self.turns])
         return found | {"turns": len(self.turns), "each_turn": self.turns}
 
 
@@ -218,6 +212,20 @@ def measured_costs(
     lines = [{**line, "of": key} for line in measure(jobs, turns, progress)]
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
+
+
+BUSY = 1.3  # clock over processor, above which other programs had a part in the time
+
+
+def busy(lines: Iterable[Mapping[str, Any]]) -> float | None:
+    """How much longer training steps took by the clock than on the processor, where that is much; on the CPU alone."""
+    shares = [
+        line["step_seconds"] / line["cpu_seconds"]
+        for line in lines
+        if line.get("status") == "measured" and line["cpu_seconds"] and line["machine"].get("device") == "cpu"
+    ]
+    ratio = statistics.median(shares) if shares else 1.0
+    return ratio if ratio > BUSY else None
 
 
 REPLACED = ("peak_memory_bytes", "step_seconds", "tokens_per_second")

@@ -25,6 +25,7 @@ COSTS = {
     "flops_per_step": "floating-point operations of a training step",
     "tuning_seconds": "seconds of all learning-rate trials",
     "latency_seconds": "seconds for one item, the adapter attached",
+    "latency_cpu_seconds": "processor seconds for one item, the adapter attached",
     "merged_latency_seconds": "seconds for one item, merged where the method merges",
 }
 """What is paid, for all of which less is better; each gets a front of its own."""

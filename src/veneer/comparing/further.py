@@ -42,6 +42,12 @@ class Further:
         """The names of all sets, as splits of a confirmed run."""
         return iter([*self.rows, *self.off_task])
 
+    @property
+    def count(self) -> int:
+        """Rows that every confirmed run reads beside validation and test."""
+        off_task = sum(len(splits.train) + len(splits.test) for splits in self.off_task.values())
+        return sum(len(rows) for rows in self.rows.values()) + off_task
+
     def beside(self, data: Any, splits: Sequence[str]) -> Any:
         """The rows of `data` with those of `splits` that are further sets, as `train` takes them."""
         from veneer.training._open import Rows as TrainingRows

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from veneer.comparing.statistics import CONFIDENCE, Array, Spread, crossed_interval, spread
+from veneer.comparing.statistics import CONFIDENCE, Array, Spread, crossed_interval, is_binary, spread
 
 SMALL = 30
 """Items below which a group is marked small, and left out of the worst group and the gap."""
@@ -41,7 +41,10 @@ def difference_apart(first: Array, second: Array, confidence: float = CONFIDENCE
     found = spread_apart(first, second)
     half = float(found.half_width((1 - confidence) / 2))
     estimate = float(found.estimate)
-    return {"difference": estimate, "low": estimate - half, "high": estimate + half}
+    low, high = estimate - half, estimate + half
+    if is_binary(first) and is_binary(second):
+        low, high = max(-1.0, low), min(1.0, high)
+    return {"difference": estimate, "low": low, "high": high}
 
 
 def by_group(scores: Array, groups: Sequence[str], confidence: float = CONFIDENCE) -> dict[str, Any]:
@@ -50,12 +53,22 @@ def by_group(scores: Array, groups: Sequence[str], confidence: float = CONFIDENC
     -> {"groups": [{"group", "n", "small", "mean", "low", "high"}], "worst": {...}, "gap": {...}}; worst and gap are
     None where fewer than two groups are large enough.
     """
-    of = {name: scores[:, np.array([g == name for g in groups])] for name in sorted(set(groups))}
+    of = {
+        name: scores[:, np.array([g == name for g in groups])] for name in sorted(set(groups), key=_in_order)
+    }
     rows = [_row(name, part, confidence) for name, part in of.items()]
     large = {name: part for name, part in of.items() if part.shape[1] >= SMALL}
     if len(large) < 2:
         return {"groups": rows, "worst": None, "gap": None}
     return {"groups": rows, "worst": _worst(large, confidence), "gap": _gap(large, confidence)}
+
+
+def _in_order(name: str) -> tuple[int, float, str]:
+    """Spans of numbers by size, before names by the alphabet."""
+    try:
+        return 0, float(name.partition(" to ")[0]), name
+    except ValueError:
+        return 1, 0.0, name
 
 
 def _row(name: str, part: Array, confidence: float) -> dict[str, Any]:

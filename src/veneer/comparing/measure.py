@@ -124,7 +124,8 @@ def _timed(runner: Any, arm: Arm, arms: Sequence[Arm]) -> tuple[dict[str, float]
         whole = time.perf_counter() - began
     one_pass = found.step_seconds / _passes(arm)
     opening = max(0.0, whole - found.train_seconds - one_pass * len(few.validation) / batch)
-    looks = one_pass * (len(data.validation) + len(data.test)) / batch
+    looks = one_pass * (len(data.validation) + len(data.test) + runner.beyond.count) / batch
+    opening *= 2 if runner.beyond.off_task else 1  # for these the saved run is opened again
     known = {k: v for k, v in runner.options.items() if k in Settings.__dataclass_fields__}
     steps = _steps(Settings(**known), len(data.train), found.trained_tokens / max(1, found.steps))
     minutes = runner.budget.amount if runner.budget.kind == "minutes" else None

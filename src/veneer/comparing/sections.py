@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.comparing.analysis import Scores
 from veneer.comparing.calibration import calibration, over_seeds, stability
-from veneer.comparing.costs import MEASURED, REPLACED, TIMED
+from veneer.comparing.costs import MEASURED, REPLACED, TIMED, busy
 from veneer.comparing.fronts import fronts
 from veneer.comparing.groups import SMALL, by_group
 from veneer.comparing.robustness import corrupted, forgotten, mean_of_sets, shifted
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from veneer.comparing.design import Comparison
     from veneer.comparing.results import Record
 
+BUSY_NOTE = (
+    "the machine was busy with other programs: steps took {:.1f} times as long by the clock as on the processor, so "
+    "that the seconds of the processor are the fairer comparison"
+)
 NO_TRAINING = ("trainable_parameters", "bytes_on_disk", "peak_memory_bytes", "step_seconds", "cpu_seconds",
                "flops_per_step")  # fmt: skip
 
@@ -136,6 +140,7 @@ def costs_section(records: Sequence[Record]) -> dict[str, Any]:
         "how": "each arm alone in a process, one thread, turns that alternate over the arms: median and quartiles"
         if known
         else "by the training workers, one after the other: medians over seeds",
+        "note": BUSY_NOTE.format(ratio) if (ratio := busy(known)) else "",
         "machine": next((one["machine"] for one in known if one.get("machine")), None),
         "arms": arms,
     }
