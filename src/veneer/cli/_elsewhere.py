@@ -1,4 +1,4 @@
-"""`veneer compare --from` and `--across`: results that are there already, of others or of several comparisons."""
+"""`veneer compare --from`, `--across`, `--decide`: results that are there already, of others or of several runs."""
 
 from __future__ import annotations
 
@@ -39,6 +39,21 @@ def put_together(folders: list[str], output: str | None) -> None:
     result(found)
     if output is not None:
         note(f"written: {found.write(output)}")
+
+
+def decide_folder(folder: str) -> None:
+    """The verdict on the claim of a finished comparison; claim.json in its folder."""
+    import json
+    from pathlib import Path
+
+    from veneer.comparing import decide
+    from veneer.comparing.ledger import write_atomic
+
+    found = decide(folder)
+    write_atomic(
+        Path(folder) / "claim.json", json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    )
+    result(found)
 
 
 def _columns(text: str | None) -> dict[str, str]:

@@ -65,6 +65,12 @@ def compare(
             "--across", help="folders of finished comparisons: what several tasks and bases say together"
         ),
     ] = None,
+    decide_in: Annotated[
+        str | None,
+        typer.Option(
+            "--decide", help="the folder of a comparison with a [claim]: agrees, contradicts or cannot tell"
+        ),
+    ] = None,
     items: Annotated[
         int | None,
         typer.Option(help="with --from: test items behind each number, where it is a share of them"),
@@ -164,6 +170,11 @@ def compare(
         from veneer.cli._elsewhere import put_together
 
         put_together(across, output)
+        return
+    if decide_in is not None:
+        from veneer.cli._elsewhere import decide_folder
+
+        decide_folder(decide_in)
         return
     if from_file:
         from veneer.cli._elsewhere import analyse_files

@@ -8,6 +8,7 @@ once, and publishes intervals, the group of arms that cannot be told from the be
 from veneer.comparing.across import Across, across
 from veneer.comparing.analysis import Analysis, Scores, analyse
 from veneer.comparing.arms import CONTROLS, Arm, parse_arm, parse_arms
+from veneer.comparing.claims import Verdict, decide
 from veneer.comparing.design import Budget, Comparison, Forecast, forecast, parse_budget, smallest_findable
 from veneer.comparing.file import FIELDS, read_comparison, write_comparison
 from veneer.comparing.ledger import Ledger
@@ -37,9 +38,11 @@ __all__ = [
     "Scores",
     "SelfTest",
     "Several",
+    "Verdict",
     "across",
     "analyse",
     "compare",
+    "decide",
     "forecast",
     "from_results",
     "parse_arm",

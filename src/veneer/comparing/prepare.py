@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing.arms import ANCHOR, OPTIONAL_CONTROLS, Arm, parse_arm, parse_arms, split_arms
+from veneer.comparing.claims import check_claim
 from veneer.comparing.controls import parse_controls, with_controls
 from veneer.comparing.design import Comparison, Forecast, choose_seeds, forecast, parse_budget
 from veneer.comparing.ledger import Ledger
@@ -132,6 +133,8 @@ def prepare(
         "match_parameters": match_parameters, "match_to": match_to,
         "sizes": sizes if run_arm is None else None, **options,
     }  # fmt: skip
+    if claim and "rule" in claim:
+        check_claim(claim)
     ranges: Mapping[str, tuple[float, float]] = {}
     reading: Mapping[str, Any] = {}
     runner = None
@@ -164,6 +167,8 @@ def prepare(
     matches: dict[str, Any] = {}
     if match_parameters is not None or match_to is not None:
         arms, pairs, matches = _matched(runner, arms, pairs, match_parameters or "2%", match_to)
+    if claim and "rule" in claim:
+        check_claim(claim, [str(arm) for arm in arms])
     count = trials or (DEMO_TRIALS if is_demo else TRIALS)
     design = Comparison(
         model=name_of(model),

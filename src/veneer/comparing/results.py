@@ -14,6 +14,8 @@ import numpy as np
 
 from veneer.comparing.analysis import Analysis, Scores, analyse
 from veneer.comparing.arms import OPTIONAL_CONTROLS, Arm
+from veneer.comparing.cells import Cell
+from veneer.comparing.claims import decide
 from veneer.comparing.controls import judged
 from veneer.comparing.corpus import of_records
 from veneer.comparing.design import DEMO, Comparison, Forecast, forecast, parse_budget
@@ -139,11 +141,13 @@ def publish(
     summary |= sections(design, records, of_items if scores_rise else of_items.turned(), scores_of)
     if expected is not None:  # without the time, which depends on what has ended
         summary["forecast"] = str(forecast(design, design.sizes))
+    write_atomic(folder / "trials.jsonl", "".join(_line(trial) for trial in trials_of(records)))
+    if "rule" in design.claim:
+        summary["claims"] = [decide(Cell(folder, summary, oriented)).to_dict()]
     write_atomic(folder / "results.jsonl", "".join(_line(row) for row in rows))
     write_atomic(
         folder / "scores.jsonl", "".join(_line(line) for line in _score_lines(records, of_items, corpus))
     )
-    write_atomic(folder / "trials.jsonl", "".join(_line(trial) for trial in trials_of(records)))
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
     best_folder = _publish_best(folder, records, analysis, summary) if source == "veneer" else None
     result = CompareResult(folder, design, analysis, rows, sentence, reads, best_folder)
