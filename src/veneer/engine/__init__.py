@@ -9,6 +9,7 @@ from ._draws import dropout_seeds
 from ._host import Host, fingerprint
 from ._merge import MergeReport, merge, unmerge, why_not
 from ._plan import Plan
+from ._prefix import Prefix, frozen_prefix, playing, record_prefix
 from ._store import FORMATS, export, folder_of, load, read_record, read_tensors, register_format, save
 from ._training import (
     Run,
@@ -28,6 +29,7 @@ __all__ = [
     "Host",
     "MergeReport",
     "Plan",
+    "Prefix",
     "Run",
     "activate",
     "active",
@@ -43,6 +45,7 @@ __all__ = [
     "export",
     "fingerprint",
     "folder_of",
+    "frozen_prefix",
     "host_of",
     "is_still",
     "load",
@@ -50,12 +53,14 @@ __all__ = [
     "parameters",
     "penalty",
     "plan",
+    "playing",
     "prepare_training",
     "put_draws",
     "random_places",
     "read",
     "read_record",
     "read_tensors",
+    "record_prefix",
     "register_format",
     "relayout",
     "require_gradients",

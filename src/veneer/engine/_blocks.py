@@ -31,15 +31,21 @@ def _block(base: type) -> dict[str, Any]:
             return plain_call(self, *args, **kwargs)
         if self.training and torch.is_grad_enabled():
             kwargs["_veneer_frame"] = frame
-        if frame.taps is None:
+        if frame.taps is None and frame.prefix is None:
             return _slowly(self, plain_call, args, kwargs)
         stack, block = _block_number(self)
+        run = functools.partial(_slowly, self, plain_call, args, kwargs)
+        if frame.prefix is not None and frame.prefix.prefix.stack == stack:
+            entering = args[0] if args else kwargs.get("hidden_states")
+            run = functools.partial(frame.prefix.block, block, entering, run)
+        if frame.taps is None:
+            return run()
         taps = frame.taps.setdefault(stack, {})
         if block == 0:
             entering = args[0] if args else kwargs.get("hidden_states")
             if isinstance(entering, Tensor):
                 taps[-1] = entering.detach()
-        y = _slowly(self, plain_call, args, kwargs)
+        y = run()
         taps[block] = first(y).detach()  # outside of the checkpoint, so that recomputation leaves it alone
         ops = frame.program.get(self.__dict__[NAME])
         for op in ops.exit if ops is not None else ():

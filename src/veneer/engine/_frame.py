@@ -51,6 +51,9 @@ class Frame:
     inserted: Any = None
     names: Any = ()  # the names of the whole batch, or of each row
     seeds: Any = field(default_factory=lambda: _seeds())  # of adapters' dropout, where a loop gave some
+    prefix: Any = field(
+        default_factory=lambda: _prefix()
+    )  # states recorded or played back, where a loop says so
 
 
 class _Local(threading.local):
@@ -58,6 +61,7 @@ class _Local(threading.local):
         self.frame: Frame | None = None
         self.session: Session | None = None
         self.seeds: Any = None
+        self.prefix: Any = None
 
 
 local: _Local = _Local()
@@ -65,6 +69,10 @@ local: _Local = _Local()
 
 def _seeds() -> Any:
     return local.seeds
+
+
+def _prefix() -> Any:
+    return local.prefix
 
 
 def current(host: Any) -> Frame | None:

@@ -21,6 +21,7 @@ from veneer.training._checkpoint import Checkpoints, locked
 from veneer.training._cohort_step import joint_step
 from veneer.training._evaluate import evaluating
 from veneer.training._finish import finish, reset_peak
+from veneer.training._kept import Kept
 from veneer.training._loop import Run
 from veneer.training._progress import Progress
 from veneer.training._result import TrainResult
@@ -91,6 +92,7 @@ class Rounds:
         self.seats: dict[str, _Seat] = {}
         self.result = CohortResult()
         self._encoded: dict[Any, Any] = {}
+        self.kept: Kept | None = None
         self._open = ExitStack()
 
     @property
@@ -177,6 +179,10 @@ class Rounds:
                 accelerator=self.accelerator, recipe=recipe, hooks=made.hooks, method=job.method,
                 checkpoints=None if made.folder is None else Checkpoints(made.folder), progress=progress,
             )  # fmt: skip
+            if self.kept is None:
+                self.kept = Kept(self.model, self.accelerator, s.frozen_prefix, s.frozen_prefix_bytes)
+            run.frozen.tables = None if s.frozen_prefix == "off" else self.kept
+            run.frozen.shares = True
             with engine.alone(self.model, name):
                 go_on(run, progress)
                 run.progress.begin(run.total_steps, run.step_now)

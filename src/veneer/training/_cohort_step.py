@@ -95,9 +95,10 @@ def _losses(
     if not runs:
         return {}
     first = next(iter(runs.values()))
+    kept = {name: run.frozen.of(parts[name]) for name, run in runs.items()}
     seeds = {name: run.dropout_seed(at) for name, run in runs.items()}
     with first.accelerator.autocast():
-        return shared_losses(model, {name: loss_of(name) for name in runs}, seeds)
+        return shared_losses(model, {name: loss_of(name) for name in runs}, seeds, kept)
 
 
 def _checked(run: Run, value: Any, micro: list[Batch], at: int) -> Tensor:

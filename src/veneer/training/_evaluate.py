@@ -24,16 +24,22 @@ def predictions_of(
     device: Any = "cpu",
     autocast: Any = None,
     seed: int = 0,
+    around: Any = None,
 ) -> list[dict[str, Any]]:
-    """One prediction a row, in the order of the rows, in evaluation mode and without gradients."""
+    """One prediction a row, in the order of the rows, in evaluation mode and without gradients.
+
+    around: (features, batch) -> a context for the predictions of a batch.
+    """
     if not encoded.features:
         return []
     found: list[dict[str, Any]] = []
     with evaluating(model), torch.no_grad():
         seed_all(seed, "evaluate")  # methods that draw at evaluation draw the same at every one
         for rows in in_order([f["length"] for f in encoded.features], batch_size):
-            batch = task.collate([encoded.features[i] for i in rows], feeder, model).to(device)
-            with autocast() if autocast is not None else _nothing():
+            features = [encoded.features[i] for i in rows]
+            batch = task.collate(features, feeder, model).to(device)
+            inside = _nothing() if around is None else around(features, batch)
+            with autocast() if autocast is not None else _nothing(), inside:
                 found += task.predict(model, batch)
     return task.joined(sorted(found, key=lambda p: p["item"]))
 

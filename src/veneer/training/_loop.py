@@ -22,6 +22,7 @@ from veneer.training._batches import Plan, parts
 from veneer.training._checkpoint import Checkpoints, to_device
 from veneer.training._evaluate import predictions_of
 from veneer.training._failures import out_of_memory
+from veneer.training._frozen import ROWS, FrozenPart
 from veneer.training._optimizer import load_optimizer, make_optimizer, optimizer_state, views_of
 from veneer.training._progress import Progress
 from veneer.training._schedule import rate_factor, set_rates, warmup_steps
@@ -73,6 +74,7 @@ class Run:
         self.phase = -1
         self._stages: list[tuple[float, Phase]] = []
         self.written: str | None = None
+        self.frozen = FrozenPart(self)
         self.checked, self._saved = False, time.monotonic()
         self.optimizer = self._make_optimizer()
 
@@ -158,6 +160,12 @@ class Run:
         rows = self.encoded[split].features[:limit]
         return [self.collate(rows[at : at + batch_size]) for at in range(0, len(rows), batch_size)]
 
+    def _of_rows(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """A part of a step, which remembers its rows: what is kept of them is found by them."""
+        batch = self.collate(rows)
+        batch.extra = {**batch.extra, ROWS: rows}
+        return batch
+
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         return self.task.collate(rows, self.feeder, self.model).to(self.device)
 
@@ -213,7 +221,7 @@ class Run:
         if self.step_now % self.steps_an_epoch == 0:
             self._hold_trained()
         rows = self.rows_of(self.step_now)
-        micro = [self.collate(part) for part in parts(rows, self.settings.accumulate)]
+        micro = [self._of_rows(part) for part in parts(rows, self.settings.accumulate)]
         set_rates(
             self.optimizer, rate_factor(self.settings.schedule, self.step_now, self.total_steps, self.warmup)
         )
@@ -341,7 +349,7 @@ class Run:
             return predictions_of(
                 self.model, self.task, self.encoded[split], self.feeder,
                 batch_size=self.settings.evaluate_batch_size, device=self.device,
-                autocast=self.accelerator.autocast, seed=self.settings.seed,
+                autocast=self.accelerator.autocast, seed=self.settings.seed, around=self.frozen.around(split),
             )  # fmt: skip
 
     @property

@@ -13,17 +13,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.errors import BadOption, TrainingFailed, UnknownOption, nearest
+from veneer.errors import BadOption, TrainingFailed, UnknownName, UnknownOption, nearest
 from veneer.training._schedule import check_schedule
 
-SILENT = ("evaluate_batch_size", "save_every")  # change nothing of the result
+SILENT = (
+    "evaluate_batch_size",
+    "save_every",
+    "frozen_prefix",
+    "frozen_prefix_bytes",
+)  # change nothing of the result
+
+FROZEN_PREFIX = ("memory", "memory-float16", "disk", "disk-float16", "off")
 
 
 @dataclass(frozen=True)
 class Settings:
     """batch_size: rows of a step; accumulate: into how many parts they are cut (the same result, less memory).
     max_tokens: real ones, without padding. max_seconds: of the steps themselves; such a run repeats only roughly.
-    base_dropout: whether the base drops what it does in training; a cohort has it off.
+    base_dropout: whether the base drops what it does in training; a cohort has it off. frozen_prefix: what the base
+    computes below the lowest edit is kept over the epochs in "memory" or on "disk", up to frozen_prefix_bytes, in
+    full or ("memory-float16", "disk-float16") half precision, or not ("off"). Never where the base draws at random.
     """
 
     learning_rate: float | None = None
@@ -39,6 +48,8 @@ class Settings:
     schedule: str = "linear"
     clip: float | None = 1.0
     base_dropout: bool = True
+    frozen_prefix: str = "memory"
+    frozen_prefix_bytes: int = 2**30
     gradient_checkpointing: bool = False
     mixed_precision: str | None = None
     early_stopping: int | None = None
@@ -68,6 +79,10 @@ class Settings:
         for name in ("max_steps", "max_tokens", "early_stopping", "evaluate_every", "save_every"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0 if name == "max_steps" else 1)
+        if self.frozen_prefix not in FROZEN_PREFIX:
+            raise UnknownName(
+                f"frozen_prefix={self.frozen_prefix!r} is no way to keep states.", nearest=FROZEN_PREFIX
+            )
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise BadOption(
                 f"mixed_precision={self.mixed_precision!r} is not one that can be used.",

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from veneer.errors import BadData, Unsupported
 from veneer.tasks._answers import output_layer
 from veneer.tasks._collate import takes
+from veneer.training._kept import Played, played
 
 Loss = Callable[[Any], Tensor]
 
@@ -82,6 +83,7 @@ class Ask:
     loss: Loss
     inputs: dict[str, Any] = field(default_factory=dict)
     wants_hidden: bool = False
+    kept: Played | None = None
     value: Tensor | None = None
     error: BaseException | None = None
 
@@ -91,16 +93,22 @@ class Ask:
 
 
 def shared_losses(
-    model: nn.Module, losses: Mapping[str, Loss], seeds: Mapping[str, int] | None = None
+    model: nn.Module,
+    losses: Mapping[str, Loss],
+    seeds: Mapping[str, int] | None = None,
+    kept: Mapping[str, Played | None] | None = None,
 ) -> dict[str, Tensor | Exception]:
     """{name: scalar loss, or the error that this member's part raised}: one forward for all that fit together.
 
-    seeds: of what each member's adapter drops; None draws from torch's generator.
+    seeds: of what each member's adapter drops; None draws from torch's generator. kept: what is kept of each member's
+    batch below its lowest edit; members with the same prefix share a forward that begins behind it.
 
     Members whose inputs cannot stand in one batch (other names, pictures of other sizes) get a forward for each
     kind. Where a shared forward fails, each member is run by itself, so that the error is that of its cause alone.
     """
     asks = [_asked(model, name, loss) for name, loss in losses.items()]
+    for ask in asks:
+        ask.kept = (kept or {}).get(ask.name)
     for group in _groups(model, [a for a in asks if a.error is None]):
         _run(model, group, seeds or {})
     return {a.name: a.value if a.error is None else a.error for a in asks}  # type: ignore[misc]
@@ -145,7 +153,7 @@ def _groups(model: nn.Module, asks: Sequence[Ask]) -> list[list[Ask]]:
     pads = takes(model, "attention_mask")
     found: dict[Any, list[Ask]] = {}
     for ask in asks:
-        key: list[Any] = [ask.wants_hidden]
+        key: list[Any] = [ask.wants_hidden, ask.kept and ask.kept.prefix]
         for name, value in sorted(ask.inputs.items()):
             if name == "attention_mask" and pads:
                 continue  # made where it is missing
@@ -191,7 +199,7 @@ def _forward(model: nn.Module, group: list[Ask], seeds: Mapping[str, int]) -> li
     names = [a.name for a in group for _ in range(a.rows)]
     head = output_layer(model) if group[0].wants_hidden else None
     lengths = {a.name: (_length(a.inputs, ENTERS), _length(a.inputs, LEAVES)) for a in group}
-    with engine.rows(model, names), engine.dropout_seeds(model, seeds, lengths):
+    with engine.rows(model, names), engine.dropout_seeds(model, seeds, lengths), played(model, _kept(group)):
         output, hidden = _call(model, head, inputs)
     answers, start = [], 0
     for ask in group:
@@ -204,6 +212,16 @@ def _forward(model: nn.Module, group: list[Ask], seeds: Mapping[str, int]) -> li
             answers.append(_through(head, own))
         start += ask.rows
     return answers
+
+
+def _kept(group: Sequence[Ask]) -> Played | None:
+    """The kept states of all rows, filled up behind as their inputs are."""
+    first = group[0].kept
+    if first is None:
+        return None
+    each = [a.kept.states for a in group if a.kept is not None]
+    states = {place: torch.cat(_filled([s[place] for s in each], 0.0)) for place in first.prefix.places}
+    return Played(first.prefix, states, {k: v for a in group if a.kept for k, v in a.kept.shapes.items()})
 
 
 def _constant(value: Any) -> Callable[[], Any]:

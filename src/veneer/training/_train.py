@@ -10,6 +10,7 @@ from veneer.training import _open
 from veneer.training._attach import attached, checkpointed, statistics_data
 from veneer.training._checkpoint import Checkpoints, locked
 from veneer.training._finish import finish, lasting, reset_peak, untrained
+from veneer.training._kept import Kept
 from veneer.training._loop import Run
 from veneer.training._progress import Progress, progress_for
 from veneer.training._result import TrainResult
@@ -51,7 +52,8 @@ def train(
     the method's range), epochs=3, max_steps, max_tokens (real ones), max_seconds (of steps), batch_size=16 rows a
     step, accumulate=1 parts of it, seed, weight_decay=0.01,
     warmup=0.06 (a part, or steps from 1 on), schedule="linear"|"cosine"|"constant",
-    clip=1.0, base_dropout=True (False: as in a cohort), gradient_checkpointing,
+    clip=1.0, base_dropout=True (False: as in a cohort), frozen_prefix="memory"|"disk"|"off" and
+    frozen_prefix_bytes (of what the base computes below the lowest edit), gradient_checkpointing,
     mixed_precision="bf16"|"fp16", early_stopping (looks without gain),
     evaluate_every and save_every (steps; None: an epoch), evaluate_on=("validation",), evaluate_batch_size.
     The same call with the same output goes on where a killed one stopped, bit for bit on the CPU, and
@@ -119,10 +121,14 @@ def _run(made: Wanted, listener: Progress, device: Any, open_base: Any) -> Train
                 checkpoints=checkpoints,
                 progress=listener,
             )
+            run.frozen.tables = Kept(
+                base.model, accelerator, settings.frozen_prefix, settings.frozen_prefix_bytes
+            )
             go_on(run, listener)
             reset_peak(accelerator.device)
             run.train()
             run.take_best()
+            notes += run.frozen.tables.notes
             return finish(run, base, job, made.rows, folder, notes, opening_of(made))
 
 
