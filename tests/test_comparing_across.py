@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 
 import numpy as np
 import pytest
 
 from veneer.comparing import across, from_results
 from veneer.comparing.across import over_tasks
+from veneer.comparing.across_page import render_across, write_across
 from veneer.comparing.cells import read_cell
 from veneer.errors import BadData, BadFile, UnknownName
 
@@ -144,3 +147,23 @@ def test_the_command_puts_comparisons_together(tmp_path):
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["tasks"] == 2
     assert (tmp_path / "all" / "across.json").is_file()
+
+
+def test_the_page_of_all_tasks_says_what_is_better_worse_and_open(tmp_path):
+    """And names from files are text there too."""
+    gains = {"lora": 0.0, "full": 1.5, "<b>bad</b>": -1.5, "alike": 0.0}
+    folders = [make_cell(tmp_path, name, gains, data=f"<i>{name}") for name in "abc"]
+    folders.append(make_cell(tmp_path, "d", gains, data="<i>d", lower=True))
+    found = across(folders).to_dict()
+    page = write_across(found, tmp_path).read_text()
+    assert "<b>" not in page
+    assert "<i>" not in page
+    text = html.unescape(re.sub(r"<(script|style).*?</\1>|<[^>]+>", "", page, flags=re.S))
+    assert "Better than lora over 4 tasks, with 95 % confidence each: full." in text
+    assert "Worse: <b>bad</b>." in text
+    assert "Not to be told from lora: alike." in text
+    assert text.count("<i>d") == 1
+    assert "4 comparisons of 4 tasks together" in text
+    alone = across(folders[:1]).to_dict()
+    assert "Not to be told from lora: " in render_across(alone)
+    assert page.count("Content-Security-Policy") == 1

@@ -38,7 +38,9 @@ def put_together(folders: list[str], output: str | None) -> None:
     found = across(folders)
     result(found)
     if output is not None:
-        note(f"written: {found.write(output)}")
+        from veneer.comparing.across_page import write_across
+
+        note(f"written: {found.write(output)} and {write_across(found.to_dict(), output)}")
 
 
 def decide_folder(folder: str) -> None:

@@ -153,6 +153,26 @@ def dots(rows: Sequence[tuple[str, str, Sequence[tuple[float, str]]]], scale: Sc
     return axes.svg(bottom + 36, f"{scale.unit} of {len(rows)} arms: {what}.", parts)
 
 
+def differences(
+    rows: Sequence[tuple[str, str, float, float, float, str]], unit: str, tick: Callable[[float], str]
+) -> str:
+    """Differences with intervals and a line at zero: (name, kind, difference, low, high, title)."""
+    row, top = 25.0, 4.0
+    names = [axes.short(one[0], 34) for one in rows]
+    left = min(240.0, 22 + CHARACTER * max(len(name) for name in names))
+    bottom = top + row * len(rows)
+    axis = Axis.of([0.0, *(one[3] for one in rows)], [0.0, *(one[4] for one in rows)], left, WIDTH - 12)
+    parts = [axes.grid_x(axis, top, bottom, tick), axes.line("zero", axis(0), top, axis(0), bottom)]
+    for place, (name, (whole, kind, estimate, low, high, title)) in enumerate(zip(names, rows)):
+        y = top + row * (place + 0.5)
+        inside = words("label", 0, y + 4, name) + axes.line("interval", axis(low), y, axis(high), y)
+        parts.append(axes.marked(kind, whole, title, inside + axes.mark(kind, axis(estimate), y)))
+    parts.append(words("axis-title", WIDTH - 12, bottom + 32, unit))
+    return axes.svg(
+        bottom + 36, f"{len(rows)} differences with 95 % intervals, {unit}; see the table.", parts
+    )
+
+
 def _labels(
     spots: Sequence[tuple[Arm, float, float]],
     y: Axis,

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing import beyond, charts, curves, disagreements, learning, tables, tuning
-from veneer.comparing.axes import Quantity
+from veneer.comparing.axes import Quantity, tick_text
 from veneer.comparing.ledger import write_atomic
 from veneer.comparing.limits import limits_of
 from veneer.comparing.published import Published
-from veneer.comparing.words import bytes_text, count, seconds_text
+from veneer.comparing.words import bytes_text, count, p_text, seconds_text
 from veneer.errors import BadData
 
 PRICES: dict[str, tuple[str, str, Any]] = {
@@ -61,6 +61,12 @@ def write_again(folder: str | Path) -> Path:
 
 def render(page: Published | None, live: Mapping[str, Any] | None = None) -> str:
     """The page as text: no file, font or script is fetched when it is opened."""
+    given = {} if page is None else content(page)
+    return fill("report.html.j2", page=page, live=live, **given)
+
+
+def fill(template: str, **given: Any) -> str:
+    """A template of the page, with its style, script and policy."""
     import jinja2
     from markupsafe import Markup
 
@@ -74,9 +80,8 @@ def render(page: Published | None, live: Mapping[str, Any] | None = None) -> str
         f"default-src 'none'; script-src {digest(js)}; style-src {digest(css)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
-    given = {} if page is None else content(page)
-    return environment.get_template("report.html.j2").render(
-        css=Markup(css), js=Markup(js), policy=Markup(policy), live=live, chart=Markup, page=page, **given
+    return environment.get_template(template).render(
+        css=Markup(css), js=Markup(js), policy=Markup(policy), chart=Markup, **given
     )
 
 
@@ -122,6 +127,7 @@ def content(page: Published) -> dict[str, Any]:
         "fronts": fronts,
         "no_step": [arm["arm"] for arm in page.arms if arm["step_seconds"] is None],
         "contrasts": tables.contrasts_table(page),
+        "contrasts_chart": _contrasts_chart(page),
         "contrasts_say": _contrasts_say(s),
         "dispute": _dispute(page),
         "beyond": beyond.parts(page),
@@ -223,6 +229,20 @@ def _contrasts_say(summary: Mapping[str, Any]) -> str:
             f"{2.0 ** (1 - summary['seeds']):.3g} and so cannot decide {number} differences."
         )
     return text
+
+
+def _contrasts_chart(page: Published) -> str:
+    rows = []
+    scale = page.scale
+    for one in page.summary["contrasts"]:
+        size, low, high = (tables.signed(one[key], scale) for key in ("difference", "low", "high"))
+        title = f"{one['first']} − {one['second']}: {size} ({low} to {high}), p {p_text(one['p_adjusted'])}"
+        name, kind = f"− {one['second']}", "tied" if not one["separable"] else "worse"
+        if page.summary["contrasts_planned"]:
+            name = f"{one['first']} − {one['second']}"
+        rows.append((name, kind, one["difference"], one["low"], one["high"], title))
+    unit = "points" if scale.is_share else scale.unit
+    return charts.differences(rows, unit, tick_text(scale)) if rows else ""
 
 
 def _dispute(page: Published) -> dict[str, Any] | None:
