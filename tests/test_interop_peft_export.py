@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "positions from zero": ("llama", "prefix_tuning", {}, "position_offset"),
     "prefixes of an encoder": ("bert", "prefix_tuning", {}, "cache"),
     "prefixes with distances": ("t5", "prefix_tuning", {}, "distance"),
-    "prefixes where positions are counted inside": ("bart", "prefix_tuning", {}, "position_ids"),
+    "prefixes where positions are counted inside": ("bart", "prefix_tuning", {}, "position_table='model.decoder"),
     "prefixes in some blocks": (
         "llama", "prefix_tuning", {"sites": "block[0].attention", "length": 2, "position_offset": 2}, "every block"),
     "prompts before a class token": ("bert", "prompt_tuning", {}, "first position"),

@@ -1136,6 +1136,30 @@ def test_trained_tokens_change_their_rows_and_their_logits_alone():
     assert part.branch(t, x, At(site=site)).tolist() == [[10.0, 0.0, -1.0]]
 
 
+def test_bitfit_takes_the_steps_of_a_plain_loop_over_the_biases():
+    import zoo
+
+    plain, kwargs = zoo.zoo()["bert"]()
+    adapted, _ = zoo.zoo()["bert"]()
+    adapter = veneer.attach(adapted, "bitfit")
+    moved = [p.requires_grad_(n.endswith("bias")) for n, p in plain.named_parameters()]
+    optimizers = [torch.optim.SGD([p for p in moved if p.requires_grad], lr=0.5),
+                  torch.optim.SGD(veneer.parameters(adapted, lr=0.5), lr=0.5)]  # fmt: skip
+    for _ in range(3):
+        for model, optimizer in zip((plain, adapted), optimizers):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(**kwargs).logits, torch.tensor([0, 1])).backward()
+            optimizer.step()
+    fresh, _ = zoo.zoo()["bert"]()
+    named = adapter.named()
+    assert len(named) == sum(n.endswith("bias") for n, _ in plain.named_parameters())
+    for name, shift in named.items():
+        where = name.removesuffix("/b")
+        before, after = fresh.get_parameter(where), plain.get_parameter(where)
+        torch.testing.assert_close(before + shift, after, rtol=1e-5, atol=1e-6)
+    assert max(float(v.abs().max()) for v in named.values()) > 1e-3
+
+
 def test_trained_tokens_are_one_tensor_for_every_owner_of_a_shared_table():
     import zoo
 

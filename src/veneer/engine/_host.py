@@ -224,9 +224,14 @@ class Host(nn.Module):
 
     def _check_positions(self, method: Any) -> None:
         """Positions that start behind a prefix can only be given where a backbone takes them."""
-        if not getattr(method, "position_offset", 0) or self.anatomy.facts.positions not in (
-            "absolute",
-            "rotary",
+        if (
+            getattr(method, "position_table", "")
+            or not getattr(method, "position_offset", 0)
+            or self.anatomy.facts.positions
+            not in (
+                "absolute",
+                "rotary",
+            )
         ):
             return
         backbones = [self.module(b) for b in self.anatomy.facts.backbones] or [self.root]
@@ -234,7 +239,7 @@ class Host(nn.Module):
             raise Unsupported(
                 f"{method.key}: position_offset={method.position_offset} needs a base that takes position ids, and "
                 f"this {self.anatomy.model_class} counts its own.",
-                next_step="position_offset=0",
+                next_step="position_offset=0, or position_table= the table of positions that it reads",
             )
 
     def has_token_ids(self, stack: str) -> bool:

@@ -7,6 +7,7 @@ from the table four rows a layer of which two are used. Both are followed; what 
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from veneer.edits import Tensors
 from veneer.engine._plan import SitePlan
 from veneer.errors import BadFile, NoSiteFound, ShapeDiffers, Unsupported
 
+from . import _targets
 from ._config import Field
 from ._converter import Converter, Reading, Request, Writing, converter
 
@@ -106,10 +108,19 @@ class PrefixTuning(Converter):
     }  # fmt: skip
 
     def request(self, job: Reading) -> Request:
-        _check_prefix(job.host)
+        table = _check_prefix(job.host)
         length = _count(job, "num_virtual_tokens")
         stack = "decoder." if job.anatomy.facts.encoder_decoder else ""
-        options = {"length": length, "position_offset": length, "sites": f"{stack}block.attention"}
+        if stack:
+            warnings.warn(
+                f"'{job.config.path}': blocks of an encoder-decoder share prefixes in HF PEFT; each has a copy here: "
+                "the outputs are the same, further training moves the copies apart.",
+                stacklevel=6,
+            )
+        options = {
+            "length": length, "position_offset": length, "sites": f"{stack}block.attention",
+            "position_table": table and _targets.exact(job.anatomy, table),
+        }  # fmt: skip
         return Request("prefix_tuning", options)
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
@@ -129,7 +140,13 @@ class PrefixTuning(Converter):
 
     def write(self, job: Writing) -> dict[str, Any]:
         m, facts = job.adapter.method, job.host.anatomy.facts
-        _check_prefix(job.host)
+        positions = _check_prefix(job.host)
+        if positions and not m.position_table:
+            raise Unsupported(
+                "PREFIX_TUNING: HF PEFT starts the text's positions behind the prefix, and this base counts them by "
+                "itself.",
+                next_step=f"train with position_offset={m.length}, position_table={positions!r}",
+            )
         if m.position_offset != m.length and facts.positions != "none":
             raise Unsupported(
                 f"PREFIX_TUNING: position_offset={m.position_offset}, but HF PEFT starts the text's positions at "
@@ -179,27 +196,42 @@ def _rows_of(block: int, layers: int, halves: int) -> tuple[int, int]:
     return first % (2 * layers), (first + 1) % (2 * layers)
 
 
-def _check_prefix(host: Any) -> None:
+def _check_prefix(host: Any) -> str:
+    """The table of learned positions that has to be moved; "" where the base is told its positions, or has none."""
     facts, name = host.anatomy.facts, host.anatomy.model_class
     instead = "a method of another port, such as lora"
     if facts.positions == "relative":
         raise Unsupported(
-            "PREFIX_TUNING: this base adds a bias by distance to its scores, to HF PEFT's prefix too; veneer's "
-            "prefix has no distance.",
+            f"PREFIX_TUNING: HF PEFT's prefix has positions of its own, and this {name} adds a bias by distance to its "
+            "scores there. Which distance gets which bias is code inside of its attention, that only the base itself "
+            "can run, and it runs it for the text alone.",
             next_step=instead,
         )
     stack = "decoder" if facts.encoder_decoder else next(iter(dict(facts.blocks)), "")
     blocks = dict(facts.blocks).get(stack, ())
     owners = [b for b in facts.backbones if blocks and (not b or blocks[0].startswith(b + "."))]
     if not facts.causal or not owners:
-        raise Unsupported(f"PREFIX_TUNING: HF PEFT serves a prefix as a cache, which this {name} has not.")
-    takes = inspect.signature(host.module(max(owners, key=len)).forward).parameters
-    if facts.positions != "none" and "position_ids" not in takes:
         raise Unsupported(
-            f"PREFIX_TUNING: HF PEFT starts the text's positions behind the prefix, and the {stack or 'model'} of this "
-            f"{name} counts them by itself (it takes no position_ids).",
+            f"PREFIX_TUNING: HF PEFT serves a prefix as a cache, which this {name} has not.",
             next_step=instead,
         )
+    owner = max(owners, key=len)
+    takes = inspect.signature(host.module(owner).forward).parameters
+    if facts.positions == "none" or "position_ids" in takes:
+        return ""
+    tokens = {module for _, module in facts.token_embeddings}
+    tables = [
+        s.module for s in host.anatomy.whole_sites()
+        if s.kind == "embedding" and s.module.startswith(owner + ".") and s.module not in tokens
+        and host.flags.get(f"{s.module}.weight", True)  # fixed ones are made once for all rows of a batch
+    ]  # fmt: skip
+    if len(tables) != 1:
+        raise Unsupported(
+            f"PREFIX_TUNING: HF PEFT starts the text's positions behind the prefix, and the {stack or 'model'} of this "
+            f"{name} counts them by itself: it takes no position_ids, and has no single table of learned positions.",
+            next_step=instead,
+        )
+    return tables[0]
 
 
 @converter

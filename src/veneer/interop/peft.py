@@ -119,6 +119,8 @@ def _values(kind: Converter, job: Reading, plan: Plan) -> dict[str, Tensor]:
     """Entry key -> tensor, for all that the file holds."""
     values: dict[str, Tensor] = {}
     for sp, keys in zip(plan.sites, plan.keys):
+        if not keys:  # it holds nothing
+            continue
         with job.file.together(f"{job.prefix}{sp.site.module}."):
             if isinstance(sp.method, TrainedRows):
                 if keys["D"] in values:

@@ -13,8 +13,12 @@ With `projection` both come from a network that trains more stably, and can be d
 An encoder-decoder has a third attention: sites=["attention", "cross_attention"]. E and D are shared by all
 sites (AdapterHub keeps one pair a stack of an encoder-decoder, which U makes up for here). Where the text's
 positions start is a convention that a rotary or absolute base can tell: at 0 here and in AdapterHub, at
-`length` in HF PEFT, which serves the prefix as a cache (`position_offset`).
+`length` in HF PEFT, which serves the prefix as a cache (`position_offset`). A base that counts by itself
+and has a table of learned positions (BART's decoder) reads `position_table` that many rows further; the last
+rows are then of no use, and a text that would need them comes out as NaN.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +26,12 @@ from torch import Tensor
 from veneer.edits import (
     At,
     AttentionMethod,
+    Method,
     Site,
     Sites,
     Specs,
     Tensors,
+    WeightMethod,
     before,
     hyper,
     kaiming,
@@ -35,6 +41,18 @@ from veneer.edits import (
     uniform,
     zeros,
 )
+
+
+@method("moved_table", paper="", family="selective", registered=False)
+class MovedTable(WeightMethod):
+    """W'[p] = W[p + by]: learned positions that start later. It trains nothing."""
+
+    by: int = 0
+    sites: Sites = ""
+
+    def weight(self, t: Tensors, W: Tensor) -> Tensor:
+        """(positions, width) -> the same shape"""
+        return torch.cat([W[self.by :], torch.full_like(W[: self.by], torch.nan)])
 
 
 @method(
@@ -52,7 +70,13 @@ class PrefixTuning(AttentionMethod):
     )
     hidden: int = hyper(512, "width inside that network", at_least=1, alias="encoder_hidden_size")
     position_offset: int = hyper(0, "position of the first token of the text", at_least=0)
+    position_table: str = hyper(
+        "", "table of positions that is read so much further, where a base counts by itself"
+    )
     sites: Sites = "attention"
+
+    def also(self) -> Sequence[Method]:
+        return (MovedTable(self.position_offset, self.position_table),) if self.position_table else ()
 
     def tensors(self, site: Site) -> Specs:
         heads, d = site.kv_heads, site.head_dim
