@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from test_comparing_fake import RATES, SIZES, FakeTrainer
-from veneer.comparing import compare
+from veneer.comparing import compare, from_results
 from veneer.comparing.analysis import Scores
 from veneer.comparing.calibration import (
     bin_edges,
@@ -55,6 +55,7 @@ def test_confidence_is_that_of_the_chosen_class_and_the_brier_score_sums_over_cl
     assert confidence_of(line) == {"confidence": 0.7, "brier": pytest.approx(0.49 + 0.64 + 0.01)}
     assert confidence_of({"prediction": 1.0, "label": 2.0}) == {}
     assert confidence_of({"prediction": "a", "label": "b", "probabilities": [0.5, 0.5]}) == {}
+    assert confidence_of({"prediction": ["a"], "label": ["a"], "probabilities": {"a": 0.9, "b": 0.4}}) == {}
 
 
 def opened(confidence, right):
@@ -323,6 +324,23 @@ def test_a_comparison_that_asks_for_nothing_more_has_no_such_section(tmp_path):
     options = {"rates": RATES, "budget": "demo", "sizes": SIZES, "progress": None, "seeds": 2}
     summary = compare("m", "d", ["lora:rank=1"], output=tmp_path, run_arm=FakeTrainer(), **options).to_dict()
     assert not {"shifted", "corrupted", "forgetting", "by_group", "calibration"} & set(summary)
+
+
+def test_results_made_elsewhere_have_groups_and_calibration_where_their_lines_say_so(finished, tmp_path):
+    folder, summary = finished
+    found = from_results(folder / "scores.jsonl", output=tmp_path, metric="accuracy").to_dict()
+    assert found["by_group"]["arms"]["full"] == summary["by_group"]["arms"]["full"]
+    assert found["calibration"]["full"]["error"] == summary["calibration"]["full"]["error"]
+    assert found["calibration"]["full"]["brier"] is None
+    lines = [{"arm": arm, "seed": seed, "item": i, "score": (i % 7) / 7 + 0.01 * seed, "group": "ab"[i % 2]}
+             for arm in "xy" for seed in range(3) for i in range(80)]  # fmt: skip
+    path = tmp_path / "errors.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    errors = from_results(path, output=tmp_path / "e", higher_is_better=False).to_dict()["by_group"]["arms"][
+        "x"
+    ]
+    assert all(row["low"] < row["mean"] < row["high"] and row["mean"] > 0 for row in errors["groups"])
+    assert errors["worst"]["mean"] == max(row["mean"] for row in errors["groups"])
 
 
 # -- reading what is asked for -----------------------------------------------------------------------

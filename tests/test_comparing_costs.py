@@ -79,6 +79,23 @@ def test_no_more_children_wait_than_fit_into_memory(worker, monkeypatch):
     assert seen == ["one", "one", "two", "two", "three", "three"]
 
 
+def test_an_interrupt_leaves_no_process_behind(worker, monkeypatch):
+    children = []
+    start = costs.Child.__init__
+    monkeypatch.setattr(
+        costs.Child, "__init__", lambda self, *given: (children.append(self), start(self, *given))[1]
+    )
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(costs.Child, "turn", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        costs.measure(jobs("one", "two"))
+    assert len(children) == 2
+    assert all(child._process.poll() is not None for child in children)
+
+
 # -- the child, in this process ----------------------------------------------------------------------
 
 

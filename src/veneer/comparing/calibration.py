@@ -26,13 +26,13 @@ def confidence_of(prediction: Mapping[str, Any]) -> dict[str, float]:
 
     brier: the sum over classes of the squared distance of probability and truth, in [0, 2].
     """
-    probabilities, label = prediction.get("probabilities"), prediction.get("label")
-    if not isinstance(probabilities, Mapping) or label not in probabilities:
-        return {}
-    if prediction.get("prediction") not in probabilities:
+    probabilities, label, said = (prediction.get(key) for key in ("probabilities", "label", "prediction"))
+    if not isinstance(probabilities, Mapping) or not isinstance(label, str) or not isinstance(said, str):
+        return {}  # several labels, a number, or tags
+    if label not in probabilities or said not in probabilities:
         return {}
     brier = sum((float(p) - (name == label)) ** 2 for name, p in probabilities.items())
-    return {"confidence": float(probabilities[prediction["prediction"]]), "brier": brier}
+    return {"confidence": float(probabilities[said]), "brier": brier}
 
 
 def bin_edges(confidence: Array, bins: int = BINS) -> Array:
@@ -106,22 +106,29 @@ def calibration(opened: Sequence[Mapping[str, Any] | None], distinct: bool = Tru
     if not runs or any("confidence" not in item for items in runs for item in items):
         return None
     runs = [sorted(items, key=lambda item: item["item"]) for items in (runs if distinct else runs[:1])]
-    confidence, right, brier = (
-        np.array([[item[key] for item in items] for items in runs], dtype=np.float64)
-        for key in ("confidence", "score", "brier")
-    )
+    confidence, right = (_matrix(runs, key) for key in ("confidence", "score"))
     errors = [calibration_error(c, r) for c, r in zip(confidence, right, strict=True)]
-    surplus, score = crossed_interval(confidence - right), crossed_interval(brier)
+    surplus = crossed_interval(confidence - right)
+    score = (
+        crossed_interval(_matrix(runs, "brier"))
+        if all("brier" in i for items in runs for i in items)
+        else None
+    )
     return {
         "bins": BINS,
         "error": _within(over_seeds(errors)),
         "by_chance": float(np.mean([error_by_chance(row) for row in confidence])),
         "overconfidence": {"mean": surplus.estimate, "low": surplus.low, "high": surplus.high},
-        "brier": {"mean": score.estimate, "low": score.low, "high": score.high},
+        "brier": score and {"mean": score.estimate, "low": score.low, "high": score.high},
         "reliability": reliability(confidence, right),
         "seeds": len(runs),
         "diverged": sum(run is None for run in opened),
     }
+
+
+def _matrix(runs: Sequence[Sequence[Mapping[str, Any]]], key: str) -> Array:
+    """(seed, item)"""
+    return np.array([[item[key] for item in items] for items in runs], dtype=np.float64)
 
 
 def stability(means: Array, confidence: float = CONFIDENCE, resamples: int = 4000) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from veneer.comparing.runs import COSTS
 from veneer.errors import BadData, BadOption, UnknownName, UnknownOption, nearest
 
-ROLES = ("arm", "seed", "item", "score", "prediction", "label", "query", *COSTS)
+ROLES = ("arm", "seed", "item", "score", "prediction", "label", "query", "group", "confidence", *COSTS)
 GSM8K_TEST = 1319
 """Test items of GSM8K (Cobbe et al., 2021), on which PEFT's benchmark of MetaMathQA tests."""
 
@@ -161,7 +161,7 @@ def _problem(line: Mapping[str, Any], columns: Mapping[str, str]) -> str | None:
         if line["prediction"] is None or line["label"] is None:
             return f"no {column('score')}"
         return None
-    for role in ("score", *COSTS):
+    for role in ("score", "confidence", *COSTS):
         if line[role] not in (None, "") and _number(line[role]) is None:
             return f"{column(role)} is {line[role]!r}, expected a finite number"
     return None
@@ -185,7 +185,9 @@ def _enter(runs: dict[tuple[str, str], Found], line: Mapping[str, Any], place: s
         return f"item '{item}' is there twice for this arm and seed"
     if score is None:
         score = float(str(line["prediction"]).strip() == str(line["label"]).strip())
-    more = {key: line[key] for key in ("prediction", "label", "query") if line[key] is not None}
+    more = {key: line[key] for key in ("prediction", "label", "query", "group") if line[key] is not None}
+    if (confidence := _number(line["confidence"])) is not None:
+        more["confidence"] = confidence
     run.items[item] = {"score": score, **more}
     return None
 

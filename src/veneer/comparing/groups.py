@@ -63,6 +63,21 @@ def by_group(scores: Array, groups: Sequence[str], confidence: float = CONFIDENC
     return {"groups": rows, "worst": _worst(large, confidence), "gap": _gap(large, confidence)}
 
 
+def turned_back(found: Mapping[str, Any]) -> dict[str, Any]:
+    """`by_group` of scores that were turned, in their own direction: lower is better; a gap is a gap either way."""
+
+    def turn(row: Mapping[str, Any]) -> dict[str, Any]:
+        ends = {"low": row["high"], "high": row["low"]}
+        return {
+            **row,
+            "mean": -row["mean"],
+            **{key: None if end is None else -end for key, end in ends.items()},
+        }
+
+    worst = found["worst"]
+    return {**found, "groups": [turn(row) for row in found["groups"]], "worst": worst and turn(worst)}
+
+
 def _in_order(name: str) -> tuple[int, float, str]:
     """Spans of numbers by size, before names by the alphabet."""
     try:

@@ -35,6 +35,10 @@ PARTS_NOTE = (
 )
 
 
+KEPT = ("prediction", "label", "query", "group", "confidence")
+"""What scores.jsonl keeps of an item beside its score."""
+
+
 @dataclass
 class Record:
     """All that is known of one arm: its trials, a line and an opened test result a seed, and its best run."""
@@ -138,7 +142,8 @@ def publish(
     made_here = source == "veneer"  # names from elsewhere are no arms
     summary["controls"] = judged(oriented, [arm.arm for arm in analysis.arms]) if made_here else []
     summary |= {"notes": [*notes, *(PARTS_NOTE if corpus is not None else ())]}
-    summary |= sections(design, records, of_items if scores_rise else of_items.turned(), scores_of)
+    risen = of_items if scores_rise else of_items.turned()
+    summary |= sections(design, records, oriented, risen, scores_of, scores_rise)
     if expected is not None:  # without the time, which depends on what has ended
         summary["forecast"] = str(forecast(design, design.sizes))
     write_atomic(folder / "trials.jsonl", "".join(_line(trial) for trial in trials_of(records)))
@@ -307,7 +312,7 @@ def _score_lines(
             for place, (item, score) in enumerate(zip(scores.items, of, strict=True)):
                 costs = {key: line.get(key) for key in COSTS if place == 0 and line.get(key) is not None}
                 known = more.get(item, {})
-                extra = {k: v for k, v in known.items() if k in ("prediction", "label", "query")}
+                extra = {k: v for k, v in known.items() if k in KEPT}
                 run = {"arm": name, "seed": line["seed"]}
                 run |= {} if isinstance(scores, RunScores) else {"item": item}
                 part_of = place_of.get(item, place_of.get(str(known.get("query"))))

@@ -12,7 +12,7 @@ from veneer.comparing.analysis import Scores
 from veneer.comparing.calibration import calibration, over_seeds, stability
 from veneer.comparing.costs import MEASURED, REPLACED, TIMED, busy
 from veneer.comparing.fronts import fronts
-from veneer.comparing.groups import SMALL, by_group
+from veneer.comparing.groups import SMALL, by_group, turned_back
 from veneer.comparing.robustness import corrupted, forgotten, mean_of_sets, shifted
 
 if TYPE_CHECKING:
@@ -30,16 +30,19 @@ NO_TRAINING = ("trainable_parameters", "bytes_on_disk", "peak_memory_bytes", "st
 def sections(
     design: Comparison,
     records: Sequence[Record],
+    primary: Scores,
     scores: Scores,
     scores_of: Callable[[Sequence[Record]], Scores],
+    scores_rise: bool = True,
 ) -> dict[str, Any]:
     """What summary.json says beyond the primary metric.
 
-    scores: of the test split, higher is better. scores_of: reads scores off records, as for the test split.
+    primary: scores of the primary metric, scores: of the items; higher is better in both. scores_of: reads item
+    scores off records. scores_rise: False where the items' own scores were turned to make higher better.
     """
     costs = costs_section(records)
     measured = [record for record in records if str(record.arm) in scores.of]
-    found: dict[str, Any] = {"costs": costs, "fronts": fronts(scores, costs["arms"])}
+    found: dict[str, Any] = {"costs": costs, "fronts": fronts(primary, costs["arms"])}
     found["stability"] = {str(record.arm): _stability(record, scores) for record in measured}
     with_items = [record for record in measured if all(run is None or run["items"] for run in record.opened)]
     calibrated = {str(record.arm): calibration(record.opened, record.arm.is_trained) for record in with_items}
@@ -48,7 +51,8 @@ def sections(
     groups = _groups(measured, scores)
     if groups:
         column = str(design.beyond.get("groups", "group"))
-        arms = {arm: by_group(of, groups) for arm, of in scores.of.items()}
+        shown = {arm: by_group(of, groups) for arm, of in scores.of.items()}
+        arms = shown if scores_rise else {arm: turned_back(of) for arm, of in shown.items()}
         found["by_group"] = {"column": column, "small_below": SMALL, "arms": arms}
     return found | _further(design, records, scores, scores_of)
 
@@ -65,11 +69,11 @@ def _stability(record: Record, scores: Scores) -> dict[str, Any]:
 
 def _groups(records: Sequence[Record], scores: Scores) -> list[str]:
     """The group of each item, in the order of `scores.items`; empty where items have none."""
-    opened = next((run for record in records for run in record.opened if run), None)
-    if opened is None:
-        return []
-    of = {item["item"]: item["group"] for item in opened["items"] if item.get("group") is not None}
-    return [of[item] for item in scores.items] if len(of) == len(scores.items) else []
+    for run in (run for record in records for run in record.opened if run):
+        of = {item["item"]: str(item["group"]) for item in run["items"] if item.get("group") is not None}
+        if len(of) == len(scores.items):
+            return [of[item] for item in scores.items]
+    return []
 
 
 def _further(
