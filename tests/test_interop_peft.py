@@ -259,6 +259,25 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
             task_type="SEQ_CLS",
         ),
     ),
+    "loha, rank and alpha by pattern": (
+        "llama",
+        lambda: peft.LoHaConfig(  # scales that float32 holds, as HF PEFT keeps them
+            r=4,
+            alpha=6,
+            target_modules=["q_proj", "down_proj"],
+            rank_pattern={"down_proj": 2},
+            alpha_pattern={"layers.0.self_attn.q_proj": 4},
+        ),
+    ),
+    "loha of kernels": ("net", lambda: peft.LoHaConfig(r=2, target_modules=["patch", "point", "last"])),
+    "loha of kernels by cores": (
+        "net",
+        lambda: peft.LoHaConfig(r=2, target_modules=["patch", "point"], use_effective_conv2d=True),
+    ),
+    "loha of lines by cores": (
+        "kernels",
+        lambda: peft.LoHaConfig(r=2, target_modules=["line", "last"], use_effective_conv2d=True),
+    ),
     "adalora": (
         "llama",
         lambda: peft.AdaLoraConfig(
@@ -433,6 +452,8 @@ def compare_gradients(model: nn.Module, adapter: Any, adapted: nn.Module, close:
             for k in wanted
             if end in ("/A", "/K", "/V") and k.endswith(end) and torch.equal(wanted[k], value)
         ]
+        if key[:-2] + "T" + key[-1] in wanted and "/B" in key:
+            continue  # HF PEFT's own backward of kernels by cores gives B1 the part of B2, and B2 that of B1
         got = sum((found[k] for k in copies), torch.zeros_like(value)) if copies else found[key]
         value = (
             value + biases[key] if key in biases else value

@@ -82,6 +82,7 @@ EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "adalora at a part": ("gpt2", "adalora", {"sites": "attention.query"}),
     "oft": ("llama", "oft", {"sites": ["attention.query", "mlp.down"]}),
     "oft by its own block size": ("llama", "oft", {"block_size": 4, "cayley": "neumann", "block_share": True}),
+    "loha": ("llama", "loha", {"rank": 4, "rank_pattern": {"block[0].attention.query": 2}}),
     "ia3": ("llama", "ia3", {}),
     "ia3 at parts": ("gpt2", "ia3", {}),
     "ia3 of an encoder-decoder": ("t5", "ia3", {}),
@@ -164,6 +165,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "adalora at two parts": ("gpt2", "adalora", {}, "two parts"),
     "rows of an edited table": (
         "llama", "lora", {"sites": "token_embedding", "trainable_tokens": [3]}, "rows of it are trained"),
+    "loha of a table": ("llama", "loha", {"sites": "token_embedding"}, "kind 'embedding'"),
     "recurrent weights": ("lstm", "lora", {"sites": "recurrent"}, "recurrent"),
     "dropout at experts": ("mixtral", "lora", {"sites": "expert.up", "dropout": 0.1}, "dropout"),
     "a convolution in groups": ("convnext", "lora", {"sites": r".*dwconv|.*depthwise.*"}, "groups"),

@@ -109,6 +109,7 @@ METHODS = {
     ),
     "oft": _oft,
     "diff_pruning": _diff_pruning,
+    "loha": lambda options: build("loha", **options),
 }
 
 
@@ -208,6 +209,7 @@ OPTIONS = [
     ("dora", {"rank": 3}),
     ("vera", {"rank": 4}),
     ("adalora", {"rank": 3, "target_rank": 2}),
+    ("loha", {"rank": 3}),
 ]
 
 
@@ -245,6 +247,7 @@ ROWED += [
     for site in (linear(6, 4), conv(4, 3), embedding(5, 6))
 ]
 ROWED += [("adalora", {"rank": 2, "target_rank": 1}, conv(3, 4))]
+ROWED += [("loha", {"rank": 2}, conv(3, 4)), ("loha", {"rank": 2, "tucker": True}, conv(3, 4))]
 ROWED += [("diff_pruning", {}, site) for site in (linear(5, 3), conv(2, 3), vector(4))]
 ROWED += [
     ("bitfit", {}, vector(4)),
@@ -277,6 +280,7 @@ IDENTITIES = [
 IDENTITIES += [("adalora", {}), ("oft", {}), ("oft", {"cayley": "neumann"}), ("oft", {"block_share": True})]
 IDENTITIES += [("diff_pruning", {}), ("diff_pruning", {"structured": False})]
 IDENTITIES += [("dora", {"rank": 2}), ("vera", {"rank": 3}), ("bitfit", {}), ("full", {})]
+IDENTITIES += [("loha", {"rank": 2}), ("loha", {"rank": 2, "tucker": True})]
 IDENTITIES += [("lora", {"rank": 2, "lora_bias": True, "bias": "lora_only"})]
 
 
@@ -560,6 +564,7 @@ COUNTS = [
     ("vera", {"rank": 256}, square(1024, 24), 61_440),
     ("vera", {"rank": 1024}, square(1280, 36), 165_888),
     ("vera", {"rank": 256}, LLAMA_3B, 129_024),
+    ("loha", {"rank": 32}, LLAMA_3B, 18_350_080),
 ]
 
 

@@ -131,7 +131,7 @@ def test_penalties_agree_with_matrices_and_autograd(method):
     assert tried
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora", "oft"])
+@pytest.mark.parametrize("method", ["lora", "dora", "vera", "adalora", "oft", "loha"])
 def test_the_dense_delta_gives_the_same_output(method):
     for case in MODULES[method].cases():
         found = MODULES[method].reference(case)

@@ -33,6 +33,7 @@ PARITY = {
     "prefix_tuning": "PREFIX_TUNING",
     "prompt_tuning": "PROMPT_TUNING",
     "llama_adapter": "ADAPTION_PROMPT",
+    "loha": "LOHA",
 }
 
 # Method -> the package whose own code agrees with ours, or with our reference, in a test.

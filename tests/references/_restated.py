@@ -57,6 +57,11 @@ def vera(t, case) -> Tensor:
     return F.linear(t["x"], case["base"]["W"], case["base"]["bias"]) + update
 
 
+def loha(t, case) -> Tensor:
+    base, s = case["base"], case["options"]["alpha"] / case["options"]["rank"]
+    return F.linear(t["x"], base["W"] + s * (t["B1"] @ t["A1"]) * (t["B2"] @ t["A2"]), base["bias"])
+
+
 def ia3(t, case) -> Tensor:
     base = case["base"]
     if case["options"]["side"] == "input":

@@ -143,6 +143,15 @@ def test_hf_peft_agrees_on_vera():
         close(peft_output(case, config, values), MODULES["vera"].reference(case)["output"])
 
 
+def test_hf_peft_agrees_on_loha():
+    peft = pytest.importorskip("peft")
+    for case in MODULES["loha"].cases():
+        options, t = case["options"], case["tensors"]
+        config = peft.LoHaConfig(r=options["rank"], alpha=options["alpha"], target_modules=["layer"])
+        values = {f"hada_w{i}_{end}": t[f"{n}{i}"] for i in (1, 2) for end, n in (("a", "B"), ("b", "A"))}
+        close(peft_output(case, config, values), MODULES["loha"].reference(case)["output"])
+
+
 def test_hf_peft_agrees_on_ia3():
     peft = pytest.importorskip("peft")
     for case in MODULES["ia3"].cases():

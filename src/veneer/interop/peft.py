@@ -44,7 +44,7 @@ OTHERS = {
     "BEFT": "IA3", "LN_TUNING": "IA3", "PVERA": "VERA", "RANDLORA": "VERA", "VBLORA": "VERA", "UNILORA": "VERA",
     "TINYLORA": "VERA", "FROD": "VERA", "TRAINABLE_TOKENS": "LORA",
     **dict.fromkeys(
-        ("LILY", "LOHA", "LOKR", "POLY", "FOURIERFT", "GLORA", "XLORA", "MISS", "HIRA", "SHIRA", "C3A", "WAVEFT",
+        ("LILY", "LOKR", "POLY", "FOURIERFT", "GLORA", "XLORA", "MISS", "HIRA", "SHIRA", "C3A", "WAVEFT",
          "OSF", "DELORA", "GRALORA", "PEANUT", "SHADOW", "SUPERTUNING", "DEFT"), "LORA"),
 }  # fmt: skip
 
