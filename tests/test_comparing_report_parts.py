@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from veneer.comparing import from_results
 from veneer.comparing.axes import Axis, ByteAxis, spread_out
 from veneer.comparing.disagreements import embedded, most_disputed, pair_counts, read_scores
 from veneer.comparing.history import common_target, compact, first_reached, mean_curve
 from veneer.comparing.items import described, thumbnail, write_items
 from veneer.comparing.published import lines_of
+from veneer.comparing.report import write_again, write_report
+from veneer.comparing.runner import TrainingRunner
 from veneer.comparing.tuning import expected_best, scores_for_best_of, tuned
 
 
@@ -149,3 +153,21 @@ def test_bytes_have_ticks_at_powers_of_two():
     assert all(np.log2(tick).is_integer() for tick in ByteAxis.of([4e3, 9e7], 0, 100).ticks())
     assert len(ByteAxis.of([1.7 * 2**30, 1.73 * 2**30], 0, 100).ticks()) >= 2
     assert Axis.of([1], [1], 0, 100).ticks()
+
+
+def test_the_trainer_shows_rows_of_its_test_split():
+    runner = object.__new__(TrainingRunner)
+    runner.data = SimpleNamespace(test=[{"text": "first"}, {"text": "second"}])
+    assert runner.show(["1", "7", "x"]) == {"1": {"text": "second"}}
+
+
+def test_without_texts_the_report_says_so_and_keeps_its_counts(tmp_path):
+    path = score_file(tmp_path)
+    result = from_results(path, output=tmp_path / "out")
+    write_items(tmp_path / "out", ["i0"], [], lambda items: {"i0": {"text": "a private text"}})
+    assert "a private text" in write_report(tmp_path / "out").read_text()
+    (tmp_path / "out" / "items.jsonl").unlink()
+    page = write_again(tmp_path / "out").read_text()
+    assert "a private text" not in page
+    assert "The texts of the items are not in the folder" in page
+    assert result.report.read_text() == page

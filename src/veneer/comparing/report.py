@@ -202,8 +202,8 @@ def _prices(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> tuple[li
 def _costs_say(page: Published) -> str:
     apart = page.summary.get("costs") or {}
     if apart.get("measured"):
-        machine = f" on {apart['machine']}" if isinstance(apart.get("machine"), str) else ""
-        return f"Measured{machine}: {apart['how']}. Tuning is the time of all trials of the learning rate."
+        note = f" {apart['note']}" if apart.get("note") else ""
+        return f"Measured: {apart['how']}. Tuning is the time of all trials of the learning rate.{note}"
     return (
         "Measured while training, beside whatever else the machine did: orders of magnitude. Tuning is the time of "
         "all trials of the learning rate."
@@ -372,6 +372,16 @@ def _commands(page: Published) -> list[tuple[str, str]]:
     ]
 
 
+def _machine_text(machine: Mapping[str, Any]) -> str:
+    """The device and what stands around it, in a line."""
+    known = {**machine, "cores": f"{machine['cores']} cores" if machine.get("cores") else None}
+    known["memory_bytes"] = bytes_text(machine["memory_bytes"]) if machine.get("memory_bytes") else None
+    known["python"] = known["torch"] = None
+    if machine.get("torch"):
+        known["torch"] = f"torch {machine['torch']}"
+    return ", ".join(str(value) for value in known.values() if value)
+
+
 def _how(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     design = summary["comparison"]
     found = (
@@ -386,6 +396,9 @@ def _how(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         found.append(
             ("Said before it ran", "; ".join(line.strip() for line in summary["forecast"].split("\n")))
         )
+    machine = (summary.get("costs") or {}).get("machine")
+    if isinstance(machine, Mapping):
+        found.append(("Machine", _machine_text(machine)))
     found.append(
         (
             "Intervals",

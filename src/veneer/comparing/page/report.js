@@ -135,7 +135,7 @@ if (held) {
     const what = make("p", { class: "what" }, item.t || `item ${item.i}`);
     const label = item.l ? ["label ", make("b", {}, item.l), " · "] : [];
     const said = make("p", { class: "said" }, ...label, ...score(item, a), " · ", ...score(item, b));
-    const picture = item.g ? [make("img", { src: item.g, alt: "" })] : [];
+    const picture = item.g ? [make("img", { src: item.g, alt: `picture of item ${item.i}` })] : [];
     return make("li", {}, ...picture, make("div", {}, what, said));
   };
   const show = () => {
