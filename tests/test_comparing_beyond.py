@@ -392,3 +392,25 @@ def test_corrupted_copies_keep_labels_and_order(data):
         assert [row["label"] for row in rows] == [row["label"] for row in data.test]
         assert all(row["text"] != clean["text"] for row, clean in zip(rows, data.test))
     assert found.to_dict()["sets"]["corrupted-drops-3"]["severity"] == 3
+
+
+def test_pictures_are_corrupted_too_and_the_digest_sees_every_value():
+    from veneer.data import read
+
+    def pictures(count, start=0):
+        rng = np.random.default_rng(start)
+        return [
+            {"image": rng.integers(0, 255, (28, 28, 3), dtype=np.uint8), "label": "ab"[i % 2]}
+            for i in range(count)
+        ]
+
+    parts = {"train": pictures(12), "validation": pictures(4, 1), "test": pictures(6, 2)}
+    found = further_of(read(parts, task="image-classify"), {"corrupt": "noise:1,occlusion"})
+    assert list(found.rows) == ["corrupted-noise-1", "corrupted-occlusion-3"]
+    before = found.about["corrupted-occlusion-3"]["sha256"]
+    parts["test"][3]["image"][14, 14, 0] ^= (
+        255  # one value in the middle, which the text of an array leaves out
+    )
+    again = further_of(read(parts, task="image-classify"), {"corrupt": "noise:1,occlusion"})
+    assert again.about["corrupted-noise-1"]["sha256"] != found.about["corrupted-noise-1"]["sha256"]
+    assert len(before) == 64

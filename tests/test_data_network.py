@@ -22,6 +22,9 @@ def opened(name, **options):
 
 SETS = {  # task, rows of train, validation and test, labels
     "movie-sentences": ("classify", [8072, 1000, 1000], 2),
+    "tweet-sentences": ("classify", [2746, 343, 343], 2),
+    "product-sentences": ("classify", [2389, 298, 298], 2),
+    "editorial-sentences": ("classify", [2376, 297, 297], 2),
     "vader-domains": ("classify", [21703, 1000, 1000], 4),
     "dialog": ("instruct", [1620, 203, 203], 0),
     "dialog-persian": ("instruct", [619, 77, 77], 0),
@@ -89,3 +92,18 @@ def test_documents_chapters_and_pictures_stay_together():
         groups = [{row[group] for row in part} for part in splits.parts.values()]
         assert groups[0].isdisjoint(groups[1] | groups[2]), name
         assert groups[1].isdisjoint(groups[2]), name
+
+
+def test_a_shifted_test_of_four_sources_leaves_out_the_one_that_was_trained_on():
+    from veneer.comparing.further import further_of
+
+    films = opened("movie-sentences")
+    found = further_of(films, {"shifted": "builtin:vader-domains"})
+    assert list(found.rows) == [
+        "shifted-tweet-sentences",
+        "shifted-product-sentences",
+        "shifted-editorial-sentences",
+    ]
+    assert {row["label"] for rows in found.rows.values() for row in rows} == {"negative", "positive"}
+    tweets = further_of(opened("tweet-sentences"), {"shifted": "builtin:vader-domains"})
+    assert list(tweets.rows)[-1] == "shifted-movie-sentences"

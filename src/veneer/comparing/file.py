@@ -61,7 +61,8 @@ ALIASES = {
     "base": "model",
     "bases": "models",
 }
-DATA_FIELDS = ("data", "name", "task", "metric", "columns", "group", "sizes", "split", "smallest_effect")
+DATA_FIELDS = ("data", "name", "task", "metric", "columns", "group", "sizes", "split", "smallest_effect", "groups",
+               "shifted", "corrupt", "forgetting")  # fmt: skip
 """What one [[data]] table may say; what it does not say is as for all."""
 
 
