@@ -171,3 +171,18 @@ def test_without_texts_the_report_says_so_and_keeps_its_counts(tmp_path):
     assert "a private text" not in page
     assert "The texts of the items are not in the folder" in page
     assert result.report.read_text() == page
+
+
+def test_where_lower_is_better_the_lower_score_is_the_better_one(tmp_path):
+    losses = {"a": [[0.1, 0.9, 0.5]], "b": [[0.2, 0.2, 0.2]]}
+    lines = [
+        {"arm": arm, "seed": 0, "item": str(item), "score": score}
+        for arm, (row,) in losses.items()
+        for item, score in enumerate(row)
+    ]
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert embedded(path, ["a", "b"], {}, sign=-1.0)["pairs"] == {"0,1": [1, 2]}
+    assert embedded(path, ["a", "b"], {})["pairs"] == {"0,1": [2, 1]}
+    result = from_results(path, output=tmp_path / "out", metric="loss", higher_is_better=False)
+    assert "has the lowest mean" in result.sentence or "better than all others" in result.sentence

@@ -173,7 +173,7 @@ def foot(
 
 
 def tick_text(scale: Scale) -> Callable[[float], str]:
-    return lambda value: f"{100 * value:.4g}" if scale.is_share else f"{value:.4g}"
+    return lambda value: (f"{100 * value:.4g}" if scale.is_share else f"{value:.4g}").replace("-", "−")
 
 
 def short(name: str, most: int) -> str:

@@ -158,7 +158,7 @@ def differences(
 ) -> str:
     """Differences with intervals and a line at zero: (name, kind, difference, low, high, title)."""
     row, top = 25.0, 4.0
-    names = [axes.short(one[0], 34) for one in rows]
+    names = [axes.short(one[0], 28) for one in rows]
     left = min(240.0, 22 + CHARACTER * max(len(name) for name in names))
     bottom = top + row * len(rows)
     axis = Axis.of([0.0, *(one[3] for one in rows)], [0.0, *(one[4] for one in rows)], left, WIDTH - 12)

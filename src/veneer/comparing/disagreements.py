@@ -25,20 +25,24 @@ CLEAR = 0.5  # of the seeds: by so much two arms must differ on an item whose sc
 
 @dataclass(frozen=True)
 class ItemScores:
-    """mean: (arm, item), over the seeds. is_right_or_wrong: every score is 0 or 1, so a mean is a share of seeds."""
+    """mean: (arm, item), over the seeds. is_right_or_wrong: every score is 0 or 1, so a mean is a share of seeds.
+
+    sign: -1 where lower scores are better.
+    """
 
     arms: tuple[str, ...]
     items: tuple[str, ...]
     mean: np.ndarray
     seeds: int
     is_right_or_wrong: bool
+    sign: float = 1.0
 
     @property
     def least(self) -> float:
         return CLEAR if self.is_right_or_wrong else 1e-12
 
 
-def read_scores(path: Path, arms: Sequence[str]) -> ItemScores:
+def read_scores(path: Path, arms: Sequence[str], sign: float = 1.0) -> ItemScores:
     """Of the arms named, from scores.jsonl."""
     place = {arm: number for number, arm in enumerate(arms)}
     items: dict[str, int] = {}
@@ -57,7 +61,7 @@ def read_scores(path: Path, arms: Sequence[str]) -> ItemScores:
             binary = binary and line["score"] in (0.0, 1.0)
     mean = np.array([[s[i] / max(1, c[i]) for i in range(len(items))] for s, c in zip(sums, counts)])
     seeds = max((max(count.values(), default=0) for count in counts), default=0)
-    return ItemScores(tuple(arms), tuple(items), mean.reshape(len(arms), len(items)), seeds, binary)
+    return ItemScores(tuple(arms), tuple(items), mean.reshape(len(arms), len(items)), seeds, binary, sign)
 
 
 def most_disputed(mean: np.ndarray, most: int = MOST_ITEMS) -> list[int]:
@@ -70,7 +74,7 @@ def pair_counts(scores: ItemScores) -> dict[str, list[int]]:
     found = {}
     for first in range(len(scores.arms)):
         for second in range(first + 1, len(scores.arms)):
-            difference = scores.mean[first] - scores.mean[second]
+            difference = scores.sign * (scores.mean[first] - scores.mean[second])
             better, worse = difference >= scores.least, difference <= -scores.least
             found[f"{first},{second}"] = [int(better.sum()), int(worse.sum())]
     return found
@@ -100,17 +104,17 @@ def _text(value: Any) -> str:
 
 
 def embedded(
-    path: Path, arms: Sequence[str], shown: Mapping[str, Mapping[str, Any]]
+    path: Path, arms: Sequence[str], shown: Mapping[str, Mapping[str, Any]], sign: float = 1.0
 ) -> dict[str, Any] | None:
     """What the page holds of scores.jsonl: arms, counts of all pairs, and the items that are disputed most.
 
     An item is {"i": id, "t": text, "g": picture, "l": label, "s": [mean score by arm], "p": [place of the
-    prediction in "said", or -1, by arm]}. None where there are fewer than two arms.
+    prediction in "said", or -1, by arm]}. sign: -1 where lower scores are better. None for fewer than two arms.
     """
     arms = list(arms)[:MOST_ARMS]
     if len(arms) < 2 or not path.is_file():
         return None
-    scores = read_scores(path, arms)
+    scores = read_scores(path, arms, sign)
     places = most_disputed(scores.mean)
     said_by = predictions_of(path, arms, [scores.items[place] for place in places])
     texts: dict[str, int] = {}
@@ -136,6 +140,7 @@ def embedded(
         "seeds": scores.seeds,
         "binary": scores.is_right_or_wrong,
         "least": scores.least,
+        "sign": sign,
         "items": found,
         "all": len(scores.items),
         "said": list(texts),

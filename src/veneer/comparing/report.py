@@ -125,7 +125,7 @@ def content(page: Published) -> dict[str, Any]:
         "forest": charts.forest(page.arms, s["groups"], page.chosen, page.scale),
         "prices": prices,
         "fronts": fronts,
-        "no_step": [arm["arm"] for arm in page.arms if arm["step_seconds"] is None],
+        "no_step": _without_step(page, costs) if any(p["cost"] == "step_seconds" for p in prices) else [],
         "contrasts": tables.contrasts_table(page),
         "contrasts_chart": _contrasts_chart(page),
         "contrasts_say": _contrasts_say(s),
@@ -192,11 +192,15 @@ def _prices(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> tuple[li
             continue
         chart = charts.scatter(paid, cost, page.chosen, page.scale, title, text, fronts.get(cost))
         found.append({"cost": cost, "title": title, "chart": chart, "is_first": len(found) < 4})
-    titles = {cost: short for cost, (_, short, _) in PRICES.items()}
+    titles = {one["cost"]: PRICES[one["cost"]][1] for one in found}
     table = (
         tables.fronts_table(page, fronts, titles) if found and len(set(fronts) & set(titles)) > 1 else None
     )
     return found, table
+
+
+def _without_step(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [arm["arm"] for arm in page.arms if costs[arm["arm"]].get("step_seconds") is None]
 
 
 def _costs_say(page: Published) -> str:
@@ -220,7 +224,7 @@ def _contrasts_say(summary: Mapping[str, Any]) -> str:
     text += f"p-values are corrected by {how} for {number} differences."
     if not summary["contrasts_planned"]:
         text += (
-            " None was planned: the arm with the highest mean was picked by looking, so these differences flatter "
+            " None was planned: the arm with the best mean was picked by looking, so these differences flatter "
             "it. The verdicts in the table of arms account for that."
         )
     if not all(contrast["sign_flip_can_decide"] for contrast in summary["contrasts"]):
@@ -248,7 +252,7 @@ def _contrasts_chart(page: Published) -> str:
 def _dispute(page: Published) -> dict[str, Any] | None:
     """Items on which arms differ: all of it as JSON for the script, and the first pair as rows."""
     names = [arm["arm"] for arm in page.arms]
-    data = disagreements.embedded(page.folder / "scores.jsonl", names, page.items)
+    data = disagreements.embedded(page.folder / "scores.jsonl", names, page.items, page.scale.sign)
     if data is None:
         return None
     first, second = disagreements.first_pair(page.summary, data["arms"])

@@ -64,24 +64,25 @@ def conclusion(
     price = "" if trained is None else f" with {count(trained)} trained parameters"
     tied = [arm.arm for arm in analysis.arms if arm.tied_with_best]
     best = analysis.arm(analysis.best)
+    highest = "highest" if scale.sign > 0 else "lowest"
     if chosen.arm == "untrained":
         first = f"Nothing that was tried is shown to be better than the untrained base: {result}. "
         first += f"{len(tied)} arms cannot be told from the best. " if len(tied) > 1 else ""
         first += (
-            f"{best.arm} has the highest mean, {scale.value(scale.sign * best.interval.estimate)}{percent}."
+            f"{best.arm} has the {highest} mean, {scale.value(scale.sign * best.interval.estimate)}{percent}."
         )
     elif len(tied) == 1:
         first = f"{chosen.arm} is better than all others: {result}{price}."
     elif chosen.arm == best.arm:
         first = (
-            f"{chosen.arm} has the highest mean and is the cheapest of the {len(tied)} arms that this test "
+            f"{chosen.arm} has the {highest} mean and is the cheapest of the {len(tied)} arms that this test "
         )
         first += f"cannot tell apart: {result}{price}."
     else:
         first = f"{chosen.arm} is the cheapest of {len(tied)} arms that this test cannot tell from the best: "
         first += f"{result}{price}. "
         first += (
-            f"{best.arm} has the highest mean, {scale.value(scale.sign * best.interval.estimate)}{percent}."
+            f"{best.arm} has the {highest} mean, {scale.value(scale.sign * best.interval.estimate)}{percent}."
         )
     over = f"{analysis.seeds} seed{'s' if analysis.seeds != 1 else ''}"
     over = f"{analysis.items} test items and {over}" if analysis.items else over

@@ -146,7 +146,7 @@ if (held) {
     const words = search.value.trim().toLowerCase();
     const found = data.items
       .filter((item) => Math.abs(item.s[a] - item.s[b]) >= data.least)
-      .filter((item) => side.value === "both" || (item.s[a] > item.s[b]) === (side.value === "first"))
+      .filter((item) => side.value === "both" || data.sign * (item.s[a] - item.s[b]) > 0 === (side.value === "first"))
       .filter((item) => !words || `${item.t || ""} ${item.l || ""} ${item.i}`.toLowerCase().includes(words))
       .sort((x, y) => Math.abs(y.s[a] - y.s[b]) - Math.abs(x.s[a] - x.s[b]));
     const says = make("p", { class: "says" }, make("b", {}, data.arms[a]), ` is better on ${more} items, `,
