@@ -336,6 +336,41 @@ def ladder_site(width=16, causal=True, blocks=2, stack=""):
                 blocks=blocks, stack=stack, heads=4, port="exit")  # fmt: skip
 
 
+def test_the_ladder_of_a_decoder_reads_the_encoder_as_an_attention_of_torch_does():
+    method = build("ladder_side_tuning", reduction=2, heads=2)
+    where = replace(ladder_site(), cross=True)
+    stacked = randomised(method, where)
+    own = Tensors({n: v[0] for n, v in stacked.items() if v.dim() == 3})
+    z, memory = normal(2, 3, 8), normal(2, 5, 16, seed=4)
+    real = torch.tensor([[True] * 5, [True, True, False, False, True]])
+    at = At(site=where, memory=memory, memory_mask=real)
+    theirs = torch.nn.MultiheadAttention(8, 2, kdim=16, vdim=16, batch_first=True).double()
+    with torch.no_grad():
+        theirs.q_proj_weight.copy_(own.cross_query)
+        theirs.k_proj_weight.copy_(own.cross_key)
+        theirs.v_proj_weight.copy_(own.cross_value)
+        biases = [own.cross_query_bias, own.cross_key_bias, own.cross_value_bias]
+        theirs.in_proj_bias.copy_(torch.cat([b.flatten() for b in biases]))
+        theirs.out_proj.weight.copy_(own.cross_out)
+        theirs.out_proj.bias.copy_(own.cross_out_bias.flatten())
+        expected, _ = theirs(z, memory, memory, key_padding_mask=~real)
+        assert_close(method.read(own, z, at), expected, rtol=1e-9, atol=1e-9)
+        with_encoder = method.block(own, z, 0, at)
+        assert not torch.allclose(with_encoder, method.block(own, z, 0, At(site=where)), atol=1e-2)
+    assert not any(n.startswith("cross") for n in method.tensors(ladder_site()))
+
+
+@pytest.mark.parametrize("family", ["t5", "marian", "whisper", "torch_transformer"])
+def test_a_decoder_s_ladder_is_given_the_encoder_of_every_kind_of_base(family):
+    model, kwargs = zoo()[family]()
+    adapter = veneer.attach(model, "ladder_side_tuning")
+    y = model(**kwargs)
+    (y if isinstance(y, torch.Tensor) else y["logits"]).square().mean().backward()
+    read = {n: g for n, g in adapter.gradients().items() if "/cross_" in n and "key_bias" not in n}
+    assert len(read) == 7
+    assert all(float(g.abs().max()) > 0 for g in read.values())
+
+
 def test_the_ladder_step_by_step_equals_the_ladder_at_once():
     method = build("ladder_side_tuning", reduction=2, heads=2)
     where = ladder_site()

@@ -31,6 +31,10 @@ class At:
     added: Tensor | None = None  # (rows, tokens) bool: positions that a `tokens` edit added
     tasks: Tensor | None = None  # (rows,) int: the task of each row
     ids: Tensor | None = None  # (rows, tokens): token ids as given, where there are any
+    memory: Tensor | None = (
+        None  # a decoder: the encoder's states that it reads, (rows, source tokens, width)
+    )
+    memory_mask: Tensor | None = None  # (rows, source tokens) bool: True where they are real
     hidden: Tensor | None = None  # attention: what entered the module, (rows, tokens, width)
     conditions: Mapping[str, Tensor] = field(default_factory=dict)  # what `condition` returned, by row
     inputs: Mapping[str, Any] = field(default_factory=dict)  # other named inputs of the call, as given

@@ -12,6 +12,7 @@ from veneer.edits import At
 
 from ._frame import Frame, Session
 from ._outputs import first
+from ._tokens import forget_rows
 
 
 def named_inputs(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -107,6 +108,20 @@ def collect(host: Any, module: nn.Module, frame: Frame, named: dict, extra: dict
         )
     if any(ops.exit for ops in frame.program.values()):
         frame.taps = {}
+
+
+def see_memory(frame: Frame, named: dict) -> None:
+    """What a decoder is given of its encoder, as a fact of its rows."""
+    states, mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
+    if not isinstance(states, Tensor):
+        states, mask = named.get("memory"), named.get("memory_key_padding_mask")  # torch's own names
+        mask = None if mask is None else ~mask.bool()
+    if not isinstance(states, Tensor):
+        return
+    mask = mask.bool() if isinstance(mask, Tensor) and mask.shape == states.shape[:2] else None
+    at = frame.at.get("decoder") or frame.at.get("") or At()
+    frame.at["decoder"] = at.with_(memory=states, memory_mask=mask)
+    forget_rows(frame)
 
 
 def _tasks(extra: dict, session: Session | None, total: int) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ._blocks import without_fast_path
-from ._collect import collect, length_of, named_inputs, taken, totals
+from ._collect import collect, length_of, named_inputs, see_memory, taken, totals
 from ._conditions import conditions, penalty_of
 from ._frame import Frame, Session, current, entered, session_of
 from ._generate import generating, saving
@@ -49,6 +49,8 @@ def _with_tokens(
 ) -> Any:
     """A backbone's forward, with the positions that `tokens` edits add, and its output cut back to what went in."""
     args, kwargs = shift_positions(host, names, frame, args, kwargs)
+    if host.anatomy.facts.encoder_decoder:
+        see_memory(frame, named_inputs(names, args, kwargs))
     if host.anatomy.facts.encoder_decoder or frame.inserted is not None:
         return plain(module, *args, **kwargs)
     stack, ops = token_ops(host, module, frame)

@@ -55,7 +55,7 @@ def _spread(conditions: dict[str, Tensor], op: Op, frame: Frame) -> dict[str, Te
 def select(at: At, rows: Rows) -> At:
     """The facts of some rows only."""
     changed = {}
-    for name in ("mask", "mask_all", "prompt", "added", "tasks", "ids"):
+    for name in ("mask", "mask_all", "prompt", "added", "tasks", "ids", "memory", "memory_mask"):
         value = getattr(at, name)
         if isinstance(value, Tensor) and value.shape[0] == rows.total:
             changed[name] = rows.take(value)

@@ -296,12 +296,13 @@ def _stream_sites(found: Anatomy, port: str, selector: Any) -> list[Site]:
     wanted = selector if selector not in ("", None, True) else where
     facts = dict(found.facts.blocks)
     like = {s.stack: s for s in found.sites if s.role == "attention"}
+    reading = {s.stack for s in found.sites if s.role == "cross_attention"}
     sites = []
     for s in found.select(wanted, port=port):
         attention = like.get(s.stack, s)  # a side network takes its heads and its causality from the stack
         sites.append(
             s.at(port, blocks=len(facts.get(s.stack, ())), heads=attention.heads, kv_heads=attention.kv_heads,
-                 head_dim=attention.head_dim, causal=attention.causal)
+                 head_dim=attention.head_dim, causal=attention.causal, cross=s.stack in reading)
         )  # fmt: skip
     if port == "tokens" and found.facts.encoder_decoder:
         sites = [s for s in sites if s.stack != "decoder"] or sites

@@ -4,15 +4,17 @@
     s <- B_i(mu_i s + (1 - mu_i) D_i h_i)      h_i: the output of block i, mu_i = sigma(gate_i / 0.1)
     h' = U LN(s)                               w = width / reduction
 
-B_i is a pre-norm block at width w: self-attention as causal as the base's, then an MLP of width 4 w.
+B_i is a pre-norm block at width w: self-attention as causal as the base's, in a decoder then an attention to
+what the encoder gives, and an MLP of width 4 w.
 Nothing flows back into the base: a training step keeps no activations of it, which is what the ladder is
 for; the price is its own forward and, in generation, a cache of its own. h' takes the place of the last
 hidden state, so the model does not begin as its base; with `merge_base` (an option of the published code)
 it is mu U LN(s) + (1 - mu) h.
 
-About 12 w^2 + width w numbers a rung. The paper prunes the base's own blocks into the B_i to begin with;
-here they start as new ones. In an encoder-decoder the ladder stands beside the decoder, whose states hold
-what was read of the encoder. The blocks have no position embedding: positions are in the h_i.
+About 12 w^2 + width w numbers a rung, and 2 w^2 + 2 width w more where it reads an encoder. The paper prunes
+the base's own blocks into the B_i to begin with; here they start as new ones, since a start sees the weight
+of its own site alone. In an encoder-decoder the ladder stands beside the decoder; the paper gives the encoder
+one too. The blocks have no position embedding: positions are in the h_i.
 """
 
 import functools
@@ -92,6 +94,14 @@ class LadderSideTuning(ExitMethod):
             specs |= {name: rung(ones, 1, w, decay=False), name + "_bias": rung(zeros, 1, w, decay=False)}
         for name in ("query", "key", "value", "out"):
             specs |= linear(name, w, w, "a shift of every score leaves the softmax alone" * (name == "key"))
+        if site.cross:
+            shift = "a shift of every score leaves the softmax alone"
+            specs |= {
+                "norm_cross": rung(ones, 1, w, decay=False),
+                "norm_cross_bias": rung(zeros, 1, w, decay=False),
+            }
+            specs |= {**linear("cross_query", w, w), **linear("cross_key", w, d, shift)}
+            specs |= {**linear("cross_value", w, d), **linear("cross_out", w, w)}
         specs |= {**linear("mlp_up", 4 * w, w), **linear("mlp_down", w, 4 * w)}
         specs |= {"norm": ones(w, decay=False), "norm_bias": zeros(w, decay=False)}
         specs |= {"U": kaiming(d, w), "U_bias": zeros(d, decay=False)}
@@ -123,8 +133,20 @@ class LadderSideTuning(ExitMethod):
         v = split_heads(everything @ t.value.mT + t.value_bias, heads)
         o = F.scaled_dot_product_attention(q, k, v, self.seen(q, k, at))
         s = s + o.transpose(-3, -2).flatten(-2) @ t.out.mT + t.out_bias
+        if "cross_query" in t and at.memory is not None:
+            s = s + self.read(t, layer_norm(s, t.norm_cross, t.norm_cross_bias), at)
         z = layer_norm(s, t.norm2, t.norm2_bias)
         return s + bottleneck(z, t.mlp_up, t.mlp_up_bias, t.mlp_down, t.mlp_down_bias, self.activation)
+
+    def read(self, t: Tensors, z: Tensor, at: At) -> Tensor:
+        """Attention to the encoder's states, which stay as the base has them: (rows, tokens, w) -> like z"""
+        heads, memory = self.heads_at(at.site), at.memory.detach()  # type: ignore[union-attr]
+        q = split_heads(z @ t.cross_query.mT + t.cross_query_bias, heads)
+        k = split_heads(memory @ t.cross_key.mT + t.cross_key_bias, heads)
+        v = split_heads(memory @ t.cross_value.mT + t.cross_value_bias, heads)
+        real = None if at.memory_mask is None else at.memory_mask[:, None, None, :]
+        o = F.scaled_dot_product_attention(q, k, v, real)
+        return o.transpose(-3, -2).flatten(-2) @ t.cross_out.mT + t.cross_out_bias
 
     def seen(self, q: Tensor, k: Tensor, at: At) -> Tensor:
         """(rows or 1, 1, queries, keys) bool: real keys, in a causal base those up to the query."""
