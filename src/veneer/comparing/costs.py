@@ -45,19 +45,20 @@ class Child:
     def __init__(self, arm: Arm, job: Mapping[str, Any], folder: Path) -> None:
         self.arm, self.failure = arm, ""
         self.turns: list[dict[str, Any]] = []
-        path = folder / f"{arm.slug}.pickle"
+        self._job = path = folder / f"{arm.slug}.pickle"
         path.write_bytes(pickle.dumps(dict(job)))
         self._errors = open(folder / f"{arm.slug}.log", "w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, *WORKER, str(path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            env={**os.environ, **dict.fromkeys(THREADS, "1"), "TOKENIZERS_PARALLELISM": "false"},
+            env=_environment(),
         )  # fmt: skip
         self.ready: dict[str, Any] = {}
 
     def wait_ready(self) -> None:
         if not self.ready and not self.failure:
             self.ready = self._answer(START_SECONDS) or {}
+            self._job.unlink(missing_ok=True)  # it was read; with pictures it is large
 
     def turn(self) -> None:
         if self.failure:
@@ -126,6 +127,12 @@ class Child:
         for key in TIMED:
             found |= quartiles(key, [turn.get(key) for turn in self.turns])
         return found | {"turns": len(self.turns), "each_turn": self.turns}
+
+
+def _environment() -> dict[str, str]:
+    """One thread, and the C library's own way with memory, whatever was set for others."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    return {**mine, **dict.fromkeys(THREADS, "1"), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def quartiles(name: str, values: Sequence[float | None]) -> dict[str, float | None]:

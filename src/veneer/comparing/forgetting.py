@@ -8,6 +8,7 @@ because a representation that merely turned has forgotten nothing. Other models 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from veneer.comparing.statistics import Array
-from veneer.errors import BadData, Unsupported
+from veneer.errors import BadData, Unsupported, missing_package
 
 PERPLEXITY, PROBE, IMAGE_PROBE = "perplexity", "probe", "image probe"
 MEASURES = {"lm": PERPLEXITY, "instruct": PERPLEXITY, "image-classify": IMAGE_PROBE} | dict.fromkeys(
@@ -38,6 +39,8 @@ def read_off_task(spec: str, measure: str) -> Any:
     """Splits of an off-task set, cut to what the measure reads. Errors: those of `veneer.data.read`."""
     from veneer.data import read
 
+    if measure != PERPLEXITY and importlib.util.find_spec("sklearn") is None:
+        raise missing_package("scikit-learn", "train", "the probe of --forgetting")
     task = {PERPLEXITY: "lm", PROBE: "classify", IMAGE_PROBE: "image-classify"}[measure]
     splits = read(spec, task=task)
     few = TEXTS if measure == PERPLEXITY else PROBE_ROWS
