@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -159,3 +160,19 @@ def test_all_trials_are_published_with_the_rate_that_was_chosen(tmp_path):
     assert {t["status"] for t in trials if t["arm"] == "broken"} == {"diverged"}
     assert all(sum(t["chosen"] for t in trials if t["arm"] == arm) == 1 for arm in result.design.rates)
     assert [t["validation"] for t in result.to_dict()["trials"]] == [t["validation"] for t in trials]
+
+
+def test_the_files_that_the_page_shows_are_read(tmp_path):
+    from test_docs import ROOT, blocks_of
+    from veneer.bases import builtin_bases
+
+    page = ROOT / "docs" / "comparing.md"
+    blocks = [block.text for block in blocks_of(page) if block.language == "toml"]
+    assert len(blocks) == 2
+    for text in blocks:
+        fields = read_comparison(written(tmp_path, text))
+        for model in fields.get("models", [fields.get("model")]):
+            assert model.removeprefix("builtin:") in builtin_bases()
+    rows = re.findall(r"^\| (`.*?) \|", page.read_text(), flags=re.M)
+    named = {name for row in rows for name in re.findall(r"`\[*(\w+)", row)}
+    assert set(FIELDS) <= named  # the table has every field

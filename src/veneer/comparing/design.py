@@ -28,7 +28,7 @@ class Budget:
     amount: float | None = None
 
     def __str__(self) -> str:
-        return self.kind if self.amount is None else f"{self.kind}={self.amount:g}"
+        return self.kind if self.amount is None else f"{self.kind}={self.amount:.12g}"
 
     @property
     def label(self) -> str:
@@ -39,7 +39,7 @@ class Budget:
         if self.kind == "published":
             return "as published: every arm sees the same examples, in the same order, equally often"
         kind = "real (unpadded) tokens" if self.kind == "tokens" else self.kind
-        return f"equal {self.kind}: {self.amount:g} {kind} trained on by every run"
+        return f"equal {self.kind}: {self.amount:,.0f} {kind} trained on by every run"
 
 
 def parse_budget(text: str | Budget) -> Budget:
