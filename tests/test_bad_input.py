@@ -4,6 +4,7 @@ One section a line of the promise. Beside every refusal stands the right use, so
 everything is refused.
 """
 
+import ast
 import errno
 import json
 import os
@@ -714,6 +715,30 @@ def test_running_out_of_memory_names_three_settings_and_what_each_saves():
     ):  # fmt: skip
         run(hooks=[Full()])
     assert run(accumulate=2, gradient_checkpointing=True, max_length=16, max_steps=1).steps == 1
+
+
+# -- every refusal ---------------------------------------------------------------------------------------------
+
+
+def refusals(path: Path) -> list[tuple[int, ast.Call]]:
+    """Every error of veneer that a file makes, by line."""
+    made = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return [(c.lineno, c) for c in made if isinstance(c.func, ast.Name) and c.func.id in ERRORS]
+
+
+ERRORS = {name for name, kind in vars(veneer.errors).items()
+          if isinstance(kind, type) and issubclass(kind, VeneerError)}  # fmt: skip
+
+
+def test_every_error_says_a_next_step_of_its_own():
+    root = Path(veneer.__file__).parent
+    found = [(path, line, call) for path in sorted(root.rglob("*.py")) for line, call in refusals(path)]
+    assert len(found) > 400
+    bare = [
+        f"{path.relative_to(root)}:{line}" for path, line, call in found
+        if path.name != "errors.py" and not any(k.arg in ("next_step", None) for k in call.keywords)
+    ]  # fmt: skip
+    assert not bare, "these rely on the default of their class: " + ", ".join(bare)
 
 
 # -- what cannot be expressed ----------------------------------------------------------------------------------

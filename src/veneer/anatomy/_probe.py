@@ -131,7 +131,10 @@ def _as_arguments(probe: Any) -> dict[str, Any] | tuple:
         return dict(probe)
     if isinstance(probe, tuple | list):
         return tuple(probe)
-    raise BadOption(f"probe={type(probe).__name__}: a dict of arguments or a tensor was expected.")
+    raise BadOption(
+        f"probe={type(probe).__name__}: a dict of arguments or a tensor was expected.",
+        next_step="probe={'input_ids': ids}, or the tensor that forward takes first",
+    )
 
 
 def _guesses(model: nn.Module) -> Iterator[dict[str, Any] | tuple]:

@@ -60,7 +60,9 @@ def memory(
             raise BadOption(f"{name}={value} is negative.", next_step=f"{name}=0 or more")
     if optimiser not in OPTIMISERS:
         raise BadOption(
-            f"optimiser={optimiser!r} is not known to the forecast.", nearest=nearest(optimiser, OPTIMISERS)
+            f"optimiser={optimiser!r} is not known to the forecast.",
+            nearest=nearest(optimiser, OPTIMISERS),
+            next_step="optimiser='adamw'",
         )
     size, trained_size = dtype.itemsize, trained_dtype.itemsize
     added = trainable if trainable < n_parameters else 0  # full fine-tuning trains the base's own numbers

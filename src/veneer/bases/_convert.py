@@ -100,7 +100,8 @@ def fill(model: nn.Module, state: dict[str, Tensor]) -> None:
     if missing or report.unexpected_keys:
         raise BadFile(
             f"the checkpoint does not fit {type(model).__name__}: missing {missing[:3]}, "
-            f"left over {list(report.unexpected_keys)[:3]}."
+            f"left over {list(report.unexpected_keys)[:3]}.",
+            next_step="the checkpoint whole, with the config that it was saved with",
         )
 
 
@@ -133,7 +134,10 @@ def read_ctranslate2(data: bytes) -> dict[str, Tensor]:
 
     version, _, _, count = take("I"), string(), take("I"), take("I")
     if version != 6:
-        raise BadFile(f"the file is of CTranslate2's form {version}; veneer reads form 6.")
+        raise BadFile(
+            f"the file is of CTranslate2's form {version}; veneer reads form 6.",
+            next_step="the model in transformers' own form: veneer train --model FOLDER",
+        )
     found: dict[str, Tensor] = {}
     for _ in range(count):
         name, rank = string(), take("B")

@@ -24,7 +24,11 @@ def open_network(name: str, folder: Path, spec: str, task: str | None, num_label
 
     fits = {"efficientnet-lite0": "image-classify", "speaker-lstm": None}.get(name, "seq2seq")
     if task not in (None, fits):
-        raise BadOption(f"{spec} has no head for task={task!r}.", nearest=[fits] if fits else [])
+        raise BadOption(
+            f"{spec} has no head for task={task!r}.",
+            nearest=[fits] if fits else [],
+            next_step=f"task={fits!r}" if fits else "veneer doctor    lists the builtin bases",
+        )
     state = load_file(folder / "model.safetensors")
     base = Base(_network(name, num_labels), name, spec, "network", task=task)
     own = base.model.state_dict()
@@ -96,7 +100,10 @@ def read_marian(data: bytes) -> dict[str, Tensor]:
     """
     version, count = struct.unpack_from("<2Q", data, 0)
     if version != 1:
-        raise BadFile(f"the file is of Marian's form {version}; veneer reads form 1.")
+        raise BadFile(
+            f"the file is of Marian's form {version}; veneer reads form 1.",
+            next_step="the model in transformers' own form: veneer train --model FOLDER",
+        )
     headers = list(struct.iter_unpack("<4Q", data[16 : 16 + 32 * count]))
     at = 16 + 32 * count
     names, shapes = [], []

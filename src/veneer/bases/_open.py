@@ -81,7 +81,11 @@ def open_base(
             next_step=f"one of {', '.join(HEADS)}",
         )
     if quantise not in (None, "nf4", "int8"):
-        raise BadOption(f"quantise={quantise!r} is not a form that veneer knows.", nearest=("nf4", "int8"))
+        raise BadOption(
+            f"quantise={quantise!r} is not a form that veneer knows.",
+            nearest=("nf4", "int8"),
+            next_step="quantise='nf4', quantise='int8', or leave it out",
+        )
     with _seeded(seed):
         base = _by_kind(spec, task, num_labels, torch_dtype(dtype), options)
     if base.kind != "transformers" and dtype is not None:
@@ -118,7 +122,10 @@ def _by_kind(
     path = Path(spec).expanduser()
     if spec.endswith(".gguf"):
         if not path.is_file():
-            raise BadFile(f"there is no file {spec}.")
+            raise BadFile(
+                f"there is no file {spec}.",
+                next_step="ls    shows what is there; a hub id has the form OWNER/NAME",
+            )
         return _from_transformers(path, spec, path.stem, task or "lm", num_labels, dtype, options)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -254,7 +261,9 @@ def torch_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         return dtype
     if str(dtype) not in DTYPES:
         raise BadOption(
-            f"dtype={dtype!r} is not a floating type that veneer knows.", nearest=nearest(dtype, DTYPES)
+            f"dtype={dtype!r} is not a floating type that veneer knows.",
+            nearest=nearest(dtype, DTYPES),
+            next_step="dtype='bfloat16', or leave it out to keep that of the file",
         )
     return DTYPES[str(dtype)]
 
@@ -277,7 +286,10 @@ def _in_words(spec: str, path: Path | None) -> Iterator[None]:
     except VeneerError:
         raise
     except ImportError as error:
-        raise VeneerError(f"{spec!r} needs a package that is not installed: {error}") from error
+        raise VeneerError(
+            f"{spec!r} needs a package that is not installed: {error}",
+            next_step="pip install    the package that the message names",
+        ) from error
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if path is None:
@@ -286,4 +298,7 @@ def _in_words(spec: str, path: Path | None) -> Iterator[None]:
                 nearest=[f"builtin:{n}" for n in nearest(spec, BUILTINS)],
                 next_step="a folder, a hub id, FILE.gguf, timm:NAME, builtin:NAME or module:path.py:function",
             ) from error
-        raise BadFile(f"{spec!r} could not be opened: {first}") from error
+        raise BadFile(
+            f"{spec!r} could not be opened: {first}",
+            next_step="veneer anatomy SPEC    says more; a folder wants config.json and model.safetensors",
+        ) from error

@@ -28,7 +28,11 @@ def from_timm(
             next_step="a torchvision wheel of the same build as torch (both CPU, or both CUDA)",
         ) from error
     if not timm.is_model(name):
-        raise UnknownName(f"timm has no model {name!r}.", nearest=nearest(name, timm.list_models()))
+        raise UnknownName(
+            f"timm has no model {name!r}.",
+            nearest=nearest(name, timm.list_models()),
+            next_step="python -c 'import timm; print(timm.list_models())'    lists all of them",
+        )
     if num_labels is not None:
         options = {"num_classes": num_labels, **options}
     options = {"pretrained": True, **options}
@@ -48,7 +52,10 @@ def from_function(spec: str, rest: str, task: str | None, options: dict[str, Any
     file, _, function = rest.rpartition(":")
     path = Path(file).expanduser()
     if not file or not path.is_file():
-        raise BadFile(f"{spec!r} names no Python file; expected module:path.py:function.")
+        raise BadFile(
+            f"{spec!r} names no Python file; expected module:path.py:function.",
+            next_step="module:./my_model.py:build",
+        )
     loaded = importlib.util.spec_from_file_location(f"veneer_user_{path.stem}", path)
     assert loaded is not None
     assert loaded.loader is not None
@@ -57,12 +64,15 @@ def from_function(spec: str, rest: str, task: str | None, options: dict[str, Any
     if not callable(getattr(module, function, None)):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise UnknownName(
-            f"{path.name} has no function {function!r}.", nearest=nearest(function, names) or names
+            f"{path.name} has no function {function!r}.",
+            nearest=nearest(function, names) or names,
+            next_step=f"module:{path}:{names[0]}" if names else f"def {function}(): ...    in {path}",
         )
     made = getattr(module, function)(**options)
     model, tokenizer = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
         raise BadOption(
-            f"{spec!r} returned {type(made).__name__}; expected a torch.nn.Module or (module, tokenizer)."
+            f"{spec!r} returned {type(made).__name__}; expected a torch.nn.Module or (module, tokenizer).",
+            next_step="return model, or return model, tokenizer",
         )
     return Base(model, f"{path.stem}:{function}", spec, "function", tokenizer=tokenizer, task=task)

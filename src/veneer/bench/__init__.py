@@ -56,6 +56,7 @@ def run(
         raise UnknownName(
             f"the benchmarks measure process CPU time; there are none for the device '{device}'.",
             nearest=["cpu"],
+            next_step="veneer bench --device cpu",
         )
     import torch
 

@@ -86,7 +86,8 @@ def check_equal(what: str, ours: Tensor, theirs: Tensor, tolerance: float = TOLE
     ours, theirs = ours.detach().double(), theirs.detach().double()
     if ours.shape != theirs.shape:
         raise VeneerError(
-            f"{what}: veneer gives {tuple(ours.shape)}, HF PEFT {tuple(theirs.shape)}; nothing was timed."
+            f"{what}: veneer gives {tuple(ours.shape)}, HF PEFT {tuple(theirs.shape)}; nothing was timed.",
+            next_step="veneer bench --help    shows the rows that can be left out",
         )
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
     if not error <= tolerance:
@@ -101,4 +102,7 @@ def check_equal(what: str, ours: Tensor, theirs: Tensor, tolerance: float = TOLE
 def check_moved(what: str, adapted: Tensor, bare: Tensor) -> None:
     """An adapter that changes nothing would pass every comparison."""
     if torch.equal(adapted, bare):
-        raise VeneerError(f"{what}: the adapter changes nothing, so equal outputs would say nothing.")
+        raise VeneerError(
+            f"{what}: the adapter changes nothing, so equal outputs would say nothing.",
+            next_step="veneer bench --help    shows the rows that can be left out",
+        )

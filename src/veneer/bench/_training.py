@@ -169,7 +169,8 @@ def memory(size: Size) -> list[Row]:
                 counts.add(trained)
         if len(counts) > 1:
             raise VeneerError(
-                f"memory, {method}: the two sides train different numbers of values, {sorted(counts)}."
+                f"memory, {method}: the two sides train different numbers of values, {sorted(counts)}.",
+                next_step="veneer bench --help    shows the rows that can be left out",
             )
         rows.append(
             Row.of("memory", f"{method}, {setting.words}", found["veneer"], found["peft"], unit="bytes",
@@ -185,7 +186,10 @@ def _in_child(side: str, method: str, size: Size) -> tuple[float, int]:
         input=job, capture_output=True, text=True, env={**os.environ, **CHILD}, check=False,
     )  # fmt: skip
     if done.returncode:
-        raise VeneerError(f"the child process that measures {side} failed: {done.stderr.strip()[-800:]}")
+        raise VeneerError(
+            f"the child process that measures {side} failed: {done.stderr.strip()[-800:]}",
+            next_step="veneer doctor    says what is installed",
+        )
     spent, trained = done.stdout.strip().splitlines()[-1].split()
     return float(spent), int(trained)
 
@@ -251,4 +255,7 @@ def _status(field: str) -> int:
         for line in file:
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
-    raise VeneerError(f"this system does not tell a process its {field}; memory is measured on Linux alone.")
+    raise VeneerError(
+        f"this system does not tell a process its {field}; memory is measured on Linux alone.",
+        next_step="veneer bench --help    shows how to leave memory out",
+    )

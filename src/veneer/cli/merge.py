@@ -141,6 +141,9 @@ def _reopened(target: Path, opened: Any, attached: Any, probe: dict[str, Any] | 
         return None
     again = open_base(str(target), task=opened.task.name, num_labels=opened.task.num_labels)
     if again.fresh:
-        raise BadFile(f"{target} came back without {', '.join(again.fresh[:3])}; it was saved incompletely.")
+        raise BadFile(
+            f"{target} came back without {', '.join(again.fresh[:3])}; it was saved incompletely.",
+            next_step="veneer merge again, to another --output",
+        )
     again.model.to(opened.device)
     return float((outputs(again.model, probe) - attached).abs().max())

@@ -40,7 +40,11 @@ def _cut(
     part: Part, task: str, sizes: dict[str, float], group: str | None, report: DataReport
 ) -> dict[str, Part]:
     if group is not None and part and group not in part[0][1]:
-        raise BadData(f"there is no column {group!r} to group by.", nearest=nearest(group, part[0][1]))
+        raise BadData(
+            f"there is no column {group!r} to group by.",
+            nearest=nearest(group, part[0][1]),
+            next_step="--groups COLUMN    names a column of the data",
+        )
     groups = None if group is None else [row.get(group) for _, row in part]
     texts = [text_of(row, task) for _, row in part]
     where = cut(texts, groups, sizes)

@@ -125,7 +125,10 @@ def read_json(data: bytes, split: str = "") -> tuple[Numbered, list[Problem]]:
         lists = [v for v in value.values() if isinstance(v, list)]
         value = lists[0] if len(lists) == 1 else [value]
     if not isinstance(value, list):
-        raise BadData("the file holds one JSON value; expected a list of objects, or one object a line.")
+        raise BadData(
+            "the file holds one JSON value; expected a list of objects, or one object a line.",
+            next_step='[{"text": ..., "label": ...}, ...], or the same objects one a line in a file.jsonl',
+        )
     problems = [
         Problem("json", f"a {type(row).__name__}, not an object", number, split, row)
         for number, row in enumerate(value, 1)
@@ -143,7 +146,10 @@ def read_parquet(data: bytes, split: str = "") -> tuple[Numbered, list[Problem]]
     try:
         rows = parquet.read_table(io.BytesIO(data)).to_pylist()
     except (arrow.ArrowException, OSError, ValueError) as error:
-        raise BadData(f"the file is not readable as Parquet: {error}") from error
+        raise BadData(
+            f"the file is not readable as Parquet: {error}",
+            next_step="the file copied again, or as CSV or JSONL",
+        ) from error
     return list(enumerate(rows, 1)), []
 
 
@@ -158,7 +164,9 @@ def read_table(path: Path, split: str = "") -> tuple[Numbered, list[Problem]]:
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise BadData(
-            f"{path.name} has the ending {path.suffix!r}, which veneer does not read.", nearest=list(READERS)
+            f"{path.name} has the ending {path.suffix!r}, which veneer does not read.",
+            nearest=list(READERS),
+            next_step="veneer check DATA.jsonl    after one of these endings",
         )
     return reader(path.read_bytes(), split)
 

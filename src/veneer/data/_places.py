@@ -29,7 +29,10 @@ def read_raw(spec: Any) -> Raw:
         if path.is_file():
             return _from_file(path, "")
     except (OSError, ValueError) as error:  # no permission; a name too long or with a NUL
-        raise BadData(f"{str(spec)!r} cannot be read: {error}") from error
+        raise BadData(
+            f"{str(spec)!r} cannot be read: {error}",
+            next_step="ls -l    shows whether it is there and may be read",
+        ) from error
     if path.suffix.lower() in READERS or str(spec).count("/") > 1 or path.is_absolute():
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UnknownName(
@@ -103,7 +106,10 @@ def _saved(path: Path) -> Raw:
     except VeneerError:
         raise
     except Exception as error:
-        raise BadData(f"the folder {path} is not readable as a saved data set: {error}") from error
+        raise BadData(
+            f"the folder {path} is not readable as a saved data set: {error}",
+            next_step="datasets.load_from_disk(folder)    says what is missing",
+        ) from error
 
 
 def _from_hub(spec: str) -> Raw:
@@ -138,12 +144,16 @@ def _from_memory(value: Any) -> Raw:
     if hasattr(value, "to_dict") and hasattr(value, "iloc"):
         value = value.to_dict("records")
     if not isinstance(value, Iterable) or isinstance(value, bytes):
-        raise BadData(f"data of type {type(value).__name__} cannot be read; expected a path or rows.")
+        raise BadData(
+            f"data of type {type(value).__name__} cannot be read; expected a path or rows.",
+            next_step='data="reviews.csv", or a list of dicts',
+        )
     numbered = list(enumerate(value, 1))
     wrong = [n for n, row in numbered if not isinstance(row, dict)]
     if wrong:
         raise BadData(
-            f"row {wrong[0]} is a {type(numbered[wrong[0] - 1][1]).__name__}; expected a dict a row."
+            f"row {wrong[0]} is a {type(numbered[wrong[0] - 1][1]).__name__}; expected a dict a row.",
+            next_step='[{"text": ..., "label": ...}, ...]',
         )
     return Raw({"": [(n, dict(row)) for n, row in numbered]})
 

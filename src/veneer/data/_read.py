@@ -145,7 +145,9 @@ def _picked(raw: Raw, split: str | None, name: str) -> Raw:
     if split is not None:
         if split_name(split) not in raw.parts:
             raise UnknownName(
-                f"{name} has no split {split!r}.", nearest=[p for p in raw.parts if p] or ["it has no splits"]
+                f"{name} has no split {split!r}.",
+                nearest=[p for p in raw.parts if p] or ["it has no splits"],
+                next_step="split= one of these, or leave it out and veneer cuts them",
             )
         return replace(raw, parts={"": raw.parts[split_name(split)]})
     if len(raw.parts) == 1:

@@ -164,7 +164,10 @@ def set_aside(problems: list[Problem], path: str | Path) -> int:
     except OSError as error:
         with contextlib.suppress(OSError):
             unfinished.unlink()
-        raise VeneerError(f"the rows set aside cannot be written to {target}: {error.strerror}.") from error
+        raise VeneerError(
+            f"the rows set aside cannot be written to {target}: {error.strerror}.",
+            next_step="a folder that you may write to",
+        ) from error
     return len({(p.split, p.line) for p in problems})
 
 

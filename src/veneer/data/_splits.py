@@ -71,13 +71,17 @@ def parse_sizes(sizes: str | Mapping[str, float] | tuple[float, float] | None) -
         try:
             sizes = {name.strip(): float(value) for name, _, value in pairs}
         except ValueError:
-            raise BadOption(f"sizes={sizes!r} is not of the form validation=500,test=0.1.") from None
+            raise BadOption(
+                f"sizes={sizes!r} is not of the form validation=500,test=0.1.",
+                next_step="sizes='validation=500,test=0.1'",
+            ) from None
     elif not isinstance(sizes, Mapping):
         sizes = dict(zip(("validation", "test"), sizes))
     for name, value in sizes.items():
         if name not in ("validation", "test") or not (isinstance(value, (int, float)) and value >= 0):
             raise BadOption(
-                f"sizes: {name}={value!r}; expected a count, or a share below 1, of validation and test."
+                f"sizes: {name}={value!r}; expected a count, or a share below 1, of validation and test.",
+                next_step="sizes='validation=500,test=0.1'",
             )
     return dict(sizes)
 

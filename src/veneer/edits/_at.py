@@ -52,7 +52,8 @@ class At:
         """
         if self._project is None:
             raise Unsupported(
-                f"at.project('{role}') is there in `attention` only (site '{self.site and self.site.name}')."
+                f"at.project('{role}') is there in `attention` only (site '{self.site and self.site.name}').",
+                next_step="call it in `attention`, or declare a projection in `tensors`",
             )
         return self._project(role, z)
 
@@ -63,7 +64,10 @@ class At:
     def bare(self, **inputs: Any) -> Any:
         """The bare base's output for `inputs`."""
         if self._bare is None:
-            raise Unsupported("at.bare(...) is there in `condition` only.")
+            raise Unsupported(
+                "at.bare(...) is there in `condition` only.",
+                next_step="call it in `condition`, and read at.conditions[...] here",
+            )
         return self._bare(**inputs)
 
     def positions(self, expression: str, length: int, device: Any = None, rows: int | None = None) -> Tensor:
@@ -126,6 +130,7 @@ def parse_positions(expression: str) -> tuple[int, int, str]:
             raise BadOption(
                 f"positions={expression!r}: '{term}' is not a position.",
                 nearest=("all", "prompt", "prompt[:4]", "prompt[-4:]", "prompt[:4] + prompt[-4:]"),
+                next_step="positions='prompt[:4] + prompt[-4:]'",
             )
         if found.group(1):
             first = max(first, int(found.group(2)))

@@ -285,7 +285,8 @@ def resolve(cls: type[Method], options: Mapping[str, Any]) -> dict[str, Any]:
         field = names[name]
         if field in found:
             raise BadOption(
-                f"{cls.facts.key}: '{name}' and another name for '{field}' are both given; give one."
+                f"{cls.facts.key}: '{name}' and another name for '{field}' are both given; give one.",
+                next_step=f"{field}= alone",
             )
         found[field] = value
     return found

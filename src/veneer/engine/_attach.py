@@ -165,7 +165,10 @@ def _warn_of_size(found: Plan) -> None:
 
 def _dtype(host: Host, dtype: str) -> torch.dtype | None:
     if dtype not in ("float32", "base"):
-        raise BadOption(f'dtype={dtype!r}: expected "float32" or "base".')
+        raise BadOption(
+            f'dtype={dtype!r}: expected "float32" or "base".',
+            next_step='dtype="float32", or dtype="base" for that of the base',
+        )
     return torch.float32 if dtype == "float32" and host.dtype != torch.float64 else host.dtype
 
 

@@ -173,7 +173,10 @@ class Host(nn.Module):
         other = found.get(f"{site.name}.{role}")
         if other is not None:
             return other
-        raise Unsupported(f"the attention '{site.name}' has no projection called '{role}' in this base.")
+        raise Unsupported(
+            f"the attention '{site.name}' has no projection called '{role}' in this base.",
+            next_step="veneer anatomy MODEL    shows the projections of every attention",
+        )
 
     def stack_of(self, module: str) -> str:
         found = self.__dict__.setdefault("_stacks", {})

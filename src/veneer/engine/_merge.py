@@ -103,7 +103,10 @@ def merge(
             raise Unsupported(f"adapter '{n}' is merged already.", next_step="veneer.unmerge(model)")
         _check_affine(host, n, names)
         if any("at" in sp.method.arguments.get("derive", ()) for sp in host.adapter(n).plan.sites):
-            raise Unsupported(f"adapter '{n}' does not merge: its weights depend on the rows.")
+            raise Unsupported(
+                f"adapter '{n}' does not merge: its weights depend on the rows.",
+                next_step="keep it attached; serving does not need a merge",
+            )
     before = _outputs(model, host, names, probe)
     report = MergeReport(names)
     active, kept, codes = host.active, dict(host.kept), dict(host.kept_codes)
@@ -230,7 +233,8 @@ def _bias_change(op: Op, host: Host) -> Tensor | None:
             return None
         if b is None:
             raise Unsupported(
-                f"'{site.name}' has no bias, and {op.method.key} adds one, so it does not merge there."
+                f"'{site.name}' has no bias, and {op.method.key} adds one, so it does not merge there.",
+                next_step=f"exclude={site.name!r} when it is attached, or keep it attached",
             )
         return _wide_bias(change, site, host)
     if "affine" not in op.method.arguments:
@@ -248,7 +252,10 @@ def _bias_change(op: Op, host: Host) -> Tensor | None:
             else cut(host.bare(site), site).to(shift.dtype) @ shift.reshape(-1)
         )
         if b is None and bool((add != 0).any()):
-            raise Unsupported(f"'{site.name}' has no bias to hold the shift of {op.method.key}.")
+            raise Unsupported(
+                f"'{site.name}' has no bias to hold the shift of {op.method.key}.",
+                next_step=f"exclude={site.name!r} when it is attached, or keep it attached",
+            )
         change = add if change is None else change + add
     return None if change is None or b is None else _wide_bias(change, site, host)
 

@@ -198,7 +198,9 @@ def _sites_of(found: Anatomy, m: Method, exclude: Any, layers: Any, partial: boo
     for port, selector in by_port.items():
         if port not in m.ports:
             raise BadOption(
-                f"{m.key}: sites names the port '{port}', which the method does not use.", nearest=m.ports
+                f"{m.key}: sites names the port '{port}', which the method does not use.",
+                nearest=m.ports,
+                next_step=f"sites={{{m.ports[0]!r}: ...}}" if m.ports else "leave sites= out",
             )
         if port in ("tokens", "exit"):
             chosen += _stream_sites(found, port, selector)
@@ -314,7 +316,10 @@ def _stream_sites(found: Anatomy, port: str, selector: Any) -> list[Site]:
             next_step="veneer methods    lists methods of other ports, that edit weights or outputs",
         )
     if not sites:
-        raise NoSiteFound(f"this base has no '{where}', which the port '{port}' needs.")
+        raise NoSiteFound(
+            f"this base has no '{where}', which the port '{port}' needs.",
+            next_step="veneer methods    shows the ports of every method; veneer anatomy MODEL what this base has",
+        )
     return sites
 
 
@@ -385,7 +390,10 @@ def _entries(plans: Sequence[SitePlan]) -> tuple[list[Entry], list[dict[str, str
                 entries[key] = Entry(key, name, shape, spec, i)
             elif known.shape != shape:
                 if len(known.shape) != len(shape):
-                    raise BadOption(f"tensor '{key}' is declared with shapes {known.shape} and {shape}.")
+                    raise BadOption(
+                        f"tensor '{key}' is declared with shapes {known.shape} and {shape}.",
+                        next_step="give one of them another name, or scope='site'",
+                    )
                 largest = tuple(max(a, b) for a, b in zip(known.shape, shape))
                 entries[key] = Entry(key, name, largest, known.spec, known.first)
             names[name] = key

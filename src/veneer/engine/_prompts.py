@@ -71,7 +71,8 @@ def put_in(
     mask = named.get("attention_mask")
     if mask is not None and mask.dim() != 2:
         raise Unsupported(
-            f"prompts need an attention mask of shape (rows, tokens); this one is {tuple(mask.shape)}."
+            f"prompts need an attention mask of shape (rows, tokens); this one is {tuple(mask.shape)}.",
+            next_step="attention_mask=(input_ids != pad_token_id)",
         )
     at = frame.at.get(stack) or frame.at.get("") or At()
     frame.at[stack] = at.with_(ids=ids) if ids is not None else at

@@ -59,7 +59,10 @@ def squared_gradients(
         host.root.train(training)
         host.active = active
     if not rows:
-        raise BadData("data= holds no row, and the start of this method is made from rows with labels.")
+        raise BadData(
+            "data= holds no row, and the start of this method is made from rows with labels.",
+            next_step="data=[{'input_ids': ..., 'labels': ...}, ...]",
+        )
     return {s.name: cut(sums[id(p)], s) for s, p in zip(sites, parameters)}
 
 

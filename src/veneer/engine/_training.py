@@ -178,7 +178,8 @@ def restore(model: nn.Module, name: str, found: dict[str, Tensor]) -> None:
         if value is None or value.shape != view.shape:
             shape = None if value is None else tuple(value.shape)
             raise ShapeDiffers(
-                f"checkpoint tensor '{key}' has shape {shape}, the adapter declares {tuple(view.shape)}."
+                f"checkpoint tensor '{key}' has shape {shape}, the adapter declares {tuple(view.shape)}.",
+                next_step="attach the method with the options that it had when the checkpoint was written",
             )
         view.copy_(value)
     for key, buffer in adapter.frozen_own.items():

@@ -12,7 +12,7 @@ from veneer.errors import BadFile, Unsupported
 
 from . import _targets
 from ._config import Field, only
-from ._converter import Converter, Reading, Request, Writing, beside_default, converter, whole
+from ._converter import OWN_FORM, Converter, Reading, Request, Writing, beside_default, converter, whole
 from ._lora import Lora
 
 
@@ -53,7 +53,10 @@ class AdaLora(Lora):
         made = Converter.request(self, job)
         steps = job.config["total_step"]
         if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
-            raise BadFile(f"'{job.config.path}': total_step={steps!r}; a number of steps was expected.")
+            raise BadFile(
+                f"'{job.config.path}': total_step={steps!r}; a number of steps was expected.",
+                next_step='"total_step": 1000 in that file',
+            )
         made.total_steps = steps
         return made
 
@@ -71,8 +74,11 @@ class AdaLora(Lora):
             if key in (f"{sp.site.module}.lora_E", f"{job.prefix}{sp.site.module}.lora_E"):
                 kept = mask
         if kept is not None and len(kept) != rank:
-            raise BadFile(f"'{job.config.path}': rank_pattern of '{sp.site.module}' has {len(kept)} entries, "
-                          f"init_r={rank} was expected.")  # fmt: skip
+            raise BadFile(
+                f"'{job.config.path}': rank_pattern of '{sp.site.module}' has {len(kept)} entries, "
+                f"init_r={rank} was expected.",
+                next_step="copy the folder again: its config and its tensors are of two runs",
+            )
         left = rank if kept is None else sum(kept)
         A = job.file.take(f"{prefix}lora_A", (left, n_in))
         B = job.file.take(f"{prefix}lora_B", (n_out, left))
@@ -91,7 +97,8 @@ class AdaLora(Lora):
         m = job.adapter.method
         if m.alpha <= 0:
             raise Unsupported(
-                f"ADALORA: alpha={m.alpha} means another scale in HF PEFT, which takes a positive one."
+                f"ADALORA: alpha={m.alpha} means another scale in HF PEFT, which takes a positive one.",
+                next_step=f"train with alpha={m.rank}, or veneer.save(model, name, folder)",
             )
         modules = []
         for sp, t in zip(job.plan.sites, job.values()):
@@ -103,7 +110,9 @@ class AdaLora(Lora):
                     f"a site of kind '{site.kind}'" if site.kind not in self.kinds
                     else "its own rank" if own["rank"] != m.rank else "two parts of one fused projection"
                 )  # fmt: skip
-                raise Unsupported(f"ADALORA at '{site.name}': {why} has no form in HF PEFT.")
+                raise Unsupported(
+                    f"ADALORA at '{site.name}': {why} has no form in HF PEFT.", next_step=OWN_FORM
+                )
             modules.append(site.module)
             job.tensors[f"{prefix}lora_A"] = t["A"]
             job.tensors[f"{prefix}lora_B"] = whole(site, job.host, t["B"]) * (own["alpha"] / m.alpha)

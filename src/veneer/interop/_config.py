@@ -79,7 +79,10 @@ class Config(Mapping[str, Any]):
             return field.default
         wrong = _wrong(value, field.kind) if value != field.default or isinstance(value, bool) else ""
         if wrong:
-            raise BadFile(f"'{self.path}': {name}={_short(value)}; {wrong} was expected.")
+            raise BadFile(
+                f"'{self.path}': {name}={_short(value)}; {wrong} was expected.",
+                next_step=f"correct {name} in that file, or copy it again",
+            )
         return value
 
     @property
@@ -179,7 +182,10 @@ def read_json(folder: Path, name: str = CONFIG) -> tuple[Path, dict[str, Any]]:
     except (UnicodeDecodeError, ValueError, RecursionError, OSError) as e:
         raise BadFile(f"'{path}' is not readable as JSON ({e}).", next_step="copy it again") from None
     if not isinstance(raw, dict):
-        raise BadFile(f"'{path}' should hold an object of options, it holds a {type(raw).__name__}.")
+        raise BadFile(
+            f"'{path}' should hold an object of options, it holds a {type(raw).__name__}.",
+            next_step="copy adapter_config.json again",
+        )
     return path, raw
 
 
@@ -191,9 +197,14 @@ def type_of(
     if not isinstance(value, str):
         if "architecture" in raw or "config" in raw:
             raise Unsupported(
-                f"'{path}' has no peft_type: it looks like an AdapterHub folder, not one of HF PEFT."
+                f"'{path}' has no peft_type: it looks like an AdapterHub folder, not one of HF PEFT.",
+                next_step="train it anew with veneer: veneer methods    lists AdapterHub's methods too",
             )
-        raise BadFile(f"'{path}' does not say its peft_type.", nearest=sorted(supported)[:3])
+        raise BadFile(
+            f"'{path}' does not say its peft_type.",
+            nearest=sorted(supported)[:3],
+            next_step='"peft_type": "LORA" in that file',
+        )
     if value in supported:
         return value
     if value in known:
@@ -202,9 +213,13 @@ def type_of(
         raise Unsupported(
             f"'{path}' is of type {value}, which veneer does not read; it reads {', '.join(sorted(supported))}.",
             nearest=[f"{n} ({supported[n]})" for n in dict.fromkeys(names) if n in supported],
+            next_step="HF PEFT itself: merge_and_unload() and save_pretrained(folder) make a plain base of it",
         )
-    raise BadFile(f"'{path}': peft_type={_short(value)} is no type of HF PEFT {VERSION}.",
-                  nearest=nearest(value, supported) or sorted(supported)[:3])  # fmt: skip
+    raise BadFile(
+        f"'{path}': peft_type={_short(value)} is no type of HF PEFT {VERSION}.",
+        nearest=nearest(value, supported) or sorted(supported)[:3],
+        next_step="copy the folder again, or save it with HF PEFT 0.21.2",
+    )
 
 
 def version_of(raw: Mapping[str, Any]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from veneer.errors import BadFile, NoSiteFound, ShapeDiffers, Unsupported
 
 from . import _targets
 from ._config import Field
-from ._converter import Converter, Reading, Request, Writing, converter
+from ._converter import OWN_FORM, Converter, Reading, Request, Writing, converter
 
 _PROMPT = {
     "num_virtual_tokens": Field(None, "any"), "token_dim": Field(None), "num_transformer_submodules": Field(None),
@@ -30,7 +30,10 @@ _PROMPT = {
 def _count(job: Reading, name: str, low: int = 1) -> int:
     value = job.config[name]
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
-        raise BadFile(f"'{job.config.path}': {name}={value!r:.40}; a whole number from {low} was expected.")
+        raise BadFile(
+            f"'{job.config.path}': {name}={value!r:.40}; a whole number from {low} was expected.",
+            next_step=f"correct {name} in that file, or copy it again",
+        )
     return value
 
 
@@ -40,7 +43,10 @@ def _submodules(job: Reading) -> int:
     if value is None:
         return 2 if job.config.raw.get("task_type") == "SEQ_2_SEQ_LM" else 1
     if value not in (1, 2) or isinstance(value, bool):
-        raise BadFile(f"'{job.config.path}': num_transformer_submodules={value!r:.40}; 1 or 2 was expected.")
+        raise BadFile(
+            f"'{job.config.path}': num_transformer_submodules={value!r:.40}; 1 or 2 was expected.",
+            next_step="correct it in that file, or copy it again",
+        )
     return value
 
 
@@ -69,9 +75,14 @@ class PromptTuning(Converter):
         sites = [(sp, t) for sp, t in zip(job.plan.sites, job.values()) if sp.part == 0]
         if len(sites) != 1 or m.place != "first":
             what = f"place={m.place!r}" if m.place != "first" else f"{len(sites)} places"
-            raise Unsupported(f"PROMPT_TUNING: a prompt with {what} has no form in HF PEFT.")
+            raise Unsupported(
+                f"PROMPT_TUNING: a prompt with {what} has no form in HF PEFT.", next_step=OWN_FORM
+            )
         if m.dropout:
-            raise Unsupported(f"PROMPT_TUNING: dropout={m.dropout} has no form in HF PEFT.")
+            raise Unsupported(
+                f"PROMPT_TUNING: dropout={m.dropout} has no form in HF PEFT.",
+                next_step="train with dropout=0, or veneer.save(model, name, folder)",
+            )
         prompt = sites[0][1]["prompt"]
         job.tensors["prompt_embeddings"] = prompt
         return {
@@ -132,7 +143,8 @@ class PrefixTuning(Converter):
         table = job.pairs["prefix"][0]
         if table.shape[1] != layers * 2 * heads * d:
             raise ShapeDiffers(
-                f"'{job.config.path.parent}': the blocks of this base have prefixes of several sizes."
+                f"'{job.config.path.parent}': the blocks of this base have prefixes of several sizes.",
+                next_step="a base whose blocks all have the same heads, or a method of another port, such as lora",
             )
         rows = table.view(length, layers * 2, heads, d).permute(1, 2, 0, 3)  # (2 layers, heads, length, d)
         key, value = _rows_of(sp.site.block or 0, layers, _submodules(job))
@@ -158,14 +170,18 @@ class PrefixTuning(Converter):
             if sp.part != 0:
                 continue
             if sp.site.role != "attention" or sp.site.stack not in ("", "decoder"):
-                raise Unsupported(f"PREFIX_TUNING at '{sp.site.name}': HF PEFT gives prefixes to self-attention, "
-                                  "of the decoder where there are two stacks.")  # fmt: skip
+                raise Unsupported(
+                    f"PREFIX_TUNING at '{sp.site.name}': HF PEFT gives prefixes to self-attention, "
+                    "of the decoder where there are two stacks.",
+                    next_step="train with sites='attention', or veneer.save(model, name, folder)",
+                )
             found = m.derive(Tensors(t)) if m.projection else t
             made[sp.site.block or 0] = (found["K"], found["V"])
         layers = max(sp.site.blocks for sp in job.plan.sites if sp.part == 0)
         if sorted(made) != list(range(layers)):
             raise Unsupported(
-                f"PREFIX_TUNING: HF PEFT gives a prefix to every block; here {len(made)} of {layers} have one."
+                f"PREFIX_TUNING: HF PEFT gives a prefix to every block; here {len(made)} of {layers} have one.",
+                next_step="train with sites='attention', or veneer.save(model, name, folder)",
             )
         if m.projection:
             job.note(
@@ -179,7 +195,8 @@ class PrefixTuning(Converter):
                 if rows[place] is not None and not torch.equal(rows[place], part):  # type: ignore[arg-type]
                     raise Unsupported(
                         f"PREFIX_TUNING of an encoder-decoder: in HF PEFT blocks share prefixes ({block} and "
-                        f"{(block + layers // 2) % layers} of {layers}), and these differ."
+                        f"{(block + layers // 2) % layers} of {layers}), and these differ.",
+                        next_step=OWN_FORM,
                     )
                 rows[place] = part
         table = torch.stack([torch.zeros_like(made[0][0]) if r is None else r for r in rows])
@@ -248,11 +265,15 @@ class AdaptionPrompt(Converter):
         name = job.config["target_modules"] or "self_attn"
         sites = [s for s in job.anatomy.sites if s.role == "attention"]
         if not sites or any(s.module.rpartition(".")[2] != name for s in sites):
-            raise NoSiteFound(f"'{job.config.path}': target_modules={name!r} is not what attention is called here.",
-                              nearest=sorted({s.module.rpartition(".")[2] for s in sites}))  # fmt: skip
+            raise NoSiteFound(
+                f"'{job.config.path}': target_modules={name!r} is not what attention is called here.",
+                nearest=sorted({s.module.rpartition(".")[2] for s in sites}),
+                next_step="load it on the base that it was trained on",
+            )
         if count > len(sites):
             raise NoSiteFound(
-                f"'{job.config.path}': adapter_layers={count}, but this base has {len(sites)} blocks."
+                f"'{job.config.path}': adapter_layers={count}, but this base has {len(sites)} blocks.",
+                next_step="load it on the base that it was trained on",
             )
         self.check_base(job.anatomy, job.host)
         options = {"length": length, "gate": "layer", "sites": f"block[-{count}:].attention"}
@@ -261,12 +282,18 @@ class AdaptionPrompt(Converter):
     def check_base(self, anatomy: Any, host: Any) -> None:
         kind = getattr(getattr(host.root, "config", None), "model_type", "")
         if kind not in ("llama", "mistral"):
-            raise Unsupported(f"ADAPTION_PROMPT on a base of type {kind or type(host.root).__name__!r}: HF PEFT has it "
-                              "for llama and mistral, and for gpt2 as another method.")  # fmt: skip
+            raise Unsupported(
+                f"ADAPTION_PROMPT on a base of type {kind or type(host.root).__name__!r}: HF PEFT has it "
+                "for llama and mistral, and for gpt2 as another method.",
+                next_step="a llama or mistral base, or veneer.save(model, name, folder)",
+            )
         for s in anatomy.sites:
             if s.role == "attention.output" and s.bias:
-                raise Unsupported(f"ADAPTION_PROMPT: the output projection '{s.module}' has a bias, which HF PEFT adds "
-                                  "a second time.")  # fmt: skip
+                raise Unsupported(
+                    f"ADAPTION_PROMPT: the output projection '{s.module}' has a bias, which HF PEFT adds "
+                    "a second time.",
+                    next_step="a base without biases there, or veneer.save(model, name, folder)",
+                )
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
         length, width = sp.specs["prompt"].shape
@@ -284,7 +311,7 @@ class AdaptionPrompt(Converter):
             )
         self.check_base(job.host.anatomy, job.host)
         if job.plan.whole:
-            raise Unsupported("ADAPTION_PROMPT has no modules_to_save in HF PEFT.")
+            raise Unsupported("ADAPTION_PROMPT has no modules_to_save in HF PEFT.", next_step=OWN_FORM)
         blocks = {}
         for sp, t in zip(job.plan.sites, job.values()):
             blocks[sp.site.block or 0] = sp.site.module
@@ -294,7 +321,8 @@ class AdaptionPrompt(Converter):
         last = job.plan.sites[0].site.blocks
         if sorted(blocks) != list(range(last - len(blocks), last)):
             raise Unsupported(
-                f"ADAPTION_PROMPT: HF PEFT takes the last blocks; here {sorted(blocks)} of {last} are edited."
+                f"ADAPTION_PROMPT: HF PEFT takes the last blocks; here {sorted(blocks)} of {last} are edited.",
+                next_step=f"train with sites='block[-{len(blocks)}:].attention', or veneer.save(model, name, folder)",
             )
         return {
             "target_modules": next(iter(blocks.values())).rpartition(".")[2], "adapter_len": m.length,

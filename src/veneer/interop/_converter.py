@@ -25,6 +25,9 @@ from . import _targets
 from ._config import TARGETS, Config, Field
 
 PREFIX = "base_model.model."
+OWN_FORM = (
+    "veneer.save(model, name, folder)    keeps veneer's own form"  # what to do with what HF PEFT cannot hold
+)
 
 
 class _Missed(Exception):
@@ -182,6 +185,7 @@ class Converter:
             raise NoSiteFound(
                 f"'{job.config.path}' names no module, and no tensor of the file is one of {self.peft_type}.",
                 nearest=sorted(job.file.names())[:3],
+                next_step='"target_modules": ["q_proj", "v_proj"] in that file, or copy the folder again',
             )
         self.check_sites(job, modules)
         return modules

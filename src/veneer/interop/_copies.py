@@ -51,6 +51,7 @@ def saved_modules(job: Reading) -> dict[str, Any]:
         raise Unsupported(
             f"'{job.config.path}' trains '{whole[0]}' whole, and '{odd[0]}' cannot be copied apart: it shares its "
             "weight with another module, or its name is the end of another one's.",
+            next_step="load it on a base that was loaded with tie_word_embeddings=False",
         )
     return {"whole": tuple(whole)}
 
@@ -207,7 +208,10 @@ def write_copies(job: Writing) -> dict[str, Any]:
     if job.plan.whole:
         roots = _saved_roots(job, saved)
         if targets & {m for m in targets if any(m == r or m.startswith(r + ".") for r in roots)}:
-            raise Unsupported("a module is edited and trained whole at once; HF PEFT can do one of them.")
+            raise Unsupported(
+                "a module is edited and trained whole at once; HF PEFT can do one of them.",
+                next_step="sites= without that module, or veneer.save(model, name, folder)",
+            )
         fields["modules_to_save"] = roots
     return fields
 

@@ -25,7 +25,10 @@ def put_folder(
     import safetensors.torch
 
     if folder.exists() and not folder.is_dir():
-        raise BadFile(f"'{folder}' is a file; an adapter is written to a folder.")
+        raise BadFile(
+            f"'{folder}' is a file; an adapter is written to a folder.",
+            next_step=f"veneer.export(model, name, '{folder}-peft')",
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -34,7 +37,10 @@ def put_folder(
         (beside / CARD).write_text(card(config, tensors, method), encoding="utf-8")
         back = safetensors.torch.load_file(str(beside / TENSORS))
         if set(back) != set(tensors) or not all(torch.equal(back[k], v) for k, v in tensors.items()):
-            raise BadFile(f"what was written to '{folder}' does not read back equal; the disk may be full.")
+            raise BadFile(
+                f"what was written to '{folder}' does not read back equal; the disk may be full.",
+                next_step="df -h    shows the room that is left",
+            )
         folder.mkdir(exist_ok=True)
         # The config comes last: a folder without it is no adapter.
         for name in (TENSORS, CARD, CONFIG):

@@ -81,7 +81,8 @@ class Lora(Converter):
             own = list(dict.fromkeys(own))
             if config["lora_dropout"] or config["lora_bias"] or config["use_dora"]:
                 raise BadFile(
-                    f"'{config.path}': target_parameters goes with neither dropout, lora_bias nor use_dora."
+                    f"'{config.path}': target_parameters goes with neither dropout, lora_bias nor use_dora.",
+                    next_step="lora_dropout=0, lora_bias=false and use_dora=false in that file",
                 )
         options["sites"] = own
         options["patterns"] = _patterns(config, keys)

@@ -13,7 +13,7 @@ from veneer.engine._plan import SitePlan
 from veneer.engine._weights import features
 from veneer.errors import Unsupported
 
-from ._converter import Writing, whole
+from ._converter import OWN_FORM, Writing, whole
 from ._parameters import is_swapped
 
 
@@ -154,22 +154,33 @@ def check_writable(job: Writing, pairs: list[Pair]) -> None:
         s = p.site
         if s.kind == "recurrent":
             raise Unsupported(
-                f"LORA at '{p.name}', a recurrent weight: HF PEFT's edit of it would have no effect."
+                f"LORA at '{p.name}', a recurrent weight: HF PEFT's edit of it would have no effect.",
+                next_step=OWN_FORM,
             )
         if s.groups > 1:
             raise Unsupported(
-                f"LORA at '{s.module}', a convolution in {s.groups} groups, is another function in HF PEFT."
+                f"LORA at '{s.module}', a convolution in {s.groups} groups, is another function in HF PEFT.",
+                next_step=f"exclude={s.module!r} when it is attached, or veneer.save(model, name, folder)",
             )
         if p.is_parameter and not s.module:
             raise Unsupported(
-                f"'{s.parameter}' is a parameter of the model itself, which HF PEFT cannot edit."
+                f"'{s.parameter}' is a parameter of the model itself, which HF PEFT cannot edit.",
+                next_step=OWN_FORM,
             )
         if p.is_parameter and (m.dropout or m.key == "dora" or p.bias is not None):
             what = (
                 "dora" if m.key == "dora" else "lora_bias" if p.bias is not None else f"dropout={m.dropout}"
             )
-            raise Unsupported(f"HF PEFT edits '{p.name}' (target_parameters) without {what}.")
+            raise Unsupported(
+                f"HF PEFT edits '{p.name}' (target_parameters) without {what}.", next_step=OWN_FORM
+            )
         if m.key == "dora" and s.experts:
-            raise Unsupported(f"DoRA of the experts at '{p.name}' has no form in HF PEFT.")
+            raise Unsupported(
+                f"DoRA of the experts at '{p.name}' has no form in HF PEFT.",
+                next_step="lora at the experts, or veneer.save(model, name, folder)",
+            )
     if not pairs:
-        raise Unsupported(f"adapter '{job.adapter.name}' edits nothing that HF PEFT could hold.")
+        raise Unsupported(
+            f"adapter '{job.adapter.name}' edits nothing that HF PEFT could hold.",
+            next_step="veneer.plan(model, method, ...)    shows what it edits",
+        )

@@ -37,13 +37,17 @@ def parameter_sites(job: Reading) -> list[Site]:
             site = by_name.get(key)
             if site is None or site.kind not in ("experts", "parameter", "linear", "conv1d", "embedding"):
                 kind = "no matrix" if site is None else f"of kind '{site.kind}'"
-                raise Unsupported(f"LORA: target_parameters names '{key}', which is {kind}; veneer reads matrices "
-                                  "and stacks of experts.")  # fmt: skip
+                raise Unsupported(
+                    f"LORA: target_parameters names '{key}', which is {kind}; veneer reads matrices "
+                    "and stacks of experts.",
+                    next_step="an adapter that targets matrices alone",
+                )
             found.append(site)
     if not found:
         raise NoSiteFound(
             f"'{job.config.path}': target_parameters={wanted!r:.80} names no parameter of this base.",
             nearest=nearest(wanted[0], by_name),
+            next_step="load it on the base that it was trained on",
         )
     return found
 

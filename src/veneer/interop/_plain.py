@@ -19,7 +19,7 @@ from veneer.errors import NoSiteFound, Unsupported, nearest
 
 from . import _targets
 from ._config import TARGETS, Field
-from ._converter import Converter, Reading, Request, Writing, beside_default
+from ._converter import OWN_FORM, Converter, Reading, Request, Writing, beside_default
 
 PLAIN = {k: v for k, v in TARGETS.items() if k != "fan_in_fan_out"}
 BY_PATTERN = {"rank_pattern": Field({}, "numbers by name"), "alpha_pattern": Field({}, "numbers by name")}
@@ -50,7 +50,9 @@ class Plain(Converter):
         """Raise Unsupported for a site that HF PEFT cannot hold, or holds as another function."""
         if site.kind not in self.kinds or len(site.shape) > 2 + self.kernels:
             what = f"a kernel of {site.shape[2:]}" if site.kind in self.kinds else f"of kind '{site.kind}'"
-            raise Unsupported(f"{self.peft_type} at '{site.name}', {what}, has no form in HF PEFT.")
+            raise Unsupported(
+                f"{self.peft_type} at '{site.name}', {what}, has no form in HF PEFT.", next_step=OWN_FORM
+            )
 
     def _patterns(self, job: Reading, modules: list[str]) -> dict[str, dict[str, Any]]:
         """Options by site, for the modules whose value a pattern changes."""

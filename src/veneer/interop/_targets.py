@@ -27,7 +27,10 @@ def pattern(text: str, config: Config, option: str) -> re.Pattern[str]:
             warnings.simplefilter("ignore")
             return re.compile(text)
     except (re.error, RecursionError, OverflowError) as e:
-        raise BadFile(f"'{config.path}': {option}={text!r:.60} is no regular expression ({e}).") from None
+        raise BadFile(
+            f"'{config.path}': {option}={text!r:.60} is no regular expression ({e}).",
+            next_step=f"correct {option} in that file",
+        ) from None
 
 
 def matcher(value: str | Iterable[str], config: Config, option: str) -> Callable[[str], bool]:

@@ -16,7 +16,7 @@ from veneer.errors import BadFile, ShapeDiffers, Unsupported
 
 from . import _targets
 from ._config import TARGETS, Field, only, version_of
-from ._converter import Converter, Reading, Request, Writing, beside_default, converter, whole
+from ._converter import OWN_FORM, Converter, Reading, Request, Writing, beside_default, converter, whole
 
 _PLAIN = {"bias": only("none"), "init_weights": Field(True)}
 _TARGETS = {k: v for k, v in TARGETS.items() if k != "exclude_modules"}
@@ -95,7 +95,9 @@ class Vera(Converter):
                     if site.kind in self.kinds
                     else f"of kind '{site.kind}'"
                 )
-                raise Unsupported(f"VERA at '{site.name}', {why}, has no form in HF PEFT.")
+                raise Unsupported(
+                    f"VERA at '{site.name}', {why}, has no form in HF PEFT.", next_step=OWN_FORM
+                )
             if site.ranges and site.ranges != ((0, site.n_out),):
                 raise Unsupported(f"VERA at '{site.name}': HF PEFT would use other rows of the frozen B at this part "
                                   "of a fused projection.", next_step="edit all of it, by its module name")  # fmt: skip
@@ -149,7 +151,8 @@ class Oft(Converter):
         c = job.config
         if (c["r"] > 0) == (c["oft_block_size"] > 0):
             raise BadFile(
-                f"'{c.path}': r={c['r']} and oft_block_size={c['oft_block_size']}: exactly one is to be over 0."
+                f"'{c.path}': r={c['r']} and oft_block_size={c['oft_block_size']}: exactly one is to be over 0.",
+                next_step='"r": 0, "oft_block_size": 32 in that file',
             )
         if c["use_cayley_neumann"] and version_of(c.raw) < (0, 18):
             warnings.warn(
@@ -195,7 +198,9 @@ class Oft(Converter):
             site = sp.site
             if site.kind not in self.kinds or site.ranges:
                 what = "a part of a fused projection" if site.ranges else f"of kind '{site.kind}'"
-                raise Unsupported(f"OFT at '{site.name}', {what}, has no form in HF PEFT.")
+                raise Unsupported(
+                    f"OFT at '{site.name}', {what}, has no form in HF PEFT.", next_step=OWN_FORM
+                )
             _check_kernel(site)
             name = "oft_embedding_R" if site.kind == "embedding" else "oft_R"
             Q = -t["Q"] if site.kind == "embedding" else t["Q"]
@@ -206,8 +211,11 @@ class Oft(Converter):
         if any(_nearest_divisor(widths[n], asked["oft_block_size"]) != size for n, size in sizes.items()):
             counts = {widths[n] // size for n, size in sizes.items()}
             if len(counts) > 1:
-                raise Unsupported(f"OFT: HF PEFT has one block size or one number of blocks for all sites; these are "
-                                  f"{sorted(set(sizes.values()))}.")  # fmt: skip
+                raise Unsupported(
+                    f"OFT: HF PEFT has one block size or one number of blocks for all sites; these are "
+                    f"{sorted(set(sizes.values()))}.",
+                    next_step="train with blocks=4, or veneer.save(model, name, folder)",
+                )
             asked = {"r": counts.pop(), "oft_block_size": 0}
         fields = {
             "coft": m.coft, "eps": m.eps, "block_share": m.block_share, "module_dropout": m.module_dropout,
@@ -276,7 +284,9 @@ class Ia3(Converter):
             site, layer = sp.site, layers.get(sp.site.module)
             if layer is None or layer.kind not in self.kinds or (site.ranges and site.port == "input"):
                 what = "the input of a part of a fused projection" if site.ranges else "no linear layer"
-                raise Unsupported(f"IA3 at '{site.name}', {what}, has no form in HF PEFT.")
+                raise Unsupported(
+                    f"IA3 at '{site.name}', {what}, has no form in HF PEFT.", next_step=OWN_FORM
+                )
             if site.port == "input":
                 inputs[site.module] = t["scale"]
             else:
@@ -285,7 +295,8 @@ class Ia3(Converter):
         both = set(inputs) & set(outputs)
         if both:
             raise Unsupported(
-                f"IA3 scales the input and the output of '{sorted(both)[0]}'; HF PEFT does one of them."
+                f"IA3 scales the input and the output of '{sorted(both)[0]}'; HF PEFT does one of them.",
+                next_step=OWN_FORM,
             )
         for name, scale in outputs.items():
             job.tensors[f"{job.prefix}{name}.ia3_l"] = scale[:, None]

@@ -43,9 +43,17 @@ def write(
     dtype: "f32" or "f16". Raises Unsupported with the tensors that such a file cannot hold, and writes nothing then.
     """
     if options:
-        raise BadOption(f"gguf has no option '{next(iter(options))}'.", nearest=("dtype",))
+        raise BadOption(
+            f"gguf has no option '{next(iter(options))}'.",
+            nearest=("dtype",),
+            next_step='veneer.export(model, name, file, format="gguf", dtype="f16")',
+        )
     if dtype not in DTYPES:
-        raise BadOption(f"gguf: dtype={dtype!r} is neither 'f32' nor 'f16'.", nearest=nearest(dtype, DTYPES))
+        raise BadOption(
+            f"gguf: dtype={dtype!r} is neither 'f32' nor 'f16'.",
+            nearest=nearest(dtype, DTYPES),
+            next_step="dtype='f16'",
+        )
     try:
         import gguf
     except ImportError:
@@ -115,10 +123,14 @@ def _checked_pairs(job: Writing) -> list[Pair]:
     tied = {name for pair in job.host.anatomy.facts.tied for name in pair}
     for p in pairs:
         if p.site.kind not in ("linear", "conv1d", "embedding"):
-            raise Unsupported(f"a GGUF adapter has no form for '{p.name}', of kind '{p.site.kind}'.")
+            raise Unsupported(
+                f"a GGUF adapter has no form for '{p.name}', of kind '{p.site.kind}'.",
+                next_step="veneer.merge(model, name), and convert the whole model",
+            )
         if f"{p.name}.weight" in tied and p.site.kind != "embedding":
             raise Unsupported(
-                f"'{p.name}' shares its weight with the embedding; llama.cpp has no tensor of that name."
+                f"'{p.name}' shares its weight with the embedding; llama.cpp has no tensor of that name.",
+                next_step="veneer.merge(model, name), and convert the whole model",
             )
     return pairs
 
@@ -132,7 +144,10 @@ def _names(gguf: Any, architecture: str, pairs: list[Pair]) -> list[str]:
     for p in pairs:
         name = known.get_name(p.name)
         if name is None:
-            raise UnknownName(f"llama.cpp's '{architecture}' has no name for '{p.name}'.")
+            raise UnknownName(
+                f"llama.cpp's '{architecture}' has no name for '{p.name}'.",
+                next_step="veneer.merge(model, name), and convert the whole model",
+            )
         found.append(name)
     return found
 

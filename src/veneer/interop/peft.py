@@ -65,7 +65,7 @@ def read(
     odd = sorted(set(options) - {"seed", "dtype"})
     if odd:
         raise UnknownOption(f"reading an HF PEFT folder has no option '{odd[0]}'; its config says the rest.",
-                            nearest=("seed", "dtype"))  # fmt: skip
+                            nearest=("seed", "dtype"), next_step="veneer.load(model, folder, name)")  # fmt: skip
     folder = Path(folder)
     path, raw = read_json(folder)
     known = converters()
@@ -111,7 +111,8 @@ def _check_plan(plan: Plan, request: Request, config: Config) -> None:
         missing, extra = request.places - planned, planned - request.places
         raise Unsupported(
             f"'{config.path}' edits {len(request.places)} places, of which {len(missing)} cannot be chosen here and "
-            f"{len(extra)} others would be: {', '.join(m for m, _ in sorted(missing | extra)[:3])}."
+            f"{len(extra)} others would be: {', '.join(m for m, _ in sorted(missing | extra)[:3])}.",
+            next_step="load it on the base that it was trained on; veneer anatomy MODEL    shows this one's modules",
         )
 
 
@@ -185,7 +186,10 @@ def write(
     kept = adapter.info.get("peft", {})
     task = with_head(job, fields, task_type, kept.get("task_type") or _task(model))
     if options:
-        raise Unsupported(f"{kind.peft_type} has no export option '{next(iter(options))}'.")
+        raise Unsupported(
+            f"{kind.peft_type} has no export option '{next(iter(options))}'.",
+            next_step='veneer.export(model, name, folder, format="peft")',
+        )
     config = {
         "peft_type": kind.peft_type,
         "task_type": task,
@@ -201,7 +205,10 @@ def write(
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in job.tensors.items()}
     bad = next((k for k, v in tensors.items() if v.is_floating_point() and not torch.isfinite(v).all()), None)
     if bad:
-        raise BadFile(f"tensor '{bad}' of adapter '{name}' is not finite; nothing was written.")
+        raise BadFile(
+            f"tensor '{bad}' of adapter '{name}' is not finite; nothing was written.",
+            next_step="an earlier checkpoint of that run, or a lower learning rate",
+        )
     report = ExportReport("peft", Path(folder), adapter.method.key, kind.peft_type, notes=job.notes)
     report.sites = len({sp.site.name for sp in adapter.plan.sites})
     report.tensors = len(tensors)

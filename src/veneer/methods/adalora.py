@@ -54,7 +54,10 @@ class AdaLoRA(WeightMethod):
 
     def __post_init__(self) -> None:
         if self.target_rank > self.rank:
-            raise BadOption(f"adalora: target_rank={self.target_rank} is above the initial rank={self.rank}.")
+            raise BadOption(
+                f"adalora: target_rank={self.target_rank} is above the initial rank={self.rank}.",
+                next_step=f"rank={self.target_rank} or more, or target_rank={self.rank}",
+            )
 
     def tensors(self, site: Site) -> Specs:
         return {

@@ -94,7 +94,8 @@ class LoRA(WeightMethod):
         found, factored = {}, site.kind in ("linear", "conv1d")
         if self.lora_bias and not factored:
             raise BadOption(
-                f"lora: lora_bias=True is for linear sites; '{site.name}' is of kind '{site.kind}'."
+                f"lora: lora_bias=True is for linear sites; '{site.name}' is of kind '{site.kind}'.",
+                next_step=f"lora_bias=False, or exclude={site.name!r}",
             )
         if self.lora_bias:
             found["bias"] = zeros(site.n_out, decay=False)

@@ -50,10 +50,14 @@ class OFT(WeightMethod):
 
     def __post_init__(self) -> None:
         if self.cayley not in ("exact", "neumann", True, False):
-            raise BadOption(f"oft: cayley={self.cayley!r} is neither 'exact' nor 'neumann'.")
+            raise BadOption(
+                f"oft: cayley={self.cayley!r} is neither 'exact' nor 'neumann'.",
+                next_step="cayley='exact', or cayley='neumann' for HF PEFT's default",
+            )
         if self.blocks and self.block_size:
             raise BadOption(
-                f"oft: block_size={self.block_size} and blocks={self.blocks} are both given; give one."
+                f"oft: block_size={self.block_size} and blocks={self.blocks} are both given; give one.",
+                next_step=f"block_size={self.block_size} alone",
             )
 
     def tensors(self, site: Site) -> Specs:
@@ -103,6 +107,9 @@ class OFT(WeightMethod):
                 f"oft: {given} does not cut the {width} inputs of '{site.name}' "
                 "into equal blocks, two wide or more.",
                 nearest=[f"block_size={n}" for n in near[:3]],
+                next_step=f"block_size={near[0]}, or block_size=0 for the largest that fits"
+                if near
+                else f"exclude={site.name!r}",
             )
         return size
 

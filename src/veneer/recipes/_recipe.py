@@ -88,13 +88,15 @@ def _check(self: Any) -> None:
         numeric = isinstance(f.default, (int, float)) and not isinstance(f.default, bool)
         if numeric and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise BadOption(
-                f"{self.key}: {f.name}={value!r} should be a number (the default is {f.default!r})."
+                f"{self.key}: {f.name}={value!r} should be a number (the default is {f.default!r}).",
+                next_step=f"{self.key}:{f.name}={f.default!r}",
             )
         for name, (words, holds) in bounds.items():
             bound = f.metadata.get(name)
             if bound is not None and not holds(value, bound):
                 raise BadOption(
-                    f"{self.key}: {f.name}={value!r} should be {words} {bound} ({f.metadata['meaning']})."
+                    f"{self.key}: {f.name}={value!r} should be {words} {bound} ({f.metadata['meaning']}).",
+                    next_step=f"{self.key}:{f.name}={f.default!r}",
                 )
 
 

@@ -34,7 +34,10 @@ class Exchange:
         self.received += len(answer)
         kind, _, value = _unpack(answer)
         if kind == "error":
-            raise Unsupported(f"the server could not answer '{what}' for '{module}'.")
+            raise Unsupported(
+                f"the server could not answer '{what}' for '{module}'.",
+                next_step="look at the server's own output; then start both again",
+            )
         return value
 
     def close(self) -> None:
@@ -51,7 +54,10 @@ def _unpack(message: bytes) -> tuple[str, str, Tensor]:
         ((name, value),) = safetensors.torch.load(message).items()
         what, module = name.split("|", 1)
     except Exception as e:
-        raise BadFile(f"a message of {len(message)} bytes is not one of this protocol ({e}).") from None
+        raise BadFile(
+            f"a message of {len(message)} bytes is not one of this protocol ({e}).",
+            next_step="the same release of veneer on both sides",
+        ) from None
     return what, module, value
 
 
@@ -94,7 +100,10 @@ class RemoteLinear(nn.Module):
 def split(model: nn.Module, exchange: Exchange, modules: Sequence[str]) -> nn.Module:
     """On the client: the named linear layers become requests, and their weights are dropped. Before attaching."""
     if "veneer" in model._modules:
-        raise Unsupported("the model carries adapters already; split it first, then attach.")
+        raise Unsupported(
+            "the model carries adapters already; split it first, then attach.",
+            next_step="veneer.detach(model, name), split, and attach on the client",
+        )
     for name in modules:
         parent, _, last = name.rpartition(".")
         owner = model.get_submodule(parent)

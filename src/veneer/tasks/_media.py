@@ -39,7 +39,10 @@ def picture(value: Any) -> Any:
             array = (array * (255 if array.max() <= 1 else 1)).astype(np.uint8)
         return Image.fromarray(array).convert("RGB")
     except (OSError, ValueError, TypeError) as error:
-        raise BadData(f"the picture {str(value)[:60]!r} cannot be read: {error}") from error
+        raise BadData(
+            f"the picture {str(value)[:60]!r} cannot be read: {error}",
+            next_step="veneer check DATA    lists every row that cannot be read",
+        ) from error
 
 
 def pixels(image: Any, size: tuple[int, int], mean: Any, std: Any) -> Tensor:
@@ -76,7 +79,10 @@ def sound(value: Any, rate: int) -> Any:
         ) from error
     kind, scale = {1: ("u1", 128.0), 2: ("<i2", 32768.0), 4: ("<i4", 2147483648.0)}.get(width, ("", 0.0))
     if not kind:
-        raise BadData(f"the sound has {8 * width} bits a sample; expected 8, 16 or 32.")
+        raise BadData(
+            f"the sound has {8 * width} bits a sample; expected 8, 16 or 32.",
+            next_step="sox in.wav -b 16 out.wav",
+        )
     found = np.frombuffer(data, dtype=kind).astype("float32") / scale - (1.0 if width == 1 else 0.0)
     return resampled(found.reshape(-1, channels).mean(1), own, rate)
 

@@ -187,7 +187,9 @@ def make_task(name: str, **options: Any) -> Task:
     for option in options:
         if option not in known:
             raise BadOption(
-                f"the task {name!r} has no option {option!r}.", nearest=nearest(option, known) or known
+                f"the task {name!r} has no option {option!r}.",
+                nearest=nearest(option, known) or known,
+                next_step="one of these names, or none: every option has a default",
             )
     if "labels" in options:
         options["labels"] = tuple(options["labels"])

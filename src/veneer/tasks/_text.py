@@ -202,7 +202,10 @@ class Regress(TextTask):
         try:
             return float(label)
         except (TypeError, ValueError):
-            raise BadData(f"the label {label!r} of a {self.name} task is not a number.") from None
+            raise BadData(
+                f"the label {label!r} of a {self.name} task is not a number.",
+                next_step="task='classify' for labels that are words",
+            ) from None
 
     def loss_of(self, logits: Tensor, labels: Tensor) -> Tensor:
         return F.mse_loss(logits.squeeze(-1), labels)

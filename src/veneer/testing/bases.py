@@ -321,5 +321,9 @@ def get(name: str | TinyBase) -> TinyBase:
     if isinstance(name, TinyBase):
         return name
     if name not in _BASES:
-        raise UnknownName(f"no tiny base is called '{name}'.", nearest=nearest(name, _BASES) or tuple(_BASES))
+        raise UnknownName(
+            f"no tiny base is called '{name}'.",
+            nearest=nearest(name, _BASES) or tuple(_BASES),
+            next_step="veneer.testing.bases.names()    lists them",
+        )
     return _BASES[name]

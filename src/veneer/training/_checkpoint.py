@@ -123,7 +123,10 @@ def write_bytes(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise TrainingFailed(f"{path} cannot be written: {error.strerror or error}.") from error
+        raise TrainingFailed(
+            f"{path} cannot be written: {error.strerror or error}.",
+            next_step="df -h    shows the room that is left; output= another folder",
+        ) from error
 
 
 def _write_through(path: Path, data: bytes) -> None:

@@ -83,7 +83,10 @@ class Cohort:
             )
         job = Job(method, {}, options.get("recipe"))
         if not job.is_trained:
-            raise BadOption(f"member '{name}': the untrained base has nothing to train.")
+            raise BadOption(
+                f"member '{name}': the untrained base has nothing to train.",
+                next_step="leave it out: its score needs no training",
+            )
         recipe, seed = job.recipe(), options.get("seed", 0)
         if getattr(recipe, "backward", True) is False:
             raise BadOption(
@@ -142,6 +145,7 @@ class Cohort:
             raise UnknownName(
                 f"no member of the cohort is called '{name}'.",
                 nearest=nearest(name, self.members) or tuple(self.members),
+                next_step="one of these names",
             )
         return self.members[name]
 

@@ -154,9 +154,15 @@ class Rounds:
 
         job, task, s = made.job, made.task, made.settings
         if not job.is_trained:
-            raise BadOption(f"member '{name}': the untrained base has nothing to train.")
+            raise BadOption(
+                f"member '{name}': the untrained base has nothing to train.",
+                next_step="leave it out: its score needs no training",
+            )
         if any(hasattr(hook, "exchange") for hook in made.hooks):
-            raise Unsupported(f"member '{name}': a run that exchanges gradients trains by itself.")
+            raise Unsupported(
+                f"member '{name}': a run that exchanges gradients trains by itself.",
+                next_step="train it apart, with veneer.train",
+            )
         feeder, recipe = _open.feeder_of(self.base, task), job.recipe()
         encoded, notes = self._encode(made, feeder)
         fresh, said = fresh_of(self.base)

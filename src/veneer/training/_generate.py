@@ -39,7 +39,8 @@ def generate(
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1 or max_new_tokens < 1:
         raise BadOption(
             f"temperature={temperature!r}, top_p={top_p!r}, max_new_tokens={max_new_tokens!r}: expected "
-            "at least 0, above 0 and up to 1, at least 1."
+            "at least 0, above 0 and up to 1, at least 1.",
+            next_step="temperature=0.7, top_p=0.9, max_new_tokens=256",
         )
     ids = _prompt_ids(opened, prompt, chat)
     drawn: dict[str, Any] = {"do_sample": False}

@@ -58,7 +58,10 @@ def open_rows(data: Any, task: str | None, **options: Any) -> Rows:
             next_step=f"veneer.data.read(..., task={task!r})",
         )
     if not data.train:
-        raise BadData(f"{data.spec} has no rows to train on.")
+        raise BadData(
+            f"{data.spec} has no rows to train on.",
+            next_step="veneer check DATA    says what became of its rows",
+        )
     return Rows(data.parts, data.task, list(data.labels), data.spec)
 
 
@@ -84,7 +87,10 @@ def open_model(model: Any, task: Task, *, tokenizer: Any, seed: int, dtype: Any,
         kind = "transformers" if hasattr(model, "config") else "function"
         return Base(model, type(model).__name__, "", kind, tokenizer=tokenizer, processor=tokenizer)
     if not hasattr(model, "model"):
-        raise BadOption(f"model={model!r:.80} is no spec, no Base and no torch.nn.Module.")
+        raise BadOption(
+            f"model={model!r:.80} is no spec, no Base and no torch.nn.Module.",
+            next_step='model="builtin:minilm", a folder, a hub id, or a torch.nn.Module',
+        )
     return model
 
 
@@ -117,7 +123,11 @@ def encode_splits(
     notes: list[str] = []
     for split in dict.fromkeys(["train", *wanted]):
         if split not in splits:
-            raise BadOption(f"the data has no split {split!r} to evaluate on.", nearest=list(splits))
+            raise BadOption(
+                f"the data has no split {split!r} to evaluate on.",
+                nearest=list(splits),
+                next_step="evaluate_on=('validation',)",
+            )
         if not splits[split]:
             notes.append(f"there are no {split} rows, so that nothing is measured on them")
             continue

@@ -92,7 +92,9 @@ class Predictor:
         rows = _open.open_rows(data, self.task.name, **options).splits
         if not rows.get(split):
             raise BadData(
-                f"the data has no rows in {split!r}.", nearest=[s for s, found in rows.items() if found]
+                f"the data has no rows in {split!r}.",
+                nearest=[s for s, found in rows.items() if found],
+                next_step="split= one of these",
             )
         predictions = self._predictions(rows[split], batch_size)
         return Evaluation(split, self.task.metrics(predictions), predictions)
@@ -113,7 +115,10 @@ class Predictor:
 
     def _row(self, text: str) -> dict[str, Any]:
         if not text.strip():
-            raise BadData("there is nothing to predict for: the text is empty.")
+            raise BadData(
+                "there is nothing to predict for: the text is empty.",
+                next_step="veneer predict --adapter FOLDER 'a sentence'",
+            )
         if self.task.name == "tag":
             return {"tokens": text.split()}
         if self.task.name in ("image-classify", "speech"):

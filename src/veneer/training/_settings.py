@@ -71,7 +71,7 @@ class Settings:
             _at_least(name, getattr(self, name), least)
         ends = [n for n in ("max_steps", "max_tokens", "max_seconds") if getattr(self, n) is not None]
         if len(ends) > 1:
-            raise BadOption(f"{' and '.join(ends)} are both given; give one.")
+            raise BadOption(f"{' and '.join(ends)} are both given; give one.", next_step=f"{ends[0]}= alone")
         if self.max_seconds is not None and not 0 < self.max_seconds < float("inf"):
             raise BadOption(
                 f"max_seconds={self.max_seconds!r} should be above 0.", next_step="max_seconds=600"
@@ -81,7 +81,9 @@ class Settings:
                 _at_least(name, getattr(self, name), 0 if name == "max_steps" else 1)
         if self.frozen_prefix not in FROZEN_PREFIX:
             raise UnknownName(
-                f"frozen_prefix={self.frozen_prefix!r} is no way to keep states.", nearest=FROZEN_PREFIX
+                f"frozen_prefix={self.frozen_prefix!r} is no way to keep states.",
+                nearest=FROZEN_PREFIX,
+                next_step="frozen_prefix= one of these, or leave it out",
             )
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise BadOption(

@@ -144,7 +144,10 @@ def _wrong(ask: Ask) -> Exception | None:
     ids = shapes.get("input_ids", shapes.get("inputs_embeds", ()))[:2]
     if len(set(rows.values())) > 1 or any(ids and s != ids for s in masks.values()):
         shown = ", ".join(f"{n} {s}" for n, s in shapes.items())
-        return BadData(f"the inputs of '{ask.name}' do not have the same rows and tokens: {shown}.")
+        return BadData(
+            f"the inputs of '{ask.name}' do not have the same rows and tokens: {shown}.",
+            next_step="inputs that are padded to one length",
+        )
     return None
 
 
