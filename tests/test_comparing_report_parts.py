@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,9 +15,10 @@ from veneer.comparing.axes import Axis, ByteAxis, spread_out
 from veneer.comparing.disagreements import embedded, most_disputed, pair_counts, read_scores
 from veneer.comparing.history import common_target, compact, first_reached, mean_curve
 from veneer.comparing.items import described, thumbnail, write_items
-from veneer.comparing.published import lines_of
+from veneer.comparing.published import Published, lines_of
 from veneer.comparing.report import write_again, write_report
 from veneer.comparing.runner import TrainingRunner
+from veneer.comparing.tables import costs_of
 from veneer.comparing.tuning import expected_best, scores_for_best_of, tuned
 
 
@@ -186,3 +188,24 @@ def test_where_lower_is_better_the_lower_score_is_the_better_one(tmp_path):
     assert embedded(path, ["a", "b"], {})["pairs"] == {"0,1": [2, 1]}
     result = from_results(path, output=tmp_path / "out", metric="loss", higher_is_better=False)
     assert "has the lowest mean" in result.sentence or "better than all others" in result.sentence
+
+
+def test_where_arms_were_measured_apart_what_workers_said_of_others_is_left_out():
+    arms = [{"arm": name, "step_seconds": 1.0, "peak_memory_bytes": 9, "bytes_on_disk": 5} for name in "ab"]
+    measured = {
+        "a": {"status": "measured", "step_seconds": 0.1, "peak_memory_bytes": 3, "latency_seconds": None}
+    }
+    page = Published(Path(), {"arms": arms, "costs": {"measured": True, "arms": measured}}, [])
+    found = costs_of(page)
+    assert found["a"]["step_seconds"] == 0.1
+    assert found["b"]["step_seconds"] is None
+    assert found["b"]["bytes_on_disk"] == 5
+    page = Published(Path(), {"arms": arms}, [])
+    assert costs_of(page)["b"]["step_seconds"] == 1.0
+
+
+def test_arms_that_answer_alike_leave_open_what_would_be_missed(tmp_path):
+    path = score_file(tmp_path, {"a": [[1, 0, 1, 0]] * 3, "b": [[1, 0, 1, 0]] * 3})
+    sentence = from_results(path, output=tmp_path / "out").sentence
+    assert "gave the same scores, so that what would be missed is not known" in sentence
+    assert "0.0 points" not in sentence

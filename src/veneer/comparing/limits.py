@@ -20,12 +20,16 @@ def limits_of(summary: Mapping[str, Any], at_edge: Sequence[str] = ()) -> list[s
             "its "
             "order of methods is a screen and no claim."
         )
+    smallest = summary["smallest_effect_found"]
+    missed = (
+        f"More than one time in five it misses {scale.missed(smallest)}"
+        if smallest > 1e-9
+        else "The closest arms gave the same scores, so that nothing is known of what it misses"
+    )
     found.append(
-        "That two arms are tied does not make them equal. More than one time in five it misses "
-        f"{scale.missed(summary['smallest_effect_found'])}; "
+        f"That two arms are tied does not make them equal. {missed}; "
         f"{scale.size(summary['smallest_effect_of_interest'])} was named as the smallest that matters."
     )
-    found += summary.get("notes", [])
     if summary["items_only"]:
         found.append(
             "There is one seed, so that the intervals are for new items only. How much a repeated training "

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing import beyond, charts, curves, disagreements, learning, tables, tuning
-from veneer.comparing.axes import Quantity, tick_text
+from veneer.comparing.axes import Quantity, brief, tick_text
 from veneer.comparing.ledger import write_atomic
 from veneer.comparing.limits import limits_of
 from veneer.comparing.published import Published
@@ -241,11 +241,12 @@ def _contrasts_chart(page: Published) -> str:
     for one in page.summary["contrasts"]:
         size, low, high = (tables.signed(one[key], scale) for key in ("difference", "low", "high"))
         title = f"{one['first']} − {one['second']}: {size} ({low} to {high}), p {p_text(one['p_adjusted'])}"
-        name, kind = f"− {one['second']}", "tied" if not one["separable"] else "worse"
-        if page.summary["contrasts_planned"]:
-            name = f"{one['first']} − {one['second']}"
+        kind = "worse" if one["separable"] else "tied"
+        name = f"{one['first']} − {one['second']}" if page.summary["contrasts_planned"] else one["second"]
         rows.append((name, kind, one["difference"], one["low"], one["high"], title))
     unit = "points" if scale.is_share else scale.unit
+    if rows and not page.summary["contrasts_planned"]:
+        unit = f"{brief([page.summary['recommendation']['best_mean']]).popitem()[1]} less each arm, {unit}"
     return charts.differences(rows, unit, tick_text(scale)) if rows else ""
 
 

@@ -214,16 +214,23 @@ OF_USE: tuple[CostColumn, ...] = (
 )
 
 
+ALONE = ("peak_memory_bytes", "step_seconds", "tokens_per_second")
+
+
 def costs_of(page: Published) -> dict[str, dict[str, Any]]:
-    """{arm: what is known of its costs}: measured apart where that was done, else by the training workers."""
-    apart = (page.summary.get("costs") or {}).get("arms", {})
-    return {
-        arm["arm"]: {
-            **arm,
-            **{key: value for key, value in apart.get(arm["arm"], {}).items() if value is not None},
-        }
-        for arm in page.arms
-    }
+    """{arm: what is known of its costs}: measured apart where that was done, else by the training workers.
+
+    Where some arms were measured apart, what the workers say of the others is another quantity, and left out.
+    """
+    section = page.summary.get("costs") or {}
+    found = {}
+    for arm in page.arms:
+        apart = section.get("arms", {}).get(arm["arm"], {})
+        known = {**arm, **{key: value for key, value in apart.items() if value is not None}}
+        if section.get("measured") and apart.get("status") != "measured":
+            known |= dict.fromkeys(ALONE)
+        found[arm["arm"]] = known
+    return found
 
 
 def costs_tables(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> list[Table]:

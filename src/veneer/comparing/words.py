@@ -89,7 +89,12 @@ def conclusion(
     second = ""
     if analysis.seeds > 1 and len(tied) > 1:
         second = f"The best arm is one of those {len(tied)}, with 95 % confidence. "
-    second += f"With {over}, {scale.missed(analysis.smallest_found)} would usually be missed."
+    if analysis.smallest_found > 1e-9:
+        second += f"With {over}, {scale.missed(analysis.smallest_found)} would usually be missed."
+    else:
+        second += (
+            f"Over {over} the closest arms gave the same scores, so that what would be missed is not known."
+        )
     if analysis.seeds == 1:
         second += " One seed: how much a repeated run would differ is unknown."
     third = f" {DEMO[0].upper()}{DEMO[1:]}." if is_demo else ""
