@@ -1,7 +1,9 @@
 """Costs: each arm alone, in turns; what is counted is what the formula says, and an arm that dies is a line."""
 
+import contextlib
 import json
 import os
+import sys
 import time
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from test_comparing_fake import RATES, SIZES, FakeTrainer
 from training_tiny import opened, saved_bert
 from veneer.comparing import _machine, compare, cost_worker, costs, parse_arm
+from veneer.comparing import nursery as nurseries
 from veneer.comparing.analysis import Scores
 from veneer.comparing.fronts import fronts
 
@@ -35,9 +38,72 @@ for line in sys.stdin:
 
 @pytest.fixture
 def worker(tmp_path, monkeypatch):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    monkeypatch.setattr(costs, "WORKER", (str(script),))
+    """A worker that answers at once, in processes that begin with nothing."""
+    (tmp_path / "answering.py").write_text(WORKER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(costs, "WORKER", "answering")
+    monkeypatch.setattr(costs, "_nursery", contextlib.nullcontext)
+
+
+MAIN = """
+import os, sys, json, time
+def main(path):
+    mode = open(path).read()
+    print("to be seen in the log", file=sys.stderr)
+    if mode == "raises": raise ValueError("no more")
+    if mode == "leaves": raise SystemExit(7)
+    if mode == "hangs": time.sleep(60)
+    for line in sys.stdin:
+        print(json.dumps({"said": line.strip(), "wave": "wave" in sys.modules}), flush=True)
+    return 3
+"""
+
+
+@pytest.fixture
+def nursery(tmp_path):
+    (tmp_path / "newborn.py").write_text(MAIN)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    with nurseries.Nursery("newborn", environment, ["wave", "no_such_module"]) as made:
+        yield made
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks on Linux alone")
+def test_a_nursery_bears_children_that_answer_end_and_are_ended(nursery, tmp_path):
+    def born(mode):
+        path = tmp_path / f"{mode}.job"
+        path.write_text(mode)
+        return nursery.start(str(path), log)
+
+    with open(tmp_path / "log", "w+") as log:
+        first, second = born("answers"), born("answers")
+        for child in (first, second):
+            child.stdin.write("hello\n")
+            child.stdin.flush()
+            assert json.loads(child.stdout.readline()) == {"said": "hello", "wave": True}
+        assert first.poll() is None
+        first.stdin.close()
+        assert first.wait(20) == 3  # its own end closed: the pipes of others are not held open
+        assert second.poll() is None
+        second.kill()
+        assert second.wait(20) == -9
+        assert born("leaves").wait(20) == 7
+        assert born("raises").wait(20) == 1
+        hanging = born("hangs")
+        hanging.kill()
+        assert hanging.wait(20) == -9
+        log.seek(0)
+        said = log.read()
+    assert "to be seen in the log" in said
+    assert "ValueError: no more" in said
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks on Linux alone")
+def test_a_nursery_that_has_ended_bears_nothing_and_says_so(nursery, tmp_path):
+    nursery._process.kill()
+    nursery._process.wait()
+    with open(tmp_path / "log", "w+") as log:
+        assert nursery.start("nothing", log) is None
+    assert nursery.exit_code(1) == 1
 
 
 def jobs(*names):

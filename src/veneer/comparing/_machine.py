@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+SHARED = 0
+"""Bytes of libraries that a forked process uses and its own count leaves out: the nursery sets it."""
 RAPL = Path("/sys/class/powercap")
 
 
@@ -22,7 +24,7 @@ def resident_bytes() -> int:
     """Memory that this process holds now."""
     import psutil
 
-    return int(psutil.Process().memory_info().rss)
+    return int(psutil.Process().memory_info().rss) + SHARED
 
 
 def high_water_bytes() -> int:
@@ -30,7 +32,7 @@ def high_water_bytes() -> int:
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
+                return 1024 * int(line.split()[1]) + SHARED
     except OSError:
         pass
     import resource

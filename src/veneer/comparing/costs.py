@@ -18,23 +18,26 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from veneer.comparing.arms import Arm
 from veneer.comparing.ledger import write_atomic
+from veneer.comparing.nursery import Nursery
 from veneer.comparing.runs import Progress
 
 TURNS = 5
 START_SECONDS = 900.0  # for a base to load and three steps, on a slow machine
 TURN_SECONDS = 300.0
+LEAVING_SECONDS = 3.0
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS",
            "NUMEXPR_NUM_THREADS")  # fmt: skip
 TIMED = ("step_seconds", "cpu_seconds", "energy_joules", "tokens_per_second", "latency_seconds",
          "latency_cpu_seconds", "items_per_second")  # fmt: skip
 MEASURED = ("trainable_parameters", "flops_per_step", "peak_memory_bytes", "runs_in_bytes", "model_bytes",
             "longest_rows_tokens")  # fmt: skip
-WORKER = ("-m", "veneer.comparing.cost_worker")
+WORKER = "veneer.comparing.cost_worker"
 PARTS = 0.6  # of the free memory may be taken by children that wait for their turn
 Say = Callable[[Progress], None]
 
@@ -42,18 +45,17 @@ Say = Callable[[Progress], None]
 class Child:
     """One arm's process: `ready` is what it measured while it started, `turn()` measures once more."""
 
-    def __init__(self, arm: Arm, job: Mapping[str, Any], folder: Path) -> None:
+    def __init__(
+        self, arm: Arm, job: Mapping[str, Any], folder: Path, nursery: Nursery | None = None
+    ) -> None:
         self.arm, self.failure = arm, ""
         self.turns: list[dict[str, Any]] = []
+        self.ready: dict[str, Any] = {}
         self._job = path = folder / f"{arm.slug}.pickle"
         path.write_bytes(pickle.dumps(dict(job)))
         self._errors = open(folder / f"{arm.slug}.log", "w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, *WORKER, str(path)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            env=_environment(),
-        )  # fmt: skip
-        self.ready: dict[str, Any] = {}
+        born = None if nursery is None else nursery.start(str(path), self._errors)
+        self._process: Any = _interpreter(str(path), self._errors) if born is None else born
 
     def wait_ready(self) -> None:
         if not self.ready and not self.failure:
@@ -106,7 +108,7 @@ class Child:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
         try:
-            self._process.wait(10)
+            self._process.wait(LEAVING_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -127,6 +129,19 @@ class Child:
         for key in TIMED:
             found |= quartiles(key, [turn.get(key) for turn in self.turns])
         return found | {"turns": len(self.turns), "each_turn": self.turns}
+
+
+def _interpreter(path: str, errors: Any) -> subprocess.Popen[str]:
+    """A process that begins with nothing."""
+    return subprocess.Popen(
+        [sys.executable, "-m", WORKER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+        env=_environment(),
+    )  # fmt: skip
+
+
+def _nursery() -> AbstractContextManager[Nursery | None]:
+    """One that has imported everything, where the system can fork."""
+    return Nursery(WORKER, _environment()) if sys.platform.startswith("linux") else contextlib.nullcontext()
 
 
 def _environment() -> dict[str, str]:
@@ -152,7 +167,7 @@ def measure(
     """A line for each arm, in their order. `jobs` are what `cost_worker.work` reads, less `turns`."""
     lines: list[dict[str, Any]] = []
     waiting, group = list(jobs.items()), 0
-    with tempfile.TemporaryDirectory(prefix="veneer-costs-") as name:
+    with tempfile.TemporaryDirectory(prefix="veneer-costs-") as name, _nursery() as nursery:
         while waiting:
             group += 1
             children: list[Child] = []
@@ -160,7 +175,7 @@ def measure(
                 while waiting and (room := _room(children)) > 0:
                     for _ in range(min(room, os.cpu_count() or 1, len(waiting))):  # starts are not timed
                         arm, job = waiting.pop(0)
-                        children.append(Child(arm, {**job, "turns": turns}, Path(name)))
+                        children.append(Child(arm, {**job, "turns": turns}, Path(name), nursery))
                     for child in children:
                         child.wait_ready()
                 for _ in range(turns):
