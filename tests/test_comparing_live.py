@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from test_comparing_fake import RATES, SIZES, FakeTrainer
 from veneer.cli._app import app
-from veneer.comparing import compare
+from veneer.comparing import across, compare
+from veneer.comparing.across_page import write_across
 from veneer.comparing.live import LivePage, state_of
 from veneer.comparing.runs import Progress
 from veneer.errors import BadData
@@ -156,3 +157,27 @@ def test_a_report_is_made_again_from_the_files_alone(tmp_path):
     seen = CliRunner().invoke(app, ["compare", "--report", str(tmp_path)], prog_name="veneer")
     assert seen.exit_code == 0
     assert result.report.read_text() == page
+
+
+def test_several_comparisons_are_watched_together(tmp_path):
+    names = {"one": "x", "two": "y", "three": "z"}
+    (tmp_path / "design.json").write_text(json.dumps({"sha256": "s", "comparisons": names}))
+    run(tmp_path / "one", FakeTrainer())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "two", FakeTrainer(stop_after=5))
+    state = state_of(tmp_path)
+    assert [name for name, one in state["comparisons"].items() if one is None] == ["three"]
+    assert not state["is_finished"]
+    assert state["done"] == state["comparisons"]["one"]["done"] + 5
+    shown = watch(tmp_path).output
+    assert "finished" in shown
+    assert "waiting" in shown
+    assert "-- two" in shown
+    assert "5 of about 46 runs" in shown
+    for name in ("two", "three"):
+        run(tmp_path / name, FakeTrainer())
+    assert state_of(tmp_path)["is_finished"]
+    write_across(across([tmp_path / name for name in names]).to_dict(), tmp_path)
+    page = (tmp_path / "across.html").read_text()
+    assert '<a href="two/report.html">two</a>' in page
+    assert "across.html" in watch(tmp_path).output

@@ -15,6 +15,7 @@ from veneer.comparing.analysis import Scores
 from veneer.comparing.axes import quality_axis
 from veneer.comparing.beyond import ABSENT
 from veneer.comparing.calibration import calibration, stability
+from veneer.comparing.claims import decide
 from veneer.comparing.groups import by_group
 from veneer.comparing.report import write_report
 from veneer.comparing.robustness import corrupted, forgotten, shifted
@@ -136,3 +137,21 @@ def test_better_is_higher_on_the_page_whatever_the_metric():
     down = quality_axis([1.0], [2.0], 100, 0, Scale("loss", -1.0, False))
     assert up(2.0) < up(1.0)
     assert down(1.0) < down(2.0)
+
+
+def test_a_claim_is_decided_in_the_report_by_the_rule_of_its_file(folder, tmp_path):
+    summary = json.loads((folder / "summary.json").read_text())
+    claim = {
+        "id": "T1",
+        "says": "all are <within> a tenth",
+        "source": "a survey",
+        "rule": "equivalent",
+        "margin": 0.1,
+    }
+    design = summary["comparison"] | {"claim": claim}
+    found = changed(folder, tmp_path, comparison=design)
+    said = words(found)
+    assert "Claimed all are <within> a tenth (a survey)" in said
+    assert f"The claim: {decide(found).verdict}" in said
+    assert decide(found).because in said
+    assert "The claim:" not in words(folder)

@@ -57,6 +57,8 @@ def text_of(
     path: Path, state: dict[str, Any], width: int, height: int | None = None, pace: float | None = None
 ) -> str:
     """The state in words, a bar, a table of arms at most `height` lines high, and what ended last."""
+    if "comparisons" in state:
+        return _several_text(path, state, width, height, pace)
     if state["is_finished"]:
         return _result_of(path, width)
     full = round(BAR * state["done"] / max(1, state["of"]))
@@ -80,6 +82,35 @@ def text_of(
             f"{state['metric']} on validation rows; the test split is opened when every run has ended", width
         ),
     ]
+    return "\n".join(lines)
+
+
+def _several_text(
+    path: Path, state: dict[str, Any], width: int, height: int | None, pace: float | None
+) -> str:
+    """A line for each comparison, and the one that is under way as it is by itself."""
+    rows = []
+    for name, one in state["comparisons"].items():
+        now = (
+            "waiting"
+            if one is None
+            else "finished"
+            if one["is_finished"]
+            else "running"
+            if one["is_running"]
+            else "stopped"
+        )
+        rows.append((name, "" if one is None else f"{one['done']} of {one['of']}", now))
+    lines = [state["title"], "", table(("comparison", "runs", "now"), rows, width=width, right=("runs",))]
+    at = next(
+        (name for name, one in state["comparisons"].items() if one is not None and not one["is_finished"]),
+        None,
+    )
+    if at is not None:
+        room = None if height is None else max(12, height - len(rows) - 5)
+        lines += ["", f"-- {at}", text_of(path / at, state["comparisons"][at], width, room, pace)]
+    elif (path / "across.html").is_file():
+        lines += ["", f"report: {path / 'across.html'}"]
     return "\n".join(lines)
 
 

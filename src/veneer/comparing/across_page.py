@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from veneer.comparing import charts
 from veneer.comparing.ledger import write_atomic
@@ -16,11 +17,17 @@ from veneer.comparing.tables import Cell, Column, Row, Table
 def write_across(found: Mapping[str, Any], folder: str | Path) -> Path:
     """across.html in `folder`, from the content of across.json (`Across.to_dict`). Returns its path."""
     path = Path(folder) / "across.html"
-    write_atomic(path, render_across(found))
+    links = {
+        name: f"{quote(name)}/report.html"
+        for name in found["cells"]
+        if (path.parent / name / "report.html").is_file()
+    }
+    write_atomic(path, render_across(found, links))
     return path
 
 
-def render_across(found: Mapping[str, Any]) -> str:
+def render_across(found: Mapping[str, Any], links: Mapping[str, str] | None = None) -> str:
+    """The page as text. links: {comparison: where its own report is, from the page}."""
     known = [arm for arm in found["arms"] if arm["low"] is not None]
     rows = [(arm["arm"], _kind(arm), arm["mean"], arm["low"], arm["high"], _said(arm)) for arm in known]
     cells, tasks = len(found["cells"]), found["tasks"]
@@ -32,6 +39,7 @@ def render_across(found: Mapping[str, Any]) -> str:
         notes=[*found["notes"], *_how(found["arms"])],
         drawn=charts.differences(rows, "standard deviations of single scores", _signed) if rows else "",
         together=_together(found["arms"]),
+        links=links or {},
         cells=[_of_cell(found["arms"], place, name) for place, name in enumerate(found["cells"])],
     )
 

@@ -33,9 +33,13 @@ def state_of(folder: str | Path) -> dict[str, Any]:
 
     {"title", "metric", "done", "of", "is_finished", "is_running", "arms": [{"arm", "trials", "trials_of",
     "best_validation", "learning_rate", "confirmed", "confirmed_of", "status", "reason", "tried"}], "recent"}.
-    Errors: BadData where the folder holds no comparison.
+    Of a folder of several comparisons: {"title", "done", "of", "is_finished", "is_running", "comparisons": {name:
+    such a state, or None where it has not begun}}. Errors: BadData where the folder holds no comparison.
     """
     folder = Path(folder)
+    inside = comparisons_in(folder)
+    if inside:
+        return _several(folder, inside)
     ledger = lines_of(folder / "ledger.jsonl")
     last = next((line for line in reversed(ledger) if line.get("kind") == "design"), None)
     if last is None:
@@ -57,6 +61,30 @@ def state_of(folder: str | Path) -> dict[str, Any]:
         "is_running": not is_finished and is_running(folder),
         "arms": arms,
         "recent": [_said(line, design.metric) for line in runs[-RECENT:][::-1]],
+    }
+
+
+def comparisons_in(folder: Path) -> list[str]:
+    """The folders of the comparisons of several tasks and bases that were designed together."""
+    path = folder / "design.json"
+    if (folder / "ledger.jsonl").is_file() or not path.is_file():
+        return []
+    return list(json.loads(path.read_text(encoding="utf-8")).get("comparisons", {}))
+
+
+def _several(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    begun = {
+        name: state_of(folder / name) if (folder / name / "ledger.jsonl").is_file() else None
+        for name in names
+    }
+    known = [state for state in begun.values() if state is not None]
+    return {
+        "title": f"{len(names)} comparisons",
+        "done": sum(state["done"] for state in known),
+        "of": sum(state["of"] for state in known),
+        "is_finished": len(known) == len(names) and all(state["is_finished"] for state in known),
+        "is_running": any(state["is_running"] for state in known),
+        "comparisons": begun,
     }
 
 
@@ -230,12 +258,13 @@ def columns_of(state: Mapping[str, Any]) -> tuple[Sequence[str], list[tuple[str,
     return head, [(row.name, *(cell.text for cell in row.cells)) for row in table.rows]
 
 
-def size_of(folder: Path) -> tuple[int, int]:
-    """Changes when the ledger grows or the summary is written, without reading either."""
+def size_of(folder: Path) -> tuple[int, ...]:
+    """Changes when a ledger grows or a summary is written, without reading either."""
     found = []
-    for name in ("ledger.jsonl", "summary.json"):
-        try:
-            found.append(os.stat(folder / name).st_mtime_ns)
-        except OSError:
-            found.append(0)
-    return found[0], found[1]
+    for inside in comparisons_in(folder) or [""]:
+        for name in ("ledger.jsonl", "summary.json"):
+            try:
+                found.append(os.stat(folder / inside / name).st_mtime_ns)
+            except OSError:
+                found.append(0)
+    return tuple(found)

@@ -121,6 +121,7 @@ def content(page: Published) -> dict[str, Any]:
         "arms": tables.arms_table(page),
         "misbehaved": [one for one in s.get("controls") or [] if one["behaved"] is False],
         "controls": tables.controls_table(page),
+        "verdict": _verdict(page),
         "groups_say": _groups_say(s),
         "forest": charts.forest(page.arms, s["groups"], page.chosen, page.scale),
         "prices": prices,
@@ -377,6 +378,12 @@ def _commands(page: Published) -> list[tuple[str, str]]:
     ]
 
 
+def _copies(near: Mapping[str, Any]) -> str:
+    """Training rows that copy held-out ones."""
+    what = f"{near['train']} training rows left out that copy held-out ones"
+    return f"{what}, by an overlap of {near['threshold']:g}" if near.get("threshold") is not None else what
+
+
 def _machine_text(machine: Mapping[str, Any]) -> str:
     """The device and what stands around it, in a line."""
     known = {**machine, "cores": f"{machine['cores']} cores" if machine.get("cores") else None}
@@ -385,6 +392,14 @@ def _machine_text(machine: Mapping[str, Any]) -> str:
     if machine.get("torch"):
         known["torch"] = f"torch {machine['torch']}"
     return ", ".join(str(value) for value in known.values() if value)
+
+
+def _verdict(page: Published) -> Any:
+    """What the comparison says of the claim that its file names, by the rule that was fixed with it."""
+    from veneer.comparing.claims import decide
+
+    claim = page.summary["comparison"].get("claim") or {}
+    return decide(page.folder) if "rule" in claim else None
 
 
 def _how(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -396,6 +411,11 @@ def _how(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         found += [("Base", design["model"]), ("Data", design["data"])]
     if design["sizes"]:
         found.append(("Items", ", ".join(f"{size} {split}" for split, size in design["sizes"].items())))
+    near = design.get("near_duplicates") or {}
+    if near.get("train") is not None:
+        found.append(("Copies", _copies(near)))
+    for arm, one in (design.get("matched") or {}).items():
+        found.append((f"Size of {arm}", str(one.get("said", ""))))
     found.append(("Recommendation", summary["recommendation"]["rule"]))
     if summary.get("forecast"):
         found.append(

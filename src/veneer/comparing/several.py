@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing.across import Across, across
+from veneer.comparing.across_page import write_across
 from veneer.comparing.design import canonical_json, duration
 from veneer.comparing.file import write_comparison
 from veneer.comparing.ledger import write_atomic
@@ -166,6 +167,7 @@ def _together(folder: Path, names: Sequence[str]) -> Across | None:
     except VeneerError:
         return None
     found.write(folder)
+    write_across(found.to_dict(), folder)
     return found
 
 
