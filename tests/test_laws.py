@@ -18,11 +18,15 @@ METHODS = sorted(registry())
 # the law speaks. Rows and caches go by a causal base, the others by an encoder.
 ORDER = {"rows": "llama", "cache": "llama", "detach": "llama", "merge": "llama", "cohort": "llama"}
 OTHERS = ("bert", "llama", "t5", "vit", "mlp", "conv")
+WHERE = {("ssf", "merge"): "bert"}  # a Llama has no bias to hold a shift
 
 # Options for the laws, where a method's own would hide something on bases as small as these.
 OPTIONS = {
     "fish_mask": {"keep_ratio": 0.05},  # at 0.005 most sites have no entry
+    "compacter": {"reduction": 4},
     "hyperformer": {"tasks": 2},
+    "mam": {"length": 4, "hidden": 8},
+    "p_tuning": {"length": 4},
     "vera": {"rank": 16},
     "prompt_tuning": {"length": 4},
     "prefix_tuning": {"length": 4},
@@ -117,7 +121,7 @@ def check(key, law, bases):
 
 def base_for(key, law):
     """The first base on which the method has a site and of which the law speaks."""
-    for name in dict.fromkeys((ORDER.get(law, "bert"), *OTHERS)):
+    for name in dict.fromkeys((WHERE.get((key, law), ORDER.get(law, "bert")), *OTHERS)):
         base = testing.bases.get(name)
         if testing.LAWS[law].speaks_of(base) and not testing.Subject(key, base, OPTIONS.get(key)).reason:
             return name

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _restated_context
+from . import _restated_adapters, _restated_context
 from ._restated_context import ACTIVATIONS
 
 
@@ -222,4 +222,6 @@ def _public(namespace: dict, module: str) -> dict:
     }
 
 
-RESTATED = _public(dict(globals()), __name__) | _public(vars(_restated_context), _restated_context.__name__)
+RESTATED = _public(dict(globals()), __name__)
+for _more in (_restated_adapters, _restated_context):
+    RESTATED |= _public(vars(_more), _more.__name__)

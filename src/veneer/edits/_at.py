@@ -44,6 +44,7 @@ class At:
     _history: Callable[[str, Tensor], Tensor] | None = None
     _bare: Callable[..., Any] | None = None
     _dropout: Callable[[Tensor, float], Tensor] | None = None
+    _norm: Callable[[Tensor], Tensor] | None = None
 
     def project(self, role: str, z: Tensor) -> Tensor:
         """The site's own frozen projection before rotary, "query", "key" or "value".
@@ -56,6 +57,13 @@ class At:
                 next_step="call it in `attention`, or declare a projection in `tensors`",
             )
         return self._project(role, z)
+
+    def norm(self, h: Tensor) -> Tensor:
+        """The block's own norm of residual and output, where one reads their sum; else h: any shape -> the same.
+
+        It is the base's, as it stands: frozen, and without the edits of any adapter.
+        """
+        return h if self._norm is None else self._norm(h)
 
     def history(self, key: str, x: Tensor) -> Tensor:
         """x of this call -> x of all tokens so far, kept beside the cache and reordered with it."""

@@ -13,7 +13,7 @@ from veneer.anatomy import Site
 from veneer.errors import BadOption
 
 from ._method import Method, Sites, WeightMethod, method
-from ._spec import Specs, from_base, zeros
+from ._spec import Specs, from_base, kaiming, normal, truncated_normal, uniform, zeros
 from ._tensors import Tensors
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -26,6 +26,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def bottleneck(h: Tensor, D: Tensor, D_bias: Tensor, U: Tensor, U_bias: Tensor, act: str) -> Tensor:
     """act(h D^T + b_D) U^T + b_U: (..., width) -> (..., width). D: (m, width), U: (width, m)."""
     return ACTIVATIONS[act](h @ D.mT + D_bias) @ U.mT + U_bias
+
+
+BOTTLENECK_STARTS = ("identity", "houlsby", "bert")
+
+
+def bottleneck_tensors(width: int, m: int, start: str = "identity") -> Specs:
+    """D, D_bias, U, U_bias of a bottleneck of width m: (m, width), (m,), (width, m), (width,).
+
+    "identity": U = 0 and D as in nn.Linear; "houlsby": both normal, 0.01, cut at two deviations; "bert": both
+    N(0, 0.02^2). Biases start at zero.
+    """
+    D, U = {
+        "identity": (kaiming(m, width), zeros(width, m)),
+        "houlsby": (truncated_normal(0.01, m, width), truncated_normal(0.01, width, m)),
+        "bert": (normal(0.02, m, width), normal(0.02, width, m)),
+    }[start]
+    return {"D": D, "D_bias": zeros(m, decay=False), "U": U, "U_bias": zeros(width, decay=False)}
 
 
 def layer_norm(
@@ -81,6 +98,32 @@ def open_before(mask: Tensor, length: int | Tensor) -> Tensor:
         return torch.cat([live, mask], dim=-1)
     closed = torch.zeros_like(live, dtype=mask.dtype).masked_fill(~live, torch.finfo(mask.dtype).min)
     return torch.cat([closed, mask], dim=-1)
+
+
+def prefix_tensors(site: Site, length: int, hidden: int = 0) -> Specs:
+    """A prefix of keys and values, K and V (kv_heads, length, head_dim), or the network of that width that makes it.
+
+    The network's first layer and its rows E are shared by all sites; its last, U, is one a site.
+    """
+    heads, d = site.kv_heads, site.head_dim
+    if not hidden:
+        return {name: normal(0.02, heads, length, d, decay=False) for name in ("K", "V")}
+    return {
+        "E": normal(1.0, length, site.width, scope="adapter", decay=False),
+        "D": kaiming(hidden, site.width, scope="adapter"),
+        "D_bias": zeros(hidden, scope="adapter", decay=False),
+        "U": uniform(hidden**-0.5, 2, heads, d, hidden),
+        "U_bias": zeros(2, heads, 1, d, decay=False),
+    }
+
+
+def made_prefix(t: Tensors) -> dict[str, Tensor]:
+    """K and V that such a network makes, (kv_heads, length, head_dim); nothing where there is none."""
+    if "E" not in t:
+        return {}
+    inner = torch.tanh(t.E @ t.D.mT + t.D_bias)[..., None, None, :, :]
+    K, V = (inner @ t.U.mT + t.U_bias).unbind(-4)
+    return {"K": K, "V": V}
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -65,7 +65,7 @@ class Method:
     | condition(t, inputs) | once a call, before the first block | {name: (rows, ...)} |
     | derive(t, W) | once a call | tensors made from tensors, added to t |
     | delta(t, W), weight(t, W), branch(t, x[, y]) | weight | dW, W', or dy |
-    | input(t, x), output(t, x, y) | input, output | x', y' |
+    | input(t, x), output(t, x, y[, residual]) | input, output | x', y' |
     | affine(t) | input, output | (scale, shift), when the edit is scale * . + shift: the engine merges it |
     | attention(t, q, k, v, mask, attend) | attention | o |
     | tokens(t) | tokens | (length, width), put before the first real token |

@@ -69,6 +69,11 @@ def normal(std: float, *shape: int, **facts: Any) -> Spec:
     return Spec(tuple(shape), partial(_normal, std), **facts)
 
 
+def normal_around(mean: float, std: float, *shape: int, **facts: Any) -> Spec:
+    """N(mean, std^2)."""
+    return Spec(tuple(shape), partial(_normal, std, mean=mean), **facts)
+
+
 def truncated_normal(std: float, *shape: int, cut: float = 2.0, **facts: Any) -> Spec:
     """N(0, std^2) cut at `cut` standard deviations."""
     return Spec(tuple(shape), partial(_truncated, std, cut), **facts)
@@ -111,8 +116,8 @@ def _constant(value: float, shape: tuple[int, ...], generator: torch.Generator) 
     return torch.full(shape, value)
 
 
-def _normal(std: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=generator) * std
+def _normal(std: float, shape: tuple[int, ...], generator: torch.Generator, mean: float = 0.0) -> Tensor:
+    return torch.randn(shape, generator=generator) * std + mean
 
 
 def _truncated(std: float, cut: float, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

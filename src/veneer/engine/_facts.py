@@ -12,6 +12,7 @@ from veneer.edits import At, Tensors, call
 from ._draws import Dropper
 from ._frame import Frame
 from ._program import Op
+from ._residual import norm, residual, wants_residual
 from ._rows import Rows
 
 
@@ -34,7 +35,7 @@ def facts(op: Op, frame: Frame) -> At:
     if frame.seeds is not None and at.training:
         changes["_dropout"] = Dropper(frame, op)
     if op.members:
-        changes["members"] = tuple(functools.partial(_member, frame, m) for m in op.members)
+        changes["members"] = tuple(functools.partial(_member, frame, op, m) for m in op.members)
     return at.with_(**changes)
 
 
@@ -62,8 +63,14 @@ def select(at: At, rows: Rows) -> At:
     return at.with_(**changed)
 
 
-def _member(frame: Frame, op: Op, x: Tensor, y: Tensor) -> Tensor:
-    return apply(op, frame, "output", {"x": x, "y": y, "at": facts(op, frame)})
+def _member(frame: Frame, op: Op, member: Op, x: Tensor, y: Tensor) -> Tensor:
+    """The edit of a member at the op's site, for the op's rows: x and y are those already."""
+    have: dict[str, Any] = {"x": x, "y": y, "at": facts(member, frame)}
+    if wants_residual(member.method):
+        whole = residual(member, frame, x)
+        have["residual"] = whole if whole is x or whole is None or op.rows is None else op.rows.take(whole)
+        have["at"] = have["at"].with_(_norm=norm(member, frame))
+    return apply(member, frame, "output", have)
 
 
 def _history(frame: Frame, op: Op, key: str, x: Tensor) -> Tensor:

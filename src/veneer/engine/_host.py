@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from veneer.anatomy import Anatomy, Site
 from veneer.errors import BadOption, UnknownAdapter, Unsupported, nearest
 
-from . import _attention
+from . import _attention, _residual
 from ._adapter import Adapter
 from ._frame import Frame, Names, Session
 from ._plan import Plan
@@ -207,8 +207,7 @@ class Host(nn.Module):
                 wanted.append((site.module, "attention"))
             else:
                 wanted.append((site.module, "site"))
-            if site.source and site.source != site.module and site.port == "output":
-                wanted.append((site.source, "site"))
+            wanted += [(name, "site") for name in _residual.reads(facts, sp.method, site)]
             if site.port == "tokens" and not self.has_token_ids(site.stack):
                 _attention.register()
                 wanted += [

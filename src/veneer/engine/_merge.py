@@ -20,6 +20,7 @@ from ._attach import host_of
 from ._dense import dense_delta
 from ._host import Host
 from ._program import Op, build, site_tensors
+from ._swap import plain_class, twin
 from ._weights import cut, paste, stored
 
 
@@ -59,7 +60,10 @@ def why_not(adapter: Any) -> str:
         if (
             sp.site.port in ("input", "output")
             and "affine" in sp.method.arguments
-            and sp.site.kind in ("linear", "conv1d")
+            and (
+                sp.site.kind in ("linear", "conv1d")
+                or (sp.site.port == "output" and sp.site.kind in ("conv", "norm"))
+            )
         ):
             continue
         return f"{sp.method.key} edits the {sp.site.port} at '{sp.site.name}', which depends on the input"
@@ -187,6 +191,8 @@ def _write(host: Host, report: MergeReport, requantise: bool) -> None:
             bare = host.kept[key] = now.detach().clone()
         wide = bare.to(torch.float64) if bare.dtype == torch.float64 else bare.float()
         new = wide
+        if any(op.site.kind == "norm" and op.site.port == "output" for op in members):
+            _check_norm_scales(module, module_name)
         for op in members:
             new = _changed(op, wide, new)
         for op in (
@@ -217,8 +223,27 @@ def _changed(op: Op, bare: Tensor, now: Tensor) -> Tensor:
     if site.port == "weight":
         return paste(now, cut(now, site) + dense_delta(op.plan, op.t, W).to(now.dtype), site)
     scale, _ = call(op.method, "affine", op.t, {"at": None})
-    factor = scale.reshape(-1, 1) if site.port == "output" else scale.reshape(1, -1)
+    ahead = [1] * (W.dim() - 1)  # the other axes of a matrix or a kernel
+    factor = scale.reshape(-1, *ahead) if site.port == "output" else scale.reshape(1, -1)
     return paste(now, cut(now, site) + (factor.to(now.dtype) - 1) * W, site)
+
+
+def _check_norm_scales(module: nn.Module, name: str) -> None:
+    """A norm whose output is its weight times something takes a scale; one that adds 1 to it (Gemma) does not."""
+    if plain_class(module).__module__.startswith("torch.nn."):
+        return
+    own = dict(module.named_parameters(recurse=False))
+    weight = own.get("weight")
+    width = weight.shape[-1] if weight is not None else 1
+    x = torch.linspace(-1, 1, 2 * width, device=weight.device if weight is not None else None)
+    x = x.reshape(1, 2, width).to(weight.dtype if weight is not None else x.dtype)
+    with torch.no_grad():
+        y = twin(module, {n: torch.zeros_like(p) for n, p in own.items()})(x)
+    if weight is None or bool((y != 0).any()):
+        raise Unsupported(
+            f"'{name}' is a norm whose output is not its weight times something: a scale does not merge.",
+            next_step="leave the norms out (sites='linear'), or keep the adapter beside the model",
+        )
 
 
 def _bias_change(op: Op, host: Host) -> Tensor | None:

@@ -266,16 +266,22 @@ def _named(sp: SitePlan, name: str) -> SitePlan:
 
 
 def _null_gradients(found: Anatomy, sp: SitePlan) -> SitePlan:
-    """Biases of unrotated keys shift every score of a query alike, and the softmax does not see it."""
-    if len(sp.site.shape) != 1 or found.facts.positions == "rotary":
+    """Shifts of unrotated keys shift every score of a query alike, and the softmax does not see it."""
+    if sp.site.port == "output":
+        shifts = getattr(sp.method, "shifts", ())
+    else:
+        shifts = tuple(sp.specs) if len(sp.site.shape) == 1 and sp.site.parameter.endswith("bias") else ()
+    if not shifts or found.facts.positions == "rotary":
         return sp
     keys = {s.module for s in found.sites if s.role.endswith("attention.key") and not s.ranges}
-    if sp.site.module not in keys or not sp.site.parameter.endswith("bias"):
+    if sp.site.module not in keys:
         return sp
     why = "a shift of all scores of a query leaves its softmax alone"
     moved = getattr(sp.method, "penalised", ())  # a penalty of their own still moves these
     specs = {
-        n: s if n in moved else dataclasses.replace(s, null_gradient=s.null_gradient or why)
+        n: s
+        if n in moved or n not in shifts
+        else dataclasses.replace(s, null_gradient=s.null_gradient or why)
         for n, s in sp.specs.items()
     }
     return dataclasses.replace(sp, specs=specs)

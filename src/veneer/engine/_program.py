@@ -18,6 +18,7 @@ from veneer.edits import Tensors, call
 from ._adapter import Adapter, gather
 from ._frame import Names
 from ._plan import SitePlan
+from ._residual import reads
 from ._rows import Rows
 from ._weights import cut
 
@@ -223,8 +224,9 @@ def place(program: Program, op: Op) -> None:
     site = op.site
     at = program.setdefault(site.module, SiteOps())
     getattr(at, op.port).append(op)
-    if site.source and site.source != site.module and op.port == "output":
-        program.setdefault(site.source, SiteOps()).capture = True
+    for each in (op, *op.members):
+        for name in reads(each.adapter.plan.anatomy.facts, each.method, site):
+            program.setdefault(name, SiteOps()).capture = True
 
 
 def _broadcasts_at(sp: SitePlan) -> bool:

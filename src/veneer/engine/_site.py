@@ -18,6 +18,7 @@ from ._facts import apply, facts
 from ._frame import Frame, current, local
 from ._outputs import cut_features, first, first_input, paste_features, with_first
 from ._program import Op, SiteOps
+from ._residual import norm, residual, wants_residual
 from ._swap import HOST, NAME, kind, kinds_of
 from ._tokens import forget_rows, insert
 
@@ -83,7 +84,10 @@ def run(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args: tuple, 
             source = op.site.source
             seen = frame.captured.get(source, x) if source and source != op.site.module else x
             mine = cut_features(inner, op.site)
-            new = edit(op, frame, mine, "output", {"x": seen, "y": mine})
+            have = {"x": seen, "y": mine}
+            if wants_residual(op.method):
+                have["residual"] = residual(op, frame, x)
+            new = edit(op, frame, mine, "output", have)
             new = new if not op.site.ranges else paste_features(inner, new, op.site)
         y = with_first(y, new)
     return y
@@ -128,6 +132,8 @@ def edit(op: Op, frame: Frame, target: Tensor, function: str, have: dict[str, An
         given[name] = value
     if wants_at:
         given["at"] = facts(op, frame)
+        if wants_residual(op.method):
+            given["at"] = given["at"].with_(_norm=norm(op, frame))
     mine = given["y" if function == "output" else "x"]
     new = apply(op, frame, function, given)
     new = _back(new, mine, target if op.rows is None else op.rows.take(target), op).to(target.dtype)

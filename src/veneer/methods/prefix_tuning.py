@@ -34,12 +34,10 @@ from veneer.edits import (
     WeightMethod,
     before,
     hyper,
-    kaiming,
+    made_prefix,
     method,
-    normal,
     open_before,
-    uniform,
-    zeros,
+    prefix_tensors,
 )
 
 
@@ -79,25 +77,11 @@ class PrefixTuning(AttentionMethod):
         return (MovedTable(self.position_offset, self.position_table),) if self.position_table else ()
 
     def tensors(self, site: Site) -> Specs:
-        heads, d = site.kv_heads, site.head_dim
-        if not self.projection:
-            shape = (heads, self.length, d)
-            return {"K": normal(0.02, *shape, decay=False), "V": normal(0.02, *shape, decay=False)}
-        return {
-            "E": normal(1.0, self.length, site.width, scope="adapter", decay=False),
-            "D": kaiming(self.hidden, site.width, scope="adapter"),
-            "D_bias": zeros(self.hidden, scope="adapter", decay=False),
-            "U": uniform(self.hidden**-0.5, 2, heads, d, self.hidden),
-            "U_bias": zeros(2, heads, 1, d, decay=False),
-        }
+        return prefix_tensors(site, self.length, self.hidden if self.projection else 0)
 
     def derive(self, t: Tensors) -> dict[str, Tensor]:
         """The prefix that the network makes: K and V, (kv_heads, length, head_dim)."""
-        if "E" not in t:
-            return {}
-        inner = torch.tanh(t.E @ t.D.mT + t.D_bias)[..., None, None, :, :]
-        K, V = (inner @ t.U.mT + t.U_bias).unbind(-4)
-        return {"K": K, "V": V}
+        return made_prefix(t)
 
     def attention(self, t: Tensors, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, attend, at: At) -> Tensor:  # type: ignore[no-untyped-def]
         """q: (rows, heads, queries, head_dim), k and v: (rows, kv_heads, keys, head_dim) -> like q"""

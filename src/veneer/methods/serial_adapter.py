@@ -19,6 +19,7 @@ from torch import Tensor
 
 from veneer.edits import (
     ACTIVATIONS,
+    BOTTLENECK_STARTS,
     At,
     Method,
     OutputMethod,
@@ -28,13 +29,10 @@ from veneer.edits import (
     Tensors,
     TrainedCopy,
     bottleneck,
+    bottleneck_tensors,
     dropout,
     hyper,
-    kaiming,
     method,
-    normal,
-    truncated_normal,
-    zeros,
 )
 
 
@@ -51,21 +49,13 @@ class SerialAdapter(OutputMethod):
         "swish", "act, between D and U", choices=tuple(ACTIVATIONS), alias="non_linearity"
     )
     scale: float = hyper(1.0, "s, the size of what is added", alias="scaling")
-    init: str = hyper(
-        "identity", "start of D and U", choices=("identity", "houlsby", "bert"), alias="init_weights"
-    )
+    init: str = hyper("identity", "start of D and U", choices=BOTTLENECK_STARTS, alias="init_weights")
     dropout: float = hyper(0.0, "share of f's output that is dropped in training", at_least=0, at_most=1)
     train_norms: bool = hyper(False, "train the base's norms as well, as the paper does")
     sites: Sites = "{attention,mlp}"
 
     def tensors(self, site: Site) -> Specs:
-        m, width = max(1, int(site.width // self.reduction)), site.width
-        D, U = {
-            "identity": (kaiming(m, width), zeros(width, m)),
-            "houlsby": (truncated_normal(0.01, m, width), truncated_normal(0.01, width, m)),
-            "bert": (normal(0.02, m, width), normal(0.02, width, m)),
-        }[self.init]
-        return {"D": D, "D_bias": zeros(m, decay=False), "U": U, "U_bias": zeros(width, decay=False)}
+        return bottleneck_tensors(site.width, max(1, int(site.width // self.reduction)), self.init)
 
     def output(self, t: Tensors, y: Tensor, at: At) -> Tensor:
         """(..., width) -> (..., width)"""

@@ -28,12 +28,14 @@ from veneer.edits import (
     Tensors,
     before,
     bottleneck,
+    bottleneck_tensors,
     hyper,
     kaiming,
     masked_mean,
     method,
     normal,
     open_before,
+    prefix_tensors,
     running_mean,
     widen,
     zeros,
@@ -72,16 +74,8 @@ class UniPELT(Method):
         if site.port == "weight":
             return {"A": kaiming(self.rank, site.n_in), "B": zeros(site.n_out, self.rank), **gate}
         if site.port == "attention":
-            shape = (site.kv_heads, self.length, site.head_dim)
-            return {"K": normal(0.02, *shape, decay=False), "V": normal(0.02, *shape, decay=False), **gate}
-        m = max(1, int(width // self.reduction))
-        return {
-            "D": kaiming(m, width),
-            "D_bias": zeros(m, decay=False),
-            "U": zeros(width, m),
-            "U_bias": zeros(width, decay=False),
-            **gate,
-        }
+            return {**prefix_tensors(site, self.length), **gate}
+        return {**bottleneck_tensors(width, max(1, int(width // self.reduction))), **gate}
 
     def branch(self, t: Tensors, x: Tensor) -> Tensor:
         """What LoRA adds to the output: (..., in) -> (..., out)"""
