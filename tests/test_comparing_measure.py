@@ -51,6 +51,20 @@ def test_runs_that_have_ended_say_better_than_a_probe_what_the_others_take():
     assert from_ledger(design, lines[3:]) is None
 
 
+def test_what_is_done_is_not_forecast_again(tmp_path):
+    from test_comparing_fake import RATES, SIZES, FakeTrainer
+
+    given = {"run_arm": FakeTrainer(), "rates": RATES, "budget": "demo", "sizes": SIZES}
+    trainer = FakeTrainer(stop_after=20)
+    with pytest.raises(KeyboardInterrupt):
+        compare("m", "d", "lora:rank=1", output=tmp_path, progress=None, **given | {"run_arm": trainer})
+    expected = prepare("m", "d", "lora:rank=1", **given).measure(tmp_path).forecast
+    assert (expected.runs, expected.done) == (28, 20)
+    assert "20 of them done" in str(expected)
+    compare("m", "d", "lora:rank=1", output=tmp_path, progress=None, **given)
+    assert prepare("m", "d", "lora:rank=1", **given).measure(tmp_path).forecast.seconds == 0
+
+
 def test_a_model_in_memory_has_no_adapter_more_after_it_was_timed():
     from veneer import engine
 

@@ -117,7 +117,7 @@ class Ahead:
 
     def _tune_until(self, count: int) -> None:
         for arm in self.arms[self.tuned : count]:
-            for rate in self.rates[str(arm)]:
+            for rate in self.rates.get(str(arm), ()):  # a control may take the rate of its anchor
                 for seed in self.tuning_seeds:
                     self._begin("tune", arm, seed, rate)
         self.tuned = max(self.tuned, min(count, len(self.arms)))

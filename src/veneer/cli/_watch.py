@@ -34,15 +34,15 @@ class Watch:
         if not event.of:
             (self.bar.console.print if self.bar is not None else say)(event.message)
             return
-        if self.first is None:
-            self.first = event.done - 1  # these were there before
+        if self.first is None or event.done <= self.first:  # the next of several comparisons begins to count
+            self.first, self.began = event.done - 1, time.monotonic()  # these were there before
         left = self.left(event)
         if not sys.stderr.isatty():
             say(f"[{event.done}/{event.of}] {event.message}{left and f'  (about {left} left)'}")
             return
         if self.bar is None:
             self._open(event.of)
-        self.bar.update(self.row, completed=event.done, shown=event.message, left=left)
+        self.bar.update(self.row, total=event.of, completed=event.done, shown=event.message, left=left)
 
     def left(self, event: Any) -> str:
         """The time that is left, from all that has ended since this began."""

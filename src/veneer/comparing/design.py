@@ -263,6 +263,7 @@ class Forecast:
     seconds: float | None
     time_from: str
     memory: tuple[int, str] | None
+    done: int
     validation_items: int | None
     test_items: int | None
     smallest_findable: float | None
@@ -280,10 +281,12 @@ class Forecast:
 
     def __str__(self) -> str:
         how = f" ({self.time_from})" if self.time_from else ""
-        time = "" if self.seconds is None else f", about {duration(self.seconds)}"
+        left = " left" if self.done else ""
+        time = "" if self.seconds is None else f", about {duration(self.seconds)}{left}"
+        done = f", {self.done} of them done" if self.done else ""
         lines = [
             f"{self.runs} runs: {self.tuning_runs} for learning rates, "
-            f"{self.confirming_runs} to confirm{time}"
+            f"{self.confirming_runs} to confirm{done}{time}"
         ]
         if self.seconds is not None and how:
             lines[0] += how
@@ -295,10 +298,11 @@ class Forecast:
             lines.append(f"memory of a step: about {text} at most ({arm})")
         if self.smallest_findable is not None:
             found = self.smallest_findable
+            several = "1 contrast" if self.contrasts == 1 else f"{self.contrasts} corrected contrasts"
             points = "none" if found >= 1 else f"{100 * found:.1f} points"
             lines.append(
-                f"smallest effect it can find (power 0.8, {self.contrasts} corrected contrasts, "
-                f"{self.test_items} test items): {points}, if runs of one arm differ by "
+                f"smallest effect it can find (power 0.8, {several}, {self.test_items} test items): "
+                f"{points}, if runs of one arm differ by "
                 f"{100 * self.assumed.seed_deviation:g} points and two arms disagree on "
                 f"{100 * self.assumed.disagreement:g} % of items"
             )
@@ -324,12 +328,13 @@ def forecast(
     *,
     time_from: str = "",
     memory: tuple[int, str] | None = None,
+    done: Mapping[str, int] | None = None,
 ) -> Forecast:
     """Runs, time and the smallest effect, from the design and, where known, the sizes of the splits.
 
-    seconds: of one run, by arm. memory: bytes of the largest step, and its arm.
+    seconds: of one run, by arm. memory: bytes of the largest step, and its arm. done: runs that have ended, by arm.
     """
-    sizes, assumed = sizes or {}, assumed or Assumed()
+    sizes, assumed, done = sizes or {}, assumed or Assumed(), done or {}
     trained = sum(arm.is_trained for arm in design.parsed_arms)
     trials = sum(len(rates) for rates in design.rates.values()) * len(design.tuning_seeds)
     runs = {
@@ -342,9 +347,12 @@ def forecast(
     return Forecast(
         tuning_runs=trials,
         confirming_runs=trained * len(design.seeds) + len(design.arms) - trained,
-        seconds=sum(count * seconds.get(arm, 0.0) for arm, count in runs.items()) if seconds else None,
+        seconds=sum(max(0, count - done.get(arm, 0)) * seconds.get(arm, 0.0) for arm, count in runs.items())
+        if seconds
+        else None,
         time_from=time_from,
         memory=memory,
+        done=sum(done.values()),
         validation_items=sizes.get("validation"),
         test_items=test,
         smallest_findable=smallest_findable(len(design.seeds), test, contrasts, assumed) if test else None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,8 @@ STEPS = 4
 class Measured:
     """Seconds of one run and trained parameters (the head apart) by arm; the largest memory of a step and its arm.
 
-    how: where the seconds come from. cannot: arms that this base cannot have, with the reason.
+    how: where the seconds come from. cannot: arms that this base cannot have, with the reason. done: runs that have
+    ended, by arm.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -36,11 +38,13 @@ class Measured:
     parameters: Mapping[str, int] = field(default_factory=dict)
     memory: tuple[int, str] | None = None
     cannot: Mapping[str, str] = field(default_factory=dict)
+    done: Mapping[str, int] = field(default_factory=dict)
 
 
 def from_ledger(design: Comparison, lines: Sequence[Mapping[str, Any]]) -> Measured | None:
     """The mean seconds of the runs that have ended, by arm; of all arms for those without a run."""
     known: dict[str, list[float]] = {}
+    done = Counter(line["arm"] for line in lines if line["status"] != "failed")
     for line in lines:
         if line["status"] == "ok" and line.get("seconds"):
             known.setdefault(line["arm"], []).append(line["seconds"])
@@ -49,16 +53,23 @@ def from_ledger(design: Comparison, lines: Sequence[Mapping[str, Any]]) -> Measu
     every = fmean(seconds for of_arm in known.values() for seconds in of_arm)
     count = sum(map(len, known.values()))
     return Measured(
-        {arm: fmean(known.get(arm, [every])) for arm in design.arms}, f"from {count} runs that have ended"
+        {arm: fmean(known.get(arm, [every])) for arm in design.arms},
+        f"from {count} runs that have ended",
+        done=done,
     )
 
 
-def measure(runner: Any, arms: Sequence[Arm]) -> Measured:
-    """Plans of all arms on the base, and a few timed steps. What cannot be measured is left out, with a word."""
+def measure(runner: Any, arms: Sequence[Arm], known: Measured | None = None) -> Measured:
+    """Plans of all arms on the base, and a few timed steps. What cannot be measured is left out, with a word.
+
+    known: the seconds, where they need not be timed.
+    """
     try:
         found = _planned(runner, arms)
     except Exception as error:  # a forecast is never the reason why a comparison does not run
         found = Measured(how=f"unknown ({_first_line(error)})")
+    if known is not None:
+        return replace(known, parameters=found.parameters, memory=found.memory, cannot=found.cannot)
     able = [arm for arm in arms if arm.is_trained and str(arm) not in found.cannot]
     for arm in sorted(able, key=_passes):
         try:

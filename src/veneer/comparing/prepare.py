@@ -35,8 +35,8 @@ class Prepared:
         """What the runs cost: from those that have ended in `output`, else from a few timed steps."""
         lines = Ledger(output).of_kind("run") if output and (Path(output) / "ledger.jsonl").is_file() else []
         found = from_ledger(self.design, lines)
-        if found is None and hasattr(self.run_arm, "open_base"):
-            found = measure(self.run_arm, self.design.parsed_arms)
+        if hasattr(self.run_arm, "open_base"):
+            found = measure(self.run_arm, self.design.parsed_arms, found)
         self.measured = found or Measured()
         return self
 
@@ -44,7 +44,12 @@ class Prepared:
     def forecast(self) -> Forecast:
         known = self.measured
         return forecast(
-            self.design, self.design.sizes, known.seconds, time_from=known.how, memory=known.memory
+            self.design,
+            self.design.sizes,
+            known.seconds,
+            time_from=known.how,
+            memory=known.memory,
+            done=known.done,
         )
 
     def to_dict(self) -> dict[str, Any]:
