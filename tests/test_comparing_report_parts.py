@@ -209,3 +209,20 @@ def test_arms_that_answer_alike_leave_open_what_would_be_missed(tmp_path):
     sentence = from_results(path, output=tmp_path / "out").sentence
     assert "gave the same scores, so that what would be missed is not known" in sentence
     assert "0.0 points" not in sentence
+
+
+def test_results_without_items_claim_nothing_about_items(tmp_path):
+    path = tmp_path / "runs.csv"
+    lines = [
+        f"{arm},{seed},{0.8 + 0.01 * seed + gain}"
+        for arm, gain in (("a", 0), ("b", 0.05))
+        for seed in (1, 2, 3)
+    ]
+    path.write_text("\n".join(["arm,seed,score", *lines]))
+    page = from_results(path, output=tmp_path / "out", metric="accuracy").report.read_text()
+    assert "test items <b>not known</b>" in page
+    assert "Where two arms disagree" not in page
+    assert "seeds and items" not in page
+    assert "new items alike" not in page
+    assert "Measured while training" not in page
+    assert "0 s" not in page

@@ -109,12 +109,15 @@ def embedded(
     """What the page holds of scores.jsonl: arms, counts of all pairs, and the items that are disputed most.
 
     An item is {"i": id, "t": text, "g": picture, "l": label, "s": [mean score by arm], "p": [place of the
-    prediction in "said", or -1, by arm]}. sign: -1 where lower scores are better. None for fewer than two arms.
+    prediction in "said", or -1, by arm]}. sign: -1 where lower scores are better. None for fewer than two arms,
+    or where no items are known.
     """
     arms = list(arms)[:MOST_ARMS]
     if len(arms) < 2 or not path.is_file():
         return None
     scores = read_scores(path, arms, sign)
+    if not scores.items:
+        return None
     places = most_disputed(scores.mean)
     said_by = predictions_of(path, arms, [scores.items[place] for place in places])
     texts: dict[str, int] = {}

@@ -160,7 +160,8 @@ def _parted(text: str, name: str) -> tuple[str, str, str]:
 
 def _facts(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     reads = summary["test_reads"]
-    facts: list[tuple[str, Any]] = [("test items", summary["items"]), ("seeds", summary["seeds"])]
+    items = summary["items"] or "not known"
+    facts: list[tuple[str, Any]] = [("test items", items), ("seeds", summary["seeds"])]
     if summary["source"] == "veneer":
         facts.append(("test split read", "once" if reads == 1 else f"{reads} times"))
     facts.append(("design", summary["design"][:12]))
@@ -173,7 +174,7 @@ def _groups_say(summary: Mapping[str, Any]) -> str:
     return (
         "Points are means, lines are 95 % intervals. A bar at the right joins arms of which no pair is separable, "
         "all pairs corrected by Holm. Intervals of two arms may overlap and the arms be separable: the test uses "
-        "that both saw the same items."
+        f"that both {'saw the same items' if summary['items'] else 'have the same seeds, where they do'}."
     )
 
 
@@ -209,6 +210,8 @@ def _costs_say(page: Published) -> str:
     if apart.get("measured"):
         note = f" {apart['note']}" if apart.get("note") else ""
         return f"Measured: {apart['how']}. Tuning is the time of all trials of the learning rate.{note}"
+    if not page.made_here:
+        return f"As {page.summary['source']} has them."
     return (
         "Measured while training, beside whatever else the machine did: orders of magnitude. Tuning is the time of "
         "all trials of the learning rate."
@@ -222,6 +225,8 @@ def _contrasts_say(summary: Mapping[str, Any]) -> str:
     how = {"holm": "Holm", "fdr_bh": "Benjamini and Hochberg"}[summary["correction"]]
     number = len(summary["contrasts"])
     text = "Intervals hold for new seeds and new items alike; "
+    if not summary["items"]:
+        text = "Intervals are of one number a run (see the notes below); "
     text += f"p-values are corrected by {how} for {number} differences."
     if not summary["contrasts_planned"]:
         text += (
@@ -424,6 +429,8 @@ def _how(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     machine = (summary.get("costs") or {}).get("machine")
     if isinstance(machine, Mapping):
         found.append(("Machine", _machine_text(machine)))
+    if not summary["items"]:
+        return [*found, ("Design", f"SHA-256 {summary['design']}")]
     found.append(
         (
             "Intervals",

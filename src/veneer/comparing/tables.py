@@ -108,7 +108,8 @@ def arms_table(page: Published) -> Table:
         ]
         rows.append(Row(arm["arm"], cells, arm["arm"], kind_of(page, arm["arm"])))
     unit = scale.unit[0].upper() + scale.unit[1:]
-    return Table(f"{unit}: mean over seeds and items with 95 % intervals", columns, rows)
+    over = "seeds and items" if s["items"] else "runs"
+    return Table(f"{unit}: mean over {over} with 95 % intervals", columns, rows)
 
 
 def contrasts_table(page: Published) -> Table:
@@ -131,7 +132,8 @@ def contrasts_table(page: Published) -> Table:
             number(one["sign_flip_p"], p_text, is_dim=True),
         ]
         rows.append(Row(f"{one['first']} − {one['second']}", cells, one["second"]))
-    return Table("Differences of means over the same seeds and items", columns, rows)
+    over = "the same seeds and items" if s["items"] else "runs"
+    return Table(f"Differences of means over {over}", columns, rows)
 
 
 def controls_table(page: Published) -> Table | None:
@@ -236,6 +238,8 @@ def costs_of(page: Published) -> dict[str, dict[str, Any]]:
 def costs_tables(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> list[Table]:
     """What training takes and, where it was measured, what using it takes."""
     tuned = {name: {"tuning_seconds": page.tuning_seconds(name), **cost} for name, cost in costs.items()}
+    if not page.made_here:  # nothing was tuned here
+        tuned = {name: {**cost, "tuning_seconds": None} for name, cost in tuned.items()}
     found = [
         _costs_table(page, tuned, "What training takes", OF_TRAINING),
         _costs_table(page, tuned, "What fits and how fast it answers", OF_USE),
