@@ -18,7 +18,7 @@ UPPER = {
 }
 
 
-@pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "vit", "falcon"])
+@pytest.mark.parametrize("family", ["bert", "llama", "vit", "falcon"])
 def test_a_forward_behind_the_prefix_is_the_whole_forward(family):
     model = base(family)
     given = inputs(family, 3, padding="left" if family == "llama" else "right")
@@ -81,7 +81,12 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize("form", ["memory", "disk", "disk-float16"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "form", ["memory", pytest.param("disk", marks=SLOW), pytest.param("disk-float16", marks=SLOW)]
+)
 def test_training_behind_the_prefix_ends_where_training_without_it_ends(folder, form, monkeypatch):
     data, options = opened(48, 16, 8), {"model": folder, "progress": False, "epochs": 2}
     without = train_cohort(MEMBERS, data=data, frozen_prefix="off", **options)

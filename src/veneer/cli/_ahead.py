@@ -7,9 +7,9 @@ does not depend on when or where it ran.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from veneer.comparing.arms import Arm
 from veneer.comparing.ledger import Ledger
+from veneer.comparing.together import is_able, members_at_once, run_folder, train_runs
 
 # One thread each. Large blocks stay in the heap: the gradients of a whole base, given back to the system and
 # taken anew at every step, are a third of the time of `full` (glibc reads these).
@@ -44,11 +45,9 @@ def _open(runner: Any) -> None:
     _runner = runner
 
 
-def _run(arguments: dict[str, Any]) -> Any:
-    began = time.monotonic()
-    result = _runner(**arguments)
-    result.run_seconds = time.monotonic() - began
-    return result
+def _run(runs: list[dict[str, Any]]) -> list[Any]:
+    """The results of some runs, or their errors; trained together where that gives the same."""
+    return train_runs(_runner, runs)
 
 
 class Ahead:
@@ -70,7 +69,8 @@ class Ahead:
         self.done = {
             (x["stage"], x["arm"], x["seed"], x["learning_rate"]) for x in lines if x["status"] != "failed"
         }
-        self.begun: dict[tuple[Any, ...], Future[Any]] = {}
+        self.begun: dict[tuple[Any, ...], tuple[Future[Any], int]] = {}
+        self.workers, self.together = workers, members_at_once(getattr(runner, "options", {}))
         self.tuned = 0
         self.environment = {name: os.environ.get(name) for name in WORKERS}
         os.environ |= WORKERS  # read by new processes alone
@@ -100,40 +100,56 @@ class Ahead:
             return self.runner(arm=arm, seed=seed, learning_rate=learning_rate, splits=splits, output=output)
         stage = "confirm" if "test" in splits else "tune"
         if stage == "confirm":
-            for each in self.seeds:
-                self._begin("confirm", arm, each, learning_rate)
+            self._begin([("confirm", arm, each, learning_rate) for each in self.seeds])
         self._tune_until(self._place(arm) + 3)
-        return self._begin(stage, arm, seed, learning_rate, again=True).result()
+        self._begin([(stage, arm, seed, learning_rate)], again=True)
+        future, place = self.begun[stage, str(arm), seed, learning_rate]
+        result = future.result()[place]
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def show(self, items: Sequence[str]) -> Any:
         return self.runner.show(items)
 
     def finished(self) -> int:
         """Runs that have ended, asked for or not."""
-        return sum(each.done() for each in self.begun.values())
+        return sum(future.done() for future, _ in self.begun.values())
 
     def _place(self, arm: Arm) -> int:
         return next((i for i, each in enumerate(self.arms) if str(each) == str(arm)), 0)
 
     def _tune_until(self, count: int) -> None:
-        for arm in self.arms[self.tuned : count]:
-            for rate in self.rates.get(str(arm), ()):  # a control may take the rate of its anchor
-                for seed in self.tuning_seeds:
-                    self._begin("tune", arm, seed, rate)
+        """Begin the trials of the first `count` arms; of all where runs are trained together, so that many are."""
+        if self.tuned < count and self.together > 1 and any(is_able(self.runner, arm) for arm in self.arms):
+            count = len(self.arms)
+        self._begin(
+            [
+                ("tune", arm, seed, rate)
+                for arm in self.arms[self.tuned : count]
+                for rate in self.rates.get(str(arm), ())  # a control may take the rate of its anchor
+                for seed in self.tuning_seeds
+            ]
+        )
         self.tuned = max(self.tuned, min(count, len(self.arms)))
 
-    def _begin(self, stage: str, arm: Arm, seed: int, rate: float | None, again: bool = False) -> Any:
-        """The run, begun now unless it is already; one that the ledger holds only when it is asked for."""
-        key = (stage, str(arm), seed, rate)
-        if key in self.begun:
-            return self.begun[key]
-        if key in self.done and not again:
-            return None
-        name = f"seed-{seed}" if stage == "confirm" else f"tune-seed-{seed}-rate-{rate:g}"
-        given = {
-            "arm": arm, "seed": seed, "learning_rate": rate,
-            "splits": ("validation", "test") if stage == "confirm" else ("validation",),
-            "output": self.folder / "runs" / arm.slug / name,
-        }  # fmt: skip
-        self.begun[key] = self.pool.submit(_run, given)
-        return self.begun[key]
+    def _begin(self, wanted: Sequence[tuple[str, Arm, int, float | None]], again: bool = False) -> None:
+        """These runs, begun now unless they are already; what the ledger holds only when it is asked for again."""
+        able: list[Any] = []
+        others: list[Any] = []
+        for stage, arm, seed, rate in wanted:
+            key = (stage, str(arm), seed, rate)
+            if key in self.begun or (key in self.done and not again):
+                continue
+            given = {
+                "arm": arm, "seed": seed, "learning_rate": rate,
+                "splits": ("validation", "test") if stage == "confirm" else ("validation",),
+                "output": run_folder(self.folder, stage, arm, seed, rate),
+            }  # fmt: skip
+            small = self.together > 1 and len(wanted) > 1 and is_able(self.runner, arm)
+            (able if small else others).append((key, given))
+        size = max(1, min(self.together, math.ceil(len(able) / self.workers)))
+        units = [able[at : at + size] for at in range(0, len(able), size)]
+        for unit in [*units, *([one] for one in others)]:
+            future = self.pool.submit(_run, [given for _, given in unit])
+            self.begun |= {key: (future, place) for place, (key, _) in enumerate(unit)}

@@ -23,7 +23,14 @@ ARMS = (
 SIZES = "validation=2000,test=2000"  # of all sentences, so that enough of them are short
 SEEDS, TRIALS = 6, 3
 # Four rows a step: 190 rows give 96 steps, enough for a rate schedule to matter.
-OPTIONS = {"batch_size": 4, "evaluate_batch_size": 16, "max_length": 48, "device": "cpu"}
+# The base drops nothing, for no arm: so runs can be trained together, and what is frozen is computed once.
+OPTIONS = {
+    "batch_size": 4,
+    "evaluate_batch_size": 16,
+    "max_length": 48,
+    "device": "cpu",
+    "base_dropout": False,
+}
 OUTPUT = Path("runs/demo")
 SENTENCES = ("a warm, funny film that stays with you", "two hours of noise and not one idea")
 

@@ -28,6 +28,7 @@ from veneer.comparing.prepare import Prepared, prepare
 from veneer.comparing.rates import extension
 from veneer.comparing.results import CompareResult, Record, publish
 from veneer.comparing.runs import Progress, RunArm, Runs, print_progress
+from veneer.comparing.together import together
 from veneer.errors import BadOption, TrainingFailed
 
 
@@ -115,6 +116,7 @@ def run(
         with LivePage(folder, progress) as live:
             live(Progress(f"comparison {design.sha256[:12]} ({parse_budget(design.budget).label})"))
             live(Progress(str(expected)))
+            run_arm = together(run_arm, design, folder, ledger.of_kind("run"))
             runs = Runs(folder, design, ledger, run_arm, live, of=expected.runs)
             records = _run_all(runs)
             if not any(record.lines for record in records):

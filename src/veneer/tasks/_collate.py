@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +83,18 @@ def takes(model: nn.Module, name: str) -> bool:
     return name in forward_names(model)
 
 
+_WANTS: WeakKeyDictionary[nn.Module, tuple[type, bool]] = WeakKeyDictionary()
+
+
 def wants_positions(model: nn.Module) -> bool:
-    """Takes one position a token, counted from 0."""
+    """Takes one position a token, counted from 0. Found once for a model: its modules are looked through for it."""
+    known = _WANTS.get(model)
+    if known is None or known[0] is not type(model):
+        known = _WANTS[model] = (type(model), _wants_positions(model))
+    return known[1]
+
+
+def _wants_positions(model: nn.Module) -> bool:
     if not takes(model, "position_ids") or _counts_from_padding(model):
         return False
     config = getattr(model, "config", None)

@@ -80,6 +80,8 @@ class Rounds:
         keep: bool = True,
     ) -> None:
         """heads: values of the parameters that no file filled, by a member's seed. keep: adapters stay on the model."""
+        from veneer import engine
+
         if mixed_precision == "fp16":
             raise Unsupported(
                 "mixed_precision='fp16' scales the loss by one factor, which the members of a cohort would share.",
@@ -94,6 +96,7 @@ class Rounds:
         self._encoded: dict[Any, Any] = {}
         self.kept: Kept | None = None
         self._open = ExitStack()
+        self._still = engine.is_still(base.model)
 
     @property
     def model(self) -> Any:
@@ -140,7 +143,7 @@ class Rounds:
     def _hold_shared(self, name: str, made: Wanted) -> None:
         s = made.settings
         mine = (s.mixed_precision if s.mixed_precision != "no" else None, s.gradient_checkpointing)
-        if mine != self.shared or s.base_dropout:
+        if mine != self.shared or (s.base_dropout and not self._still):
             raise BadOption(
                 f"member '{name}' asks for mixed_precision={mine[0]!r}, gradient_checkpointing={mine[1]} and "
                 f"base_dropout={s.base_dropout}, which are one for a cohort: {self.shared[0]!r}, {self.shared[1]} and "

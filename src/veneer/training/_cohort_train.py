@@ -18,7 +18,7 @@ from veneer.training._wanted import BESIDE, Wanted, wanted
 
 OPTIONS = (
     "data", "method", "recipe", "task_options", "whole", "members", "hooks", *(n for n in BESIDE if n != "device"),
-    *(n for n in Settings.__dataclass_fields__ if n not in ("identity", "base_dropout")),
+    *(n for n in Settings.__dataclass_fields__ if n != "identity"),
 )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def wanted_member(
                 f"member '{name}' has {option} = {own[option]!r}, which is one for a cohort.",
                 next_step="give it beside the model",
             )
-    made = {"output": _folder(output, name), **options, **own, "base_dropout": False}
+    made = {"output": _folder(output, name), "base_dropout": False, **options, **own}
     if made.get("data") is None:
         raise BadOption(f"member '{name}' has no data.", next_step='data = "rows.csv", for it or for all')
     _read_once(made, read)
@@ -110,9 +110,14 @@ def _folder(output: str | Path | None, name: str) -> Path | None:
 
 def _read_once(given: dict[str, Any], read: dict[Any, Any]) -> None:
     """Rows that several members name are read once, and shared."""
-    key = (repr(given["data"]), given.get("task"), repr(given.get("data_options")))
+    data = given["data"]
+    key = (
+        data if isinstance(data, str | Path) else id(data),
+        given.get("task"),
+        repr(given.get("data_options")),
+    )
     if key not in read:
-        read[key] = _open.open_rows(given["data"], given.get("task"), **(given.get("data_options") or {}))
+        read[key] = _open.open_rows(data, given.get("task"), **(given.get("data_options") or {}))
     given["data"] = read[key]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ class Rows:
     labels: list[str]
     spec: str
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Of all rows in order, so that a run is not resumed on other data."""
         found = hashlib.sha256()

@@ -1,0 +1,137 @@
+"""A comparison trains runs together where that gives what training them apart gives, and only there."""
+
+import json
+import sys
+
+import pytest
+
+from training_tiny import opened, saved_bert
+from veneer.comparing import parse_budget
+from veneer.comparing import together as together_room
+from veneer.comparing.prepare import prepare
+from veneer.comparing.run import run_prepared
+from veneer.comparing.runner import default_runner
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved_bert(tmp_path_factory.mktemp("bert"))
+
+
+QUESTION = {
+    "methods": "lora:rank=2,linear_probe", "seeds": (1, 2), "trials": 2, "budget": "demo", "controls": "none",
+    "batch_size": 8, "device": "cpu", "evaluate_batch_size": 32,
+}  # fmt: skip
+
+
+def lines(folder):
+    found = {}
+    for text in (folder / "ledger.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if line["kind"] == "run":
+            found[line["stage"], line["arm"], line["seed"], line["learning_rate"]] = line
+    return found
+
+
+def compared(model, output, **options):
+    prepared = prepare(model, opened(32, 16, 16), **{**QUESTION, **options})
+    return run_prepared(prepared, output, costs=False, progress=lambda event: None)
+
+
+@pytest.fixture
+def cohorts(monkeypatch):
+    """The arms of each cohort that was trained."""
+    seen, plain = [], together_room._cohort
+
+    def watched(runner, runs):
+        seen.append([(str(r["arm"]), r["seed"]) for r in runs])
+        return plain(runner, runs)
+
+    monkeypatch.setattr(together_room, "_cohort", watched)
+    return seen
+
+
+@pytest.mark.slow
+def test_the_ledger_is_what_runs_apart_write_and_a_stopped_comparison_goes_on(
+    folder, tmp_path, cohorts, monkeypatch
+):
+    whole = compared(folder, tmp_path / "together", base_dropout=False)
+    assert [len(c) for c in cohorts] == [4, 2, 2]  # trials of both arms; seeds of one, seeds of the other
+    assert not any(arm.startswith("full") for cohort in cohorts for arm, _ in cohort)
+    mine = lines(tmp_path / "together")
+    assert {line["step_seconds"] for key, line in mine.items() if key[1] == "linear_probe"} == {None}, (
+        "a cost"
+    )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["veneer.comparing.run"], "together", lambda run_arm, *rest: run_arm)
+        apart = compared(folder, tmp_path / "apart", base_dropout=False)
+    other = lines(tmp_path / "apart")
+    assert mine.keys() == other.keys()
+    for key, line in mine.items():
+        assert line["validation"] == pytest.approx(other[key]["validation"], abs=1e-9), key
+        assert line["trainable_parameters"] == other[key]["trainable_parameters"]
+    assert [a["mean"] for a in whole.to_dict()["arms"]] == pytest.approx(
+        [a["mean"] for a in apart.to_dict()["arms"]]
+    )
+
+    class Stopped(KeyboardInterrupt):
+        pass
+
+    def stop_at_fourth(event):
+        if event.done == 4:
+            raise Stopped
+
+    cohorts.clear()
+    prepared = prepare(folder, opened(32, 16, 16), **QUESTION, base_dropout=False)
+    with pytest.raises(Stopped):
+        run_prepared(prepared, tmp_path / "stopped", costs=False, progress=stop_at_fourth)
+    first = sum(map(len, cohorts))
+    compared(folder, tmp_path / "stopped", base_dropout=False)
+    again = lines(tmp_path / "stopped")
+    assert {k: v["validation"] for k, v in again.items()} == {k: v["validation"] for k, v in mine.items()}
+    assert first < 8
+
+
+def test_runs_are_apart_where_the_base_drops_or_an_arm_trains_much_or_is_no_ordinary_run(folder):
+    from veneer.comparing import parse_arm
+
+    def able(arm, **options):
+        runner = default_runner(
+            folder, opened(32, 16, 16), task=None, budget=parse_budget("demo"), options=options
+        )
+        return together_room.is_able(runner, parse_arm(arm))
+
+    assert not able("lora:rank=2")
+    assert able("lora:rank=2", base_dropout=False)
+    assert not able("full", base_dropout=False)
+    assert not able("untrained", base_dropout=False)
+    assert not able("lora:rank=2+mezo", base_dropout=False)
+    assert not able("lora:rank=2", base_dropout=False, mixed_precision="fp16")
+    assert not able("lora:sites=no.such.site", base_dropout=False)
+    assert together_room.members_at_once({"batch_size": 4}) == 16
+    assert together_room.members_at_once({"batch_size": 16}) == 4
+    assert together_room.members_at_once({"batch_size": 256}) == 1
+
+
+def test_a_member_that_cannot_be_is_the_error_of_its_run_alone(folder, tmp_path, cohorts):
+    from veneer.comparing import parse_arm
+
+    runner = default_runner(
+        folder, opened(32, 16, 16), task=None, budget=parse_budget("demo"), options={"base_dropout": False}
+    )
+    runs = [
+        {
+            "arm": parse_arm(arm),
+            "seed": 0,
+            "learning_rate": rate,
+            "splits": ("validation",),
+            "output": tmp_path / str(i),
+        }
+        for i, (arm, rate) in enumerate([("lora:rank=2", 1e-3), ("ia3", 1e30), ("ia3", 1e-3)])
+    ]
+    good, bad, also = together_room.train_runs(runner, runs)
+    assert len(cohorts) == 1
+    assert "not finite" in str(bad)
+    assert good.metrics["validation"]["accuracy"] >= 0
+    assert also.folder == str(tmp_path / "2")
