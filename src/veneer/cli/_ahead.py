@@ -109,6 +109,10 @@ class Ahead:
             raise result
         return result
 
+    def alone(self, arm: Arm, learning_rate: float | None) -> Any:
+        """For costs, which are measured when the workers are done: never from runs beside others."""
+        return self.runner.alone(arm, learning_rate)
+
     def show(self, items: Sequence[str]) -> Any:
         return self.runner.show(items)
 
