@@ -132,3 +132,36 @@ def test_a_comparison_measures_all_of_it_on_a_tiny_base(tmp_path):
     for record in (tmp_path / "out" / "runs").rglob("veneer.json"):
         assert set(json.loads(record.read_text())["training"]["metrics"]) == {"validation"}
     assert 'groups = "place"' in (tmp_path / "out" / "comparison.toml").read_text()
+
+
+def test_pictures_are_probed_below_the_head_of_an_image_model():
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=16,
+        patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    model = transformers.ViTForImageClassification(config).eval()
+
+    def feeder(images, return_tensors):
+        sized = [torch.tensor(np.asarray(image.resize((16, 16))) / 255.0).float() for image in images]
+        return {"pixel_values": torch.stack([one.permute(2, 0, 1) for one in sized])}
+
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "image": rng.integers(0, 100, (16, 16, 3), dtype=np.uint8) + np.uint8(100 * (i % 2)),
+            "label": "ab"[i % 2],
+        }
+        for i in range(80)
+    ]
+    task = make_task("image-classify", labels=["a", "b"])
+    train_rows, test_rows = rows[:40], rows[40:]
+    features = [features_of(model, task, feeder, of, "cpu") for of in (train_rows, test_rows)]
+    assert features[0].shape == (40, 32)
+    assert np.mean([p["score"] for p in probed(*features, train_rows, test_rows)]) > 0.9  # bright or dark

@@ -78,6 +78,8 @@ def limits_of(summary: Mapping[str, Any], at_edge: Sequence[str] = ()) -> list[s
             "Costs are of each arm alone in a process, one thread, on one machine; another machine, batch size or "
             "length of rows may order the arms differently."
         )
+        if note := summary["costs"].get("note"):
+            found.append(f"{note[0].upper()}{note[1:]}.")
     else:
         found.append(
             "Costs were measured during training, not each arm alone on an idle machine; memory is that of the "
