@@ -265,6 +265,20 @@ def test_train_says_before_it_starts_what_it_will_do_and_afterwards_what_to_type
         assert piece in result.stdout, piece
 
 
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [(["--method", "loraa"], "lora"), (["--rank", "0"], "rank=0"), (["--method", "lora+lora_pluss"], "lora_plus"),
+     (["--schedule", "linaer"], "linear")],
+)  # fmt: skip
+def test_train_checks_what_is_to_be_done_before_it_reads_data(typed, words, bert, tmp_path):
+    found = run(
+        "train", "--model", bert, "--data", tmp_path / "missing.csv", "--output", tmp_path / "o", *typed
+    )
+    assert found.exit_code != 0
+    assert words in found.stderr
+    assert "missing.csv" not in found.stderr
+
+
 def test_train_with_json_leaves_one_document_and_quiet_leaves_nothing_else(bert, reviews, tmp_path):
     result = train(bert, reviews, tmp_path / "run", "--json", "--quiet")
     found = document(result)

@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -484,3 +485,48 @@ def test_kills_at_random_moments_of_saves_over_and_over_never_tear_a_folder(tmp_
         assert os.WIFSIGNALED(status), "the child ended by itself"
         seen.append(whole_one(folder, tensors))
     assert set(seen) == {"old", "new"}
+
+
+def linears():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(OrderedDict(first=torch.nn.Linear(8, 8), second=torch.nn.Linear(8, 8)))
+
+
+def left_behind(place, name: str, files: tuple[str, ...], age: float = 3600.0):
+    """A hidden folder as a killed save leaves it."""
+    folder = place / name
+    folder.mkdir()
+    for file in files:
+        (folder / file).write_text("half")
+    os.utime(folder, (time.time() - age,) * 2)
+    return folder
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next_save_and_by_the_next_load(tmp_path):
+    model = linears()
+    veneer.attach(model, "lora", "a", sites=["first"], rank=2)
+    files = ("adapter.safetensors", "veneer.json")
+    first = left_behind(tmp_path, ".mine-abcd1234", files)
+    veneer.save(model, "a", tmp_path / "mine")
+    assert not first.exists()
+    second = left_behind(tmp_path, ".mine-zz_z0000", files[:1])
+    veneer.load(linears(), tmp_path / "mine", "a")
+    assert not second.exists()
+
+
+def test_only_what_is_surely_ours_and_left_is_removed(tmp_path):
+    from veneer.engine._beside import beside, sweep
+
+    names = ("adapter.safetensors", "veneer.json")
+    kept = [
+        left_behind(tmp_path, ".mine-abcd0001", (*names, "notes.txt")),  # a file of somebody else's
+        left_behind(tmp_path, ".mine-abcd0002", names, age=5),  # a save that may just have begun
+        left_behind(tmp_path, ".mine-longer-than-ours", names),
+        left_behind(tmp_path, ".other-abcd0003", names),
+    ]
+    with beside(tmp_path / "mine", names) as writing:  # a save that goes on, for longer than a minute
+        os.utime(writing, (time.time() - 3600,) * 2)
+        assert sweep(tmp_path / "mine", names) == []
+        assert writing.is_dir()
+    assert not writing.exists()
+    assert all(folder.is_dir() for folder in kept)

@@ -69,7 +69,7 @@ class Announce:
         trained = sum(p.numel() for p in run.subject.parameters())
         s = run.settings
         length = max(f["length"] for f in run.rows)
-        needed: Any = adapter.plan.memory(batch_size=math.ceil(s.batch_size / s.accumulate), length=length)
+        needed = adapter.plan.memory(batch_size=math.ceil(s.batch_size / s.accumulate), length=length)
         tokens = sum(f["length"] for f in run.rows)
         passes = run.total_steps / run.steps_an_epoch
         labels = cut(", ".join(run.task.labels), 60)
@@ -85,7 +85,7 @@ class Announce:
             ("rate", f"{run.learning_rate:.3g}, {self.source(run, adapter)}; {s.schedule} schedule"),
             ("steps", f"{run.total_steps:,} of {s.batch_size} rows: {passes:.3g} passes, "
                       f"about {passes * tokens:,.0f} tokens"),
-            ("memory", f"at least {human(total_of(needed))} at the longest batch of {length} tokens"),
+            ("memory", f"at least {human(needed['total'])} at the longest batch of {length} tokens"),
             *(("note", text) for text in self.gathered.notes),
         ]  # fmt: skip
 
@@ -96,12 +96,6 @@ class Announce:
         of_recipe = getattr(run.recipe, "rates", None)
         low, high = of_recipe or adapter.method.facts.rates
         return f"from the {'recipe' if of_recipe else 'method'}'s range {low:g} to {high:g}"
-
-
-def total_of(memory: Any) -> int:
-    """The sum of a forecast, which is a value of its own or plain numbers by name."""
-    parts = memory.to_dict() if hasattr(memory, "to_dict") else dict(memory)
-    return parts.get("total", sum(parts.values()))
 
 
 def data_line(splits: Any) -> str:

@@ -63,8 +63,7 @@ def plan(
     for text in base.notes:
         note(f"note: {text}")
     made = engine.plan(base.model, key, **options)
-    memory: Any = made.memory(batch_size=batch_size, length=length)
-    parts = memory.to_dict() if hasattr(memory, "to_dict") else dict(memory)
+    parts = made.memory(batch_size=batch_size, length=length)
     total = sum(p.numel() for p in base.model.parameters())
     plain = made.to_dict() | {
         "model": base.name, "parameters": total, "share": made.trainable_parameters / max(1, total),
@@ -89,7 +88,7 @@ def _text(made: Any, plain: dict[str, Any], parts: dict[str, int]) -> str:
             ("trained", f"{plain['trainable_parameters']:,} parameters ({100 * plain['share']:.3g} %) "
                         f"at {len(made.sites)} sites"),
             ("on disk", f"{human(made.bytes_on_disk)}, float32"),
-            ("memory", f"about {human(parts.get('total', sum(parts.values())))} a step of "
+            ("memory", f"about {human(parts['total'])} a step of "
                        f"{plain['memory']['batch_size']} x {plain['memory']['length']} tokens ({needs})"),
         ]
     )  # fmt: skip

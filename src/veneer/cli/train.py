@@ -102,9 +102,8 @@ def train(
     """
     from veneer import data as data_room
     from veneer.cli._announce import Announce, Gather
-    from veneer.training import Settings
+    from veneer.training import Job, Settings, progress_for
     from veneer.training import train as run_training
-    from veneer.training._progress import progress_for
 
     given = {
         "learning_rate": learning_rate, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size,
@@ -147,6 +146,8 @@ def train(
         {} if key == "untrained" else method_options(key, {**extras, **typed_options(option)}, "train", flags)
     )
     still()
+    Job(method, options, recipe).recipe()  # told before data is read, which can take long
+    Settings(**settings)
     splits = data_room.read(data, task=task, **reading)
     gathered = Gather(progress_for(not quiet))
     announce = Announce(splits, model, learning_rate is not None, gathered)

@@ -11,8 +11,6 @@ import hashlib
 import importlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,11 @@ from veneer.errors import BadFile, ShapeDiffers, UnknownName, Unsupported, Venee
 
 from ._adapter import Adapter, draw
 from ._attach import _plan_for, attach, frozen_seed, host_of
+from ._beside import beside, sweep
 from ._host import Host, fingerprint
 
 RECORD, TENSORS = "veneer.json", "adapter.safetensors"
+WRITTEN = (RECORD, TENSORS, "both")  # what a save writes before it moves it
 FORMAT = 1
 
 # Formats by name: the module that reads and writes them, and the file by which a folder of theirs is known.
@@ -84,11 +84,10 @@ def _write(target: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> 
     import safetensors.torch
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        safetensors.torch.save_file(tensors, str(beside / TENSORS), metadata={"format": "pt"})
-        _write_record(beside / RECORD, record)
-        back = safetensors.torch.load_file(str(beside / TENSORS))
+    with beside(target, WRITTEN) as place:
+        safetensors.torch.save_file(tensors, str(place / TENSORS), metadata={"format": "pt"})
+        _write_record(place / RECORD, record)
+        back = safetensors.torch.load_file(str(place / TENSORS))
         if set(back) != set(tensors) or any(not _same(back[k], tensors[k]) for k in tensors):
             raise BadFile(
                 f"what was written to '{target}' does not read back equal; the disk may be full.",
@@ -96,22 +95,20 @@ def _write(target: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> 
             )
         before = _record_there(target)
         if before is not None:
-            _write_record(beside / "both", {**record, "before": before})
+            _write_record(place / "both", {**record, "before": before})
         mask = os.umask(0)
         os.umask(mask)
-        for written in beside.iterdir():
+        for written in place.iterdir():
             os.chmod(written, 0o666 & ~mask)
             _sync(written)
         target.mkdir(exist_ok=True)
         if before is not None:
-            os.replace(beside / "both", target / RECORD)
+            os.replace(place / "both", target / RECORD)
             _sync(target)
-        os.replace(beside / TENSORS, target / TENSORS)
+        os.replace(place / TENSORS, target / TENSORS)
         _sync(target)
-        os.replace(beside / RECORD, target / RECORD)
+        os.replace(place / RECORD, target / RECORD)
         _sync(target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -222,6 +219,7 @@ def load(
     Names, shapes and the base are compared first; nothing is half-loaded. Raises BadFile, ShapeDiffers, UnknownName.
     """  # fmt: skip
     folder = folder_of(source)
+    sweep(folder, WRITTEN)
     if not (folder / RECORD).is_file():
         for _, (module, marker) in FORMATS.items():
             if marker and (folder / marker).is_file():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.engine._beside import beside
 from veneer.errors import BadFile
 
 from ._config import CARD, CONFIG, TENSORS
@@ -30,12 +29,11 @@ def put_folder(
             next_step=f"veneer.export(model, name, '{folder}-peft')",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        safetensors.torch.save_file(dict(tensors), str(beside / TENSORS), metadata={"format": "pt"})
-        (beside / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (beside / CARD).write_text(card(config, tensors, method), encoding="utf-8")
-        back = safetensors.torch.load_file(str(beside / TENSORS))
+    with beside(folder, (CONFIG, TENSORS, CARD)) as place:
+        safetensors.torch.save_file(dict(tensors), str(place / TENSORS), metadata={"format": "pt"})
+        (place / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (place / CARD).write_text(card(config, tensors, method), encoding="utf-8")
+        back = safetensors.torch.load_file(str(place / TENSORS))
         if set(back) != set(tensors) or not all(torch.equal(back[k], v) for k, v in tensors.items()):
             raise BadFile(
                 f"what was written to '{folder}' does not read back equal; the disk may be full.",
@@ -44,23 +42,18 @@ def put_folder(
         folder.mkdir(exist_ok=True)
         # The config comes last: a folder without it is no adapter.
         for name in (TENSORS, CARD, CONFIG):
-            _sync(beside / name)
-            os.replace(beside / name, folder / name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            _sync(place / name)
+            os.replace(place / name, folder / name)
     return [CONFIG, TENSORS, CARD]
 
 
 def put_file(path: Path, write: Any) -> None:
     """One file at once: `write(temporary path)`, then a move."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        write(beside / path.name)
-        _sync(beside / path.name)
-        os.replace(beside / path.name, path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with beside(path, (path.name,)) as place:
+        write(place / path.name)
+        _sync(place / path.name)
+        os.replace(place / path.name, path)
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,8 @@
 
 Public: `train` and `TrainResult`; `Cohort`, `train_cohort` and `read_cohort` for several adapters at once;
 `predict`, `evaluate`, `generate`, `stream`, `Chat` and the `Predictor` that they open; `Hooks`, `Phase` and `Run`
-for those that take part in training; `Callback` for transformers' Trainer.
+for those that take part in training; `Callback` for transformers' Trainer; `Job`, which reads an arm;
+`progress_for`, which chooses who is told how far a run is.
 """
 
 from typing import Any
@@ -12,9 +13,10 @@ from veneer.training._cohort_file import read_cohort
 from veneer.training._cohort_run import CohortResult
 from veneer.training._cohort_train import train_cohort
 from veneer.training._generate import Chat, generate, stream
+from veneer.training._job import Job
 from veneer.training._loop import Run
 from veneer.training._predict import Evaluation, Predictor, evaluate, predict
-from veneer.training._progress import Progress
+from veneer.training._progress import Progress, progress_for
 from veneer.training._result import TrainResult
 from veneer.training._settings import Settings
 from veneer.training._subject import Adapted, Subject
@@ -29,6 +31,7 @@ __all__ = [
     "CohortResult",
     "Evaluation",
     "Hooks",
+    "Job",
     "Phase",
     "Predictor",
     "Progress",
@@ -39,6 +42,7 @@ __all__ = [
     "evaluate",
     "generate",
     "predict",
+    "progress_for",
     "read_cohort",
     "stream",
     "train",

@@ -82,6 +82,8 @@ def wanted(
         given = settings["evaluate_on"]
         settings["evaluate_on"] = (given,) if isinstance(given, str) else tuple(given or ())
     job = Job(method, dict(method_options or {}), recipe)
+    job.recipe()  # everything that needs no data is told before data is read
+    Settings(**settings)
     rows = _open.open_rows(data, task, **(data_options or {}))
     made_task = _open.task_for(rows, max_length, **(task_options or {}))
     named = model if isinstance(model, (str, Path)) else getattr(model, "spec", "") or type(model).__name__
