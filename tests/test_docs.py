@@ -352,8 +352,9 @@ def own_methods() -> list[Any]:
 def methods() -> str:
     lines = ["| method | what it is | edits | merges | paper |", "|---|---|---|---|---|"]
     for cls in own_methods():
-        number = cls.facts.paper.removeprefix("arXiv:")
-        paper = f"[{number}](https://arxiv.org/abs/{number})" if number else ""
+        place, _, number = cls.facts.paper.rpartition(":")
+        page = {"openreview": "https://openreview.net/forum?id="}.get(place, "https://arxiv.org/abs/")
+        paper = f"[{number}]({page}{number})" if number else ""
         ports = ", ".join(cls.ports) or "the head alone"
         merges = "yes" if _merges(cls) else "no"
         lines.append(f"| `{cls.facts.key}` | {_sentence(cls)} | {ports} | {merges} | {paper} |")

@@ -278,6 +278,72 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
         "kernels",
         lambda: peft.LoHaConfig(r=2, target_modules=["line", "last"], use_effective_conv2d=True),
     ),
+    "lokr": (
+        "llama",
+        lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=["q_proj", "k_proj", "down_proj"]),
+    ),
+    "lokr, both factored, by factor and pattern": (
+        "llama",
+        lambda: peft.LoKrConfig(
+            r=2,
+            alpha=4,
+            decompose_factor=8,
+            decompose_both=True,
+            target_modules=["q_proj", "up_proj"],
+            rank_pattern={"up_proj": 1},
+        ),
+    ),
+    "lokr of kernels": ("net", lambda: peft.LoKrConfig(r=1, target_modules=["patch", "point", "last"])),
+    "lokr of kernels by cores": (
+        "net",
+        lambda: peft.LoKrConfig(
+            r=1, decompose_factor=2, target_modules=["patch", "point"], use_effective_conv2d=True
+        ),
+    ),
+    "lokr of lines by cores": (
+        "kernels",
+        lambda: peft.LoKrConfig(r=1, decompose_factor=1, target_modules=["line"], use_effective_conv2d=True),
+    ),
+    "hira": (
+        "llama",
+        lambda: peft.HiraConfig(r=3, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 2}),
+    ),  # a pattern that HF PEFT itself ignores
+    "hira of Conv1D layers": ("gpt2", lambda: peft.HiraConfig(r=3, target_modules=["c_attn", "mlp.c_proj"])),
+    "hira of a table and of kernels": (
+        "net",
+        lambda: peft.HiraConfig(r=3, target_modules=["table", "patch", "middle"]),
+    ),
+    "hira of lines and blocks": ("kernels", lambda: peft.HiraConfig(r=2, target_modules=["line", "block"])),
+    "fourierft": (
+        "llama32",
+        lambda: peft.FourierFTConfig(
+            n_frequency=40,
+            target_modules=["q_proj", "down_proj"],
+            n_frequency_pattern={"down_proj": 11},
+            random_loc_seed=5,
+        ),
+    ),
+    "fourierft of Conv1D layers": (
+        "gpt232",
+        lambda: peft.FourierFTConfig(n_frequency=30, scaling=20.0, target_modules=["c_attn"]),
+    ),
+    "shira": ("llama", lambda: peft.ShiraConfig(r=2, target_modules=["q_proj", "down_proj"], random_seed=3)),
+    "shira of a mask without a seed": ("llama", lambda: peft.ShiraConfig(r=1, target_modules=["v_proj"])),
+    "boft": ("llama", lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["q_proj", "down_proj"])),
+    "boft by number of blocks": (
+        "bert",
+        lambda: peft.BOFTConfig(
+            boft_block_size=0, boft_block_num=2, target_modules=["query", "output.dense"]
+        ),
+    ),
+    "norms of a decoder": (
+        "llama",
+        lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "model.norm"], task_type="CAUSAL_LM"),
+    ),
+    "norms of an encoder with a head": (
+        "bert",
+        lambda: peft.LNTuningConfig(target_modules=["output.LayerNorm"], task_type="SEQ_CLS"),
+    ),
     "adalora": (
         "llama",
         lambda: peft.AdaLoraConfig(
@@ -442,7 +508,9 @@ def compare_gradients(model: nn.Module, adapter: Any, adapted: nn.Module, close:
     biases = {k: host.bias(sp.site) for sp, keys in zip(adapter.plan.sites, adapter.plan.keys)
               for n, k in keys.items() if n == "base_bias"}  # fmt: skip
     biases |= {keys["D"]: host.bare(sp.site).detach()[list(sp.method.ids)]
-               for sp, keys in zip(adapter.plan.sites, adapter.plan.keys) if "D" in keys}  # fmt: skip
+               for sp, keys in zip(adapter.plan.sites, adapter.plan.keys) if hasattr(sp.method, "ids")}  # fmt: skip
+    biases |= {keys["v"]: host.bare(sp.site).detach()
+               for sp, keys in zip(adapter.plan.sites, adapter.plan.keys) if "v" in keys}  # fmt: skip
     assert set(found) == set(wanted)
     for key, value in wanted.items():
         # Parts of one parameter have copies of one A, blocks of one prefix: its gradient is the sum of theirs.

@@ -83,6 +83,14 @@ EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "oft": ("llama", "oft", {"sites": ["attention.query", "mlp.down"]}),
     "oft by its own block size": ("llama", "oft", {"block_size": 4, "cayley": "neumann", "block_share": True}),
     "loha": ("llama", "loha", {"rank": 4, "rank_pattern": {"block[0].attention.query": 2}}),
+    "lokr": ("bert", "lokr", {"rank": 4, "alpha": 2.0, "factor": 4}),
+    "hira at roles": ("llama", "hira", {"rank": 3, "sites": ["attention.query", "mlp.down"]}),
+    "hira at a part": ("gpt2", "hira", {"rank": 3, "sites": "attention.value"}),
+    "fourierft": ("llama", "fourierft", {"frequencies": 20}),
+    "shira": ("llama", "shira", {"rank": 2, "mask": "magnitude"}),
+    "boft": ("llama", "boft", {"sites": ["attention.query", "mlp.down"]}),
+    "norms": ("llama", "norm_tuning", {}),
+    "norms with shifts": ("bert", "norm_tuning", {"sites": "output.LayerNorm"}),
     "ia3": ("llama", "ia3", {}),
     "ia3 at parts": ("gpt2", "ia3", {}),
     "ia3 of an encoder-decoder": ("t5", "ia3", {}),
@@ -110,7 +118,7 @@ def test_hf_peft_loads_what_is_written_and_answers_the_same(case, tmp_path):
     # HF PEFT keeps prompts and gates in float32, whatever the base.
     close = (
         1e-5
-        if method in ("prompt_tuning", "prefix_tuning", "llama_adapter") or family == "mixtral"
+        if method in ("prompt_tuning", "prefix_tuning", "llama_adapter", "fourierft") or family == "mixtral"
         else 1e-10
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=close)
@@ -166,6 +174,12 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "rows of an edited table": (
         "llama", "lora", {"sites": "token_embedding", "trainable_tokens": [3]}, "rows of it are trained"),
     "loha of a table": ("llama", "loha", {"sites": "token_embedding"}, "kind 'embedding'"),
+    "lokr at a part": ("gpt2", "lokr", {}, "kind 'conv1d'"),
+    "hira at two parts": ("gpt2", "hira", {}, "two parts"),
+    "shira of several ranks": (
+        "llama", "shira", {"rank": 2, "rank_pattern": {"attention.query": 1}}, "one r for all"),
+    "hira of several ranks": (
+        "llama", "hira", {"rank": 2, "rank_pattern": {"attention.query": 1}}, "one r for all"),
     "recurrent weights": ("lstm", "lora", {"sites": "recurrent"}, "recurrent"),
     "dropout at experts": ("mixtral", "lora", {"sites": "expert.up", "dropout": 0.1}, "dropout"),
     "a convolution in groups": ("convnext", "lora", {"sites": r".*dwconv|.*depthwise.*"}, "groups"),

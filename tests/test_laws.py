@@ -28,6 +28,11 @@ OPTIONS = {
     "mam": {"length": 4, "hidden": 8},
     "p_tuning": {"length": 4},
     "vera": {"rank": 16},
+    "hira": {"rank": 4},
+    "lokr": {"rank": 3, "alpha": 6.0},
+    "fourierft": {"frequencies": 24},
+    "shira": {"rank": 2},
+    "boft": {"factors": 2},
     "prompt_tuning": {"length": 4},
     "prefix_tuning": {"length": 4},
     "visual_prompt_tuning": {"deep": True},
@@ -164,5 +169,11 @@ def test_the_equation_of_every_layer_is_held_against_its_reference():
         "bitfit",
         "ia3",
         "serial_adapter",
+        "loha",
+        "lokr",
+        "hira",
+        "fourierft",
+        "shira",
+        "boft",
     }
     assert layers | {"invertible_adapter"} <= set(held)

@@ -47,7 +47,8 @@ def started(method, site: Site, W: torch.Tensor, seed: int = 0) -> Tensors:
     """What a fresh adapter holds at one site, in float64."""
     generator = torch.Generator().manual_seed(seed)
     specs = method.tensors(site)
-    t = Tensors({n: s.start(s.shape, generator).double() for n, s in specs.items() if not s.noise})
+    drawn = {n: s.start(s.shape, generator) for n, s in specs.items() if not s.noise}
+    t = Tensors({n: v.double() if v.is_floating_point() else v for n, v in drawn.items()})
     return t.with_(**method.start(site, W, t)) if "start" in method.arguments else t
 
 
@@ -109,7 +110,10 @@ METHODS = {
     ),
     "oft": _oft,
     "diff_pruning": _diff_pruning,
-    "loha": lambda options: build("loha", **options),
+    **{
+        key: lambda options, key=key: build(key, **options)
+        for key in ("loha", "hira", "lokr", "fourierft", "shira", "boft")
+    },
 }
 
 
@@ -210,6 +214,7 @@ OPTIONS = [
     ("vera", {"rank": 4}),
     ("adalora", {"rank": 3, "target_rank": 2}),
     ("loha", {"rank": 3}),
+    ("hira", {"rank": 3}),
 ]
 
 
@@ -247,6 +252,11 @@ ROWED += [
     for site in (linear(6, 4), conv(4, 3), embedding(5, 6))
 ]
 ROWED += [("adalora", {"rank": 2, "target_rank": 1}, conv(3, 4))]
+ROWED += [("hira", {"rank": 2}, conv(3, 4)), ("hira", {"rank": 2}, embedding(6, 4))]
+ROWED += [("lokr", {"rank": 1}, site) for site in (linear(8, 9), conv(4, 6), embedding(8, 9))]
+ROWED += [("lokr", {"rank": 1, "factor": 2, "tucker": True, "decompose_both": True}, conv(4, 6))]
+ROWED += [("boft", {"block_size": 2, "factors": f}, s) for f in (1, 2) for s in (linear(8, 4), conv(4, 3))]
+ROWED += [("norm_tuning", {}, vector(4))]
 ROWED += [("loha", {"rank": 2}, conv(3, 4)), ("loha", {"rank": 2, "tucker": True}, conv(3, 4))]
 ROWED += [("diff_pruning", {}, site) for site in (linear(5, 3), conv(2, 3), vector(4))]
 ROWED += [
@@ -268,7 +278,7 @@ def test_a_row_axis_gives_what_a_loop_over_adapters_gives(key, options, site):
     expected = expected.unsqueeze(1) if W.dim() == 1 else expected
     close(delta_of(method, rows, W).expand_as(expected), expected)
     if "branch" in method.arguments and site.kind == "linear":
-        x = draw(3, 2, 5, seed=5)
+        x = draw(3, 2, site.n_in, seed=5)
         y = x @ W.mT
         each = [call(method, "branch", t, {"x": x[i], "y": y[i], "at": At()}) for i, t in enumerate(alone)]
         close(call(method, "branch", rows, {"x": x, "y": y, "at": At()}), torch.stack(each))
@@ -280,6 +290,12 @@ IDENTITIES = [
 IDENTITIES += [("adalora", {}), ("oft", {}), ("oft", {"cayley": "neumann"}), ("oft", {"block_share": True})]
 IDENTITIES += [("diff_pruning", {}), ("diff_pruning", {"structured": False})]
 IDENTITIES += [("dora", {"rank": 2}), ("vera", {"rank": 3}), ("bitfit", {}), ("full", {})]
+IDENTITIES += [(k, {}) for k in ("hira", "lokr", "norm_tuning")]
+IDENTITIES += [("shira", {"rank": 1}), ("shira", {"rank": 1, "mask": "magnitude"})]
+IDENTITIES += [
+    ("fourierft", {"frequencies": 5}),
+    ("lokr", {"rank": 1, "init": "lycoris", "decompose_both": True}),
+]
 IDENTITIES += [("loha", {"rank": 2}), ("loha", {"rank": 2, "tucker": True})]
 IDENTITIES += [("lora", {"rank": 2, "lora_bias": True, "bias": "lora_only"})]
 
@@ -565,6 +581,12 @@ COUNTS = [
     ("vera", {"rank": 1024}, square(1280, 36), 165_888),
     ("vera", {"rank": 256}, LLAMA_3B, 129_024),
     ("loha", {"rank": 32}, LLAMA_3B, 18_350_080),
+    ("hira", {"rank": 32}, LLAMA_3B, 9_175_040),
+    ("lokr", {"rank": 32, "factor": 4}, LLAMA_3B, 2_294_656),
+    ("fourierft", {"frequencies": 1000}, LLAMA_3B, 56_000),
+    ("shira", {"rank": 32}, LLAMA_3B, 9_175_040),
+    ("boft", {"block_size": 4}, LLAMA_3B, 802_816),
+    ("norm_tuning", {}, [vector(3072)] * 57, 175_104),
 ]
 
 

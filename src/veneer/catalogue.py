@@ -34,6 +34,12 @@ PARITY = {
     "prompt_tuning": "PROMPT_TUNING",
     "llama_adapter": "ADAPTION_PROMPT",
     "loha": "LOHA",
+    "lokr": "LOKR",
+    "hira": "HIRA",
+    "fourierft": "FOURIERFT",
+    "shira": "SHIRA",
+    "norm_tuning": "LN_TUNING",
+    "boft": "BOFT",
 }
 
 # Method -> the package whose own code agrees with ours, or with our reference, in a test.

@@ -62,6 +62,56 @@ def loha(t, case) -> Tensor:
     return F.linear(t["x"], base["W"] + s * (t["B1"] @ t["A1"]) * (t["B2"] @ t["A2"]), base["bias"])
 
 
+def hira(t, case) -> Tensor:
+    base = case["base"]
+    x = t["x"] * t.get("dropout_mask", 1.0)
+    return F.linear(t["x"], base["W"], base["bias"]) + F.linear(x, base["W"] * (t["B"] @ t["A"]))
+
+
+def lokr(t, case) -> Tensor:
+    base, s = case["base"], case["options"]["alpha"] / case["options"]["rank"]
+    C = t["C"] if "C" in t else t["C_B"] @ t["C_A"]
+    D = t["D"] if "D" in t else t["B"] @ t["A"]
+    return F.linear(t["x"], base["W"] + s * torch.kron(C, D), base["bias"])
+
+
+def fourierft(t, case) -> Tensor:
+    base, scale = case["base"], case["options"]["scale"]
+    S = torch.zeros(base["W"].numel(), dtype=torch.float64).index_put((t["index"],), t["c"])
+    D = torch.fft.ifft2(S.view_as(base["W"])).real
+    return F.linear(t["x"], base["W"] + scale * D, base["bias"])
+
+
+def shira(t, case) -> Tensor:
+    W = case["base"]["W"]
+    moved = W.flatten().index_add(0, t["index"], t["values"]).view_as(W)
+    return F.linear(t["x"], moved, case["base"]["bias"])
+
+
+def norm_tuning(t, case) -> Tensor:
+    base, x = case["base"], t["x"]
+    if base["shift"] is None:
+        return F.rms_norm(x, x.shape[-1:], base["gain"] + t["v"], base["eps"])
+    return F.layer_norm(x, x.shape[-1:], base["gain"] + t["v"], base["shift"] + t["v_shift"], base["eps"])
+
+
+def boft(t, case) -> Tensor:
+    """By permutations: even pieces of a span first, then the odd ones, as the authors' code has it."""
+    W, b, n = case["base"]["W"], case["options"]["block_size"], case["base"]["W"].shape[1]
+    eye, R = torch.eye(b, dtype=torch.float64), torch.eye(n, dtype=torch.float64)
+    for i, M in enumerate(t["M"]):
+        Q = (M - M.mT) / 2
+        blocks = torch.block_diag(*((eye - Q) @ torch.linalg.inv(eye + Q)))
+        order = torch.arange(n)
+        if i:
+            pieces = order.view(-1, 2 ** (i + 1), b // 2)
+            order = torch.cat([pieces[:, 0::2], pieces[:, 1::2]], 1).flatten()
+        P = torch.eye(n, dtype=torch.float64)[order]
+        R = P @ blocks @ P.T @ R
+    y = t["s"] * F.linear(t["x"] @ R, W)
+    return y if case["base"]["bias"] is None else y + case["base"]["bias"]
+
+
 def ia3(t, case) -> Tensor:
     base = case["base"]
     if case["options"]["side"] == "input":

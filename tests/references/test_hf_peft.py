@@ -152,6 +152,53 @@ def test_hf_peft_agrees_on_loha():
         close(peft_output(case, config, values), MODULES["loha"].reference(case)["output"])
 
 
+def test_hf_peft_agrees_on_lokr():
+    peft = pytest.importorskip("peft")
+    names = {"C": "w1", "C_B": "w1_a", "C_A": "w1_b", "D": "w2", "B": "w2_a", "A": "w2_b"}
+    for case in MODULES["lokr"].cases():
+        options, t = case["options"], case["tensors"]
+        config = peft.LoKrConfig(
+            r=options["rank"],
+            alpha=options["alpha"],
+            decompose_factor=options.get("factor", -1),
+            decompose_both=options.get("decompose_both", False),
+            target_modules=["layer"],
+        )
+        values = {f"lokr_{names[n]}": v for n, v in t.items()}
+        close(peft_output(case, config, values), MODULES["lokr"].reference(case)["output"])
+
+
+def test_hf_peft_agrees_on_hira():
+    peft = pytest.importorskip("peft")
+    for case in MODULES["hira"].cases():
+        if case["options"].get("dropout"):
+            continue
+        config = peft.HiraConfig(r=case["options"]["rank"], target_modules=["layer"])
+        values = {f"hira_{n}": v for n, v in case["tensors"].items()}
+        close(peft_output(case, config, values), MODULES["hira"].reference(case)["output"])
+
+
+@pytest.mark.parametrize("factors", [1, 2, 3])
+def test_hf_peft_agrees_on_boft(factors, monkeypatch):
+    """Several factors need its CUDA extension, in whose place a block diagonal in plain torch stands here."""
+    peft = pytest.importorskip("peft")
+    from peft.tuners.boft import layer
+
+    def block_diagonal(blocks):
+        return torch.stack([torch.block_diag(*one) for one in blocks])
+
+    monkeypatch.setattr(layer, "get_fbd_cuda", lambda: factors > 1)
+    monkeypatch.setattr(layer.FastBlockDiag, "apply", block_diagonal)
+    case = next(c for c in MODULES["boft"].cases() if c["options"]["factors"] == factors)
+    config = peft.BOFTConfig(
+        boft_block_size=case["options"]["block_size"],
+        boft_n_butterfly_factor=factors,
+        target_modules=["layer"],
+    )
+    values = {"boft_R": case["tensors"]["M"], "boft_s": case["tensors"]["s"]}
+    close(peft_output(case, config, values), MODULES["boft"].reference(case)["output"], rtol=1e-8, atol=1e-9)
+
+
 def test_hf_peft_agrees_on_ia3():
     peft = pytest.importorskip("peft")
     for case in MODULES["ia3"].cases():

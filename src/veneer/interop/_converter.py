@@ -232,7 +232,7 @@ def converter(cls: type[Converter]) -> type[Converter]:
 
 def converters() -> dict[str, Converter]:
     """Type of HF PEFT -> its converter."""
-    from . import _adalora, _context, _lora, _lycoris, _weights  # noqa: F401  # they register themselves
+    from . import _adalora, _context, _dense, _lora, _lycoris, _weights  # noqa: F401  # they register themselves
 
     return dict(_CONVERTERS)
 

@@ -6,7 +6,6 @@ called (`take`, `give`). Choosing modules, patterns and refusals are the same fo
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -54,6 +53,12 @@ class Plain(Converter):
                 f"{self.peft_type} at '{site.name}', {what}, has no form in HF PEFT.", next_step=OWN_FORM
             )
 
+    def check_whole(self, site: Site) -> None:
+        """Raise Unsupported for a part of a fused projection, where zero rows have no form."""
+        if site.ranges:
+            raise Unsupported(f"{self.peft_type} at '{site.name}', a part of a fused projection, has no form in HF "
+                              "PEFT.", next_step="edit all of it, by its module name")  # fmt: skip
+
     def _patterns(self, job: Reading, modules: list[str]) -> dict[str, dict[str, Any]]:
         """Options by site, for the modules whose value a pattern changes."""
         config, found = job.config, {}
@@ -91,9 +96,9 @@ class Plain(Converter):
             methods[site.module] = sp.method
             sites.append(site)
             self.give(job, sp, t, f"{job.prefix}{site.module}.")
-        m = job.adapter.method
-        fields = {field: getattr(m, name) for name, field in self.same.items()}
-        usual = {}
+        fields = {field: self._one(field, {getattr(m, name) for m in methods.values()})
+                  for name, field in self.same.items()}  # fmt: skip
+        usual = {"r": fields["r"]} if "r" in fields else {}
         for name, field in self.patterned.items():
             values = {module: getattr(own, name) for module, own in methods.items()}
             usual[field] = Counter(values.values()).most_common(1)[0][0]
@@ -104,6 +109,13 @@ class Plain(Converter):
         # HF PEFT's defaults have changed before: sizes are always written.
         return {**usual, **beside_default(self.fields, fields), "target_modules": words}
 
+    def _one(self, field: str, values: set[Any]) -> Any:
+        if len(values) > 1:
+            raise Unsupported(
+                f"{self.peft_type}: HF PEFT has one {field} for all sites; these are {sorted(values)}."
+            )
+        return next(iter(values))
+
     def give(self, job: Writing, sp: SitePlan, t: dict[str, Tensor], prefix: str) -> None:
         """Put a site's tensors into job.tensors, as HF PEFT calls them. prefix: "base_model.model.a.b."."""
         raise NotImplementedError
@@ -111,7 +123,3 @@ class Plain(Converter):
 
 def pattern_of(field: str) -> str:
     return {"r": "rank_pattern"}.get(field, f"{field}_pattern")
-
-
-def kernel_size(site: Site) -> int:
-    return math.prod(site.shape[2:])

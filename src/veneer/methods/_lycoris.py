@@ -1,10 +1,11 @@
-"""Dropout of an update as LyCORIS does it: output rows of dW, or all of it. No method: a part of some.
+"""What LyCORIS' methods share: kernels by a core, and dropout of the update itself. No method: a part of some.
 
     dW' = diag(k) dW        k_i = [u_i > rank_dropout] (over their mean, where scaled) times [u > module_dropout]
 
 The numbers u are drawn anew at each call in training; without training they are absent, and dW' = dW.
 """
 
+import torch
 from torch import Tensor
 
 from veneer.edits import Specs, Tensors, noise
@@ -29,3 +30,8 @@ def drop(y: Tensor, t: Tensors, rows: float, whole: float, scaled: bool = True) 
             kept = kept / kept.mean(-1, keepdim=True).clamp(min=1e-12)
         y = y * kept
     return y * (t.u_whole > whole).to(y.dtype) if "u_whole" in t else y
+
+
+def core_product(T: Tensor, B: Tensor, A: Tensor, kernel: int) -> Tensor:
+    """sum_kl T[k, l] B[:, k] A[l]: (r, r, height, width), (out, r), (r, in) -> (out, in height width)"""
+    return torch.einsum("...klp,...ok,...li->...oip", T.flatten(kernel), B, A).flatten(-2)

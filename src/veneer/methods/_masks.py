@@ -1,8 +1,12 @@
 """Choosing entries of several tensors together, and putting values at them. No method: a part of sparse
 methods."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
+
+from veneer.edits import Spec
 
 
 def largest(scores: list[Tensor], k: int) -> list[Tensor]:
@@ -26,3 +30,13 @@ def scatter(index: Tensor, values: Tensor, W: Tensor) -> Tensor:
     if W.dim() == 1:
         return flat
     return flat.view(*values.shape[:-2], *W.shape)
+
+
+def drawn_places(k: int, entries: int, seed: int, rising: bool = False) -> Spec:
+    """k of `entries` flat indices, the first of a random order that the seed alone makes: frozen, int64 (k,)."""
+    return Spec((k,), partial(_draw_places, entries, seed, rising), trained=False)
+
+
+def _draw_places(entries: int, seed: int, rising: bool, shape: tuple[int, ...], _: torch.Generator) -> Tensor:
+    order = torch.randperm(entries, generator=torch.Generator().manual_seed(seed))[: shape[-1]]
+    return order.sort().values if rising else order

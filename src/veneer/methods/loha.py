@@ -18,12 +18,11 @@ all of it, in training.
 
 import math
 
-import torch
 from torch import Tensor
 
 from veneer.edits import Site, Sites, Specs, Tensors, WeightMethod, hyper, kaiming, method, zeros
 
-from ._lycoris import draws, drop, drop_rows
+from ._lycoris import core_product, draws, drop, drop_rows
 
 
 @method(
@@ -75,8 +74,3 @@ class LoHa(WeightMethod):
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
-
-
-def core_product(T: Tensor, B: Tensor, A: Tensor, kernel: int) -> Tensor:
-    """sum_kl T[k, l] B[:, k] A[l]: (r, r, height, width), (out, r), (r, in) -> (out, in height width)"""
-    return torch.einsum("...klp,...ok,...li->...oip", T.flatten(kernel), B, A).flatten(-2)

@@ -49,7 +49,10 @@ def check_method(
             applies.append(base)
         report.rows += [_run(law, subject) for law in run if law.name != "equation"]
     if "equation" in [law.name for law in run]:  # it has bases of its own
-        report.rows.insert(0, _run(LAWS["equation"], Subject(method, on[0], None, reference, place), "layer"))
+        given = options(on[0]) if callable(options) else options  # a size that fits; cases bring their own
+        report.rows.insert(
+            0, _run(LAWS["equation"], Subject(method, on[0], given, reference, place), "layer")
+        )
     _demand(report, made, run, applies, reference)
     return report.check() if raise_on_failure else report
 
