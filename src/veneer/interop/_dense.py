@@ -22,7 +22,7 @@ from veneer.errors import BadFile, ShapeDiffers, Unsupported
 
 from . import _targets
 from ._config import TARGETS, Field, only
-from ._converter import Converter, Reading, Request, Writing, converter, whole
+from ._converter import OWN_FORM, Converter, Reading, Request, Writing, converter, whole
 from ._plain import PLAIN, Plain
 
 _BIAS = {"bias": only("none")}
@@ -48,7 +48,8 @@ class Hira(Plain):
         super().check_site(site)
         if site.groups > 1:
             raise Unsupported(
-                f"HIRA at '{site.name}', a convolution in {site.groups} groups, has no form in HF PEFT."
+                f"HIRA at '{site.name}', a convolution in {site.groups} groups, has no form in HF PEFT.",
+                next_step=OWN_FORM,
             )
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
@@ -158,7 +159,8 @@ class Boft(Plain):
         c = job.config
         if (c["boft_block_size"] > 0) == (c["boft_block_num"] > 0):
             raise BadFile(f"'{c.path}': boft_block_size={c['boft_block_size']} and boft_block_num="
-                          f"{c['boft_block_num']}: exactly one is to be over 0.")  # fmt: skip
+                          f"{c['boft_block_num']}: exactly one is to be over 0.",
+                          next_step="set the other to 0 in the config")  # fmt: skip
         return super().request(job)
 
     def check_site(self, site: Site) -> None:
@@ -177,7 +179,7 @@ class Boft(Plain):
         one = next((name for name, values in by.items() if len(values) == 1), "")
         if not one or len({s[0] for s in shapes}) > 1:
             raise Unsupported(f"BOFT: HF PEFT has one block size or one number of blocks for all sites; these are "
-                              f"{sorted(by['boft_block_size'])}.")  # fmt: skip
+                              f"{sorted(by['boft_block_size'])}.", next_step=OWN_FORM)  # fmt: skip
         return {**found, "boft_block_size": 0, "boft_block_num": 0, one: by[one].pop()}
 
     def give(self, job: Writing, sp: SitePlan, t: dict[str, Tensor], prefix: str) -> None:

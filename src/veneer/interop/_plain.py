@@ -112,7 +112,8 @@ class Plain(Converter):
     def _one(self, field: str, values: set[Any]) -> Any:
         if len(values) > 1:
             raise Unsupported(
-                f"{self.peft_type}: HF PEFT has one {field} for all sites; these are {sorted(values)}."
+                f"{self.peft_type}: HF PEFT has one {field} for all sites; these are {sorted(values)}.",
+                next_step=OWN_FORM,
             )
         return next(iter(values))
 

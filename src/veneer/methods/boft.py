@@ -81,7 +81,8 @@ class BOFT(WeightMethod):
         fitting = [b for b in range(2, width + 1) if width % self._span(b) == 0 and self._is_even(b, width)]
         if self.blocks and self.block_size:
             raise BadOption(
-                f"boft: block_size={self.block_size} and blocks={self.blocks} are both given; give one."
+                f"boft: block_size={self.block_size} and blocks={self.blocks} are both given.",
+                next_step=f"give one of them: block_size={self.block_size}",
             )
         if self.blocks:
             size = width // self.blocks if width % self.blocks == 0 else 0
@@ -93,7 +94,8 @@ class BOFT(WeightMethod):
             raise BadOption(
                 f"boft: {given}, factors={self.factors} does not cut the {width} inputs of '{site.name}' into equal "
                 "spans of 2^(factors-1) blocks" + (", of even width." if self.factors > 1 else "."),
-                nearest=[f"block_size={b}" for b in near[:3]] or ["factors=1"],
+                nearest=[f"block_size={b}" for b in near[:3]],
+                next_step=f"block_size={near[0]}" if near else "factors=1, or exclude this site",
             )
         return size
 
