@@ -326,6 +326,9 @@ def text_of(found: Any, width: int) -> str:
     for other in summary["not_measured"]:
         status, reason = other["status"].replace("_", " "), other["reason"].rstrip(".")
         lines += textwrap.wrap(f"{other['arm']}: {status} ({reason})", width, subsequent_indent="  ")
+    for told in summary.get("claims", ()):
+        lines += textwrap.wrap(f"{told['id']}: {told['says']}", width, subsequent_indent="  ")
+        lines += textwrap.wrap(f"{told['verdict']}: {told['because']}", width, subsequent_indent="  ")
     if summary["claim"]:
         lines.append(summary["claim"])
     lines += ["", f"report: {found.report}"]
