@@ -15,7 +15,8 @@ from test_comparing_fake import RATES, SIZES, FakeTrainer
 from veneer.comparing import compare, from_results
 from veneer.comparing.axes import Axis, LogAxis
 from veneer.comparing.disagreements import pair_counts, read_scores
-from veneer.comparing.report import digest, write_report
+from veneer.comparing.filling import digest
+from veneer.comparing.report import write_report
 
 ARMS = ["lora:rank=1", "lora:rank=4", "broken", "impossible"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -8,9 +8,9 @@ from typing import Any
 from urllib.parse import quote
 
 from veneer.comparing import charts
+from veneer.comparing.filling import fill
 from veneer.comparing.ledger import write_atomic
 from veneer.comparing.limits import listed
-from veneer.comparing.report import fill
 from veneer.comparing.tables import Cell, Column, Row, Table
 
 
