@@ -223,7 +223,7 @@ def test_a_config_without_targets_is_read_off_the_tensors(folder):
 
 
 @pytest.mark.parametrize(
-    "kind", ["ADALORA", "VERA", "OFT", "IA3", "PROMPT_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"]
+    "kind", ["ADALORA", "VERA", "OFT", "IA3", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT"]
 )
 @pytest.mark.parametrize("targets", ["<absent>", [], ["q_proj"]])
 @pytest.mark.filterwarnings("ignore")

@@ -95,6 +95,9 @@ EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ia3 at parts": ("gpt2", "ia3", {}),
     "ia3 of an encoder-decoder": ("t5", "ia3", {}),
     "prompts": ("gpt2", "prompt_tuning", {"length": 4}),
+    "prompts by a network": ("gpt2", "p_tuning", {"length": 4, "hidden": 6}),
+    "prompts by an LSTM": ("llama", "p_tuning", {"length": 4, "hidden": 6, "encoder": "lstm"}),
+    "prompts for an encoder": ("t5", "p_tuning", {"length": 3, "encoder": "none"}),
     "prefixes": ("llama", "prefix_tuning", {"length": 3, "position_offset": 3}),
     "prefixes by a network": (
         "llama", "prefix_tuning", {"length": 3, "position_offset": 3, "projection": True, "hidden": 6}),
@@ -118,7 +121,8 @@ def test_hf_peft_loads_what_is_written_and_answers_the_same(case, tmp_path):
     # HF PEFT keeps prompts and gates in float32, whatever the base.
     close = (
         1e-5
-        if method in ("prompt_tuning", "prefix_tuning", "llama_adapter", "fourierft") or family == "mixtral"
+        if method in ("prompt_tuning", "p_tuning", "prefix_tuning", "llama_adapter", "fourierft")
+        or family == "mixtral"
         else 1e-10
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=close)
@@ -164,6 +168,8 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "prefixes in some blocks": (
         "llama", "prefix_tuning", {"sites": "block[0].attention", "length": 2, "position_offset": 2}, "every block"),
     "prompts before a class token": ("bert", "prompt_tuning", {}, "first position"),
+    "rows before a class token": ("bert", "p_tuning", {}, "first position"),
+    "dropout of rows": ("gpt2", "p_tuning", {"dropout": 0.1}, "dropout"),
     "dropout of prompts": ("gpt2", "prompt_tuning", {"dropout": 0.1}, "dropout"),
     "vera at a part": ("gpt2", "vera", {"sites": "attention.value"}, "frozen B"),
     "vera without its pair": ("llama", "vera", {"save_projection": False}, "projection_prng_key"),

@@ -23,6 +23,7 @@ from veneer import testing
 from veneer.edits import At, Tensors, build
 from veneer.engine import plan
 from veneer.errors import BadOption, Unsupported
+from zoo import zoo
 
 torch.set_num_threads(1)
 
@@ -272,6 +273,39 @@ def test_p_tuning_is_the_prompt_that_its_network_makes():
         (value,) = flat.named().values()
         value.copy_(rows)
     assert_close(states(model, batch), made)
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_p_tuning_is_hf_pefts_in_training_with_the_gradients_of_its_network(encoder):
+    peft = pytest.importorskip("peft")
+    model, batch = zoo()["llama"]()
+    config = peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=8,
+        encoder_reparameterization_type=encoder.upper(),
+    )  # fmt: skip
+    other = peft.get_peft_model(copy.deepcopy(model), config)
+    adapter = veneer.attach(model, "p_tuning", name="a", length=3, hidden=8, encoder=encoder)
+    net = dict(other.prompt_encoder.default.named_parameters())
+    names = {"E": "embedding.weight"}
+    for i in range(3 if encoder == "mlp" else 2):
+        names |= {f"L{i + 1}": f"mlp_head.{2 * i}.weight", f"L{i + 1}_bias": f"mlp_head.{2 * i}.bias"}
+    for layer in range(2 if encoder == "lstm" else 0):
+        for end, its in (("", ""), ("_back", "_reverse")):
+            for mine, kind in (("W", "ih"), ("V", "hh")):
+                names[f"{mine}{layer}{end}"] = f"lstm_head.weight_{kind}_l{layer}{its}"
+                names[f"{mine}{layer}{end}_bias"] = f"lstm_head.bias_{kind}_l{layer}{its}"
+    with torch.no_grad():
+        for key, value in adapter.named().items():
+            value.copy_(net[names[key.split("/")[1]]])
+    adapter._cached.clear()
+    found, expected = model(**batch).logits, other(**batch).logits[:, 3:]
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for y in (found, expected):
+        (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum().backward()
+    for key, slope in adapter.gradients().items():
+        assert slope.abs().max() > 0
+        assert_close(slope, net.pop(names[key.split("/")[1]]).grad, rtol=1e-4, atol=1e-6)
+    assert not net, "every tensor has a partner"
 
 
 # ---- mix and match

@@ -1,4 +1,5 @@
-"""PROMPT_TUNING, PREFIX_TUNING and ADAPTION_PROMPT of HF PEFT: methods prompt_tuning, prefix_tuning, llama_adapter.
+"""PROMPT_TUNING, P_TUNING, PREFIX_TUNING and ADAPTION_PROMPT of HF PEFT: prompt_tuning, p_tuning, prefix_tuning and
+llama_adapter.
 
 HF PEFT serves a prefix as a cache, so the text's positions start behind it, and an encoder-decoder's prefix is cut
 from the table four rows a layer of which two are used. Both are followed; what differs is refused.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,14 +57,15 @@ class PromptTuning(Converter):
     """PROMPT_TUNING. An encoder-decoder has a second half of rows, which HF PEFT stores and never reads."""
 
     peft_type, methods, prefix = "PROMPT_TUNING", ("prompt_tuning",), "base_model."
+    read_as: Mapping[str, Any] = {}
     fields = {
         **_PROMPT, "prompt_tuning_init": Field("RANDOM"), "prompt_tuning_init_text": Field(None),
         "tokenizer_name_or_path": Field(None), "tokenizer_kwargs": Field(None),
     }  # fmt: skip
 
     def request(self, job: Reading) -> Request:
-        _check_first_position(job.anatomy, "PROMPT_TUNING")
-        return Request("prompt_tuning", {"length": _count(job, "num_virtual_tokens")})
+        _check_first_position(job.anatomy, self.peft_type)
+        return Request(self.methods[0], {"length": _count(job, "num_virtual_tokens"), **self.read_as})
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
         length, width = sp.specs["prompt"].shape
@@ -71,24 +74,46 @@ class PromptTuning(Converter):
 
     def write(self, job: Writing) -> dict[str, Any]:
         m = job.adapter.method
-        _check_first_position(job.host.anatomy, "PROMPT_TUNING")
+        _check_first_position(job.host.anatomy, self.peft_type)
         sites = [(sp, t) for sp, t in zip(job.plan.sites, job.values()) if sp.part == 0]
-        if len(sites) != 1 or m.place != "first":
-            what = f"place={m.place!r}" if m.place != "first" else f"{len(sites)} places"
+        place = getattr(m, "place", "first")
+        if len(sites) != 1 or place != "first":
+            what = f"place={place!r}" if place != "first" else f"{len(sites)} places"
             raise Unsupported(
-                f"PROMPT_TUNING: a prompt with {what} has no form in HF PEFT.", next_step=OWN_FORM
+                f"{self.peft_type}: a prompt with {what} has no form in HF PEFT.", next_step=OWN_FORM
             )
         if m.dropout:
             raise Unsupported(
-                f"PROMPT_TUNING: dropout={m.dropout} has no form in HF PEFT.",
+                f"{self.peft_type}: dropout={m.dropout} has no form in HF PEFT.",
                 next_step="train with dropout=0, or veneer.save(model, name, folder)",
             )
-        prompt = sites[0][1]["prompt"]
+        prompt = self.prompt(job, sites[0][1])
         job.tensors["prompt_embeddings"] = prompt
         return {
             "num_virtual_tokens": m.length, "token_dim": prompt.shape[1], "num_transformer_submodules": 1,
             **_size_of_base(job),
         }  # fmt: skip
+
+    def prompt(self, job: Writing, t: dict[str, Tensor]) -> Tensor:
+        """(length, width): the rows that the file holds."""
+        return t["prompt"]
+
+
+@converter
+class PTuning(PromptTuning):
+    """P_TUNING. A file holds the rows themselves, whatever network made them."""
+
+    peft_type, methods, read_as = "P_TUNING", ("p_tuning",), {"encoder": "none"}
+    fields = {
+        **_PROMPT, "encoder_reparameterization_type": Field("MLP"), "encoder_hidden_size": Field(None),
+        "encoder_num_layers": Field(2), "encoder_dropout": Field(0.0),
+    }  # fmt: skip
+
+    def prompt(self, job: Writing, t: dict[str, Tensor]) -> Tensor:
+        if "E" not in t:
+            return t["prompt"]
+        job.note("the network behind the rows is left out: HF PEFT's files hold the rows that it makes")
+        return job.adapter.method.derive(Tensors(t))["prompt"]
 
 
 def _check_first_position(anatomy: Any, kind: str) -> None:

@@ -39,7 +39,7 @@ from ._report import ExportReport
 
 # Types of 0.21.2 without a converter -> the nearest that has one.
 OTHERS = {
-    "MULTITASK_PROMPT_TUNING": "PROMPT_TUNING", "P_TUNING": "PROMPT_TUNING", "CPT": "PROMPT_TUNING",
+    "MULTITASK_PROMPT_TUNING": "PROMPT_TUNING", "CPT": "PROMPT_TUNING",
     "CARTRIDGE": "PREFIX_TUNING", "ADAMSS": "ADALORA", "HRA": "OFT", "PSOFT": "OFT", "ROAD": "IA3",
     "BEFT": "IA3", "PVERA": "VERA", "RANDLORA": "VERA", "VBLORA": "VERA", "UNILORA": "VERA",
     "TINYLORA": "VERA", "FROD": "VERA", "TRAINABLE_TOKENS": "LORA",

@@ -57,9 +57,7 @@ class PTuning(TokensMethod):
         0, "width inside the network; 0 is the base's width", at_least=0, alias="encoder_hidden_size"
     )
     layers: int = hyper(2, "layers of the LSTM", at_least=1, alias="encoder_num_layers")
-    dropout: float = hyper(
-        0.0, "share of the rows that is dropped in training", at_least=0, at_most=1, alias="encoder_dropout"
-    )
+    dropout: float = hyper(0.0, "share of the rows that is dropped in training", at_least=0, at_most=1)
     sites: Sites = "embedding"
 
     def tensors(self, site: Site) -> Specs:
