@@ -307,6 +307,30 @@ def test_what_was_measured_apart_replaces_what_workers_said(tmp_path, worker):
     assert arms["lora:rank=1"]["tuning_seconds"] >= 0
 
 
+def test_a_control_is_not_measured_and_drives_nobody_off_a_front():
+    from veneer.comparing.results import Record
+    from veneer.comparing.sections import sections
+
+    scores = made_scores(**{"lora": 0.8, "full": 0.8, "random_direction": 0.9})
+    records = [
+        Record(
+            parse_arm(arm),
+            lines=[{"seed": seed, "step_seconds": 1.0} for seed in range(6)],
+            opened=[None] * 6,
+        )
+        for arm in scores.of
+    ]
+    turn = {"step_seconds": 1.0, "latency_seconds": 1.0}
+    lines = [{"arm": arm, "status": "measured", "step_seconds": 1.0, "cpu_seconds": 1.0, "each_turn": [turn],
+              "peak_memory_bytes": 1, "tokens_per_second": 1.0, "machine": {}} for arm in ("lora", "full")]  # fmt: skip
+    costs.put_into(records, lines)
+    design = type("Design", (), {"beyond": {}})()
+    found = sections(design, records, scores, scores, lambda records: scores)
+    assert found["costs"]["arms"]["random_direction"]["status"] == "not_measured"
+    assert "made from lora" in found["costs"]["arms"]["random_direction"]["reason"]
+    assert all(set(front["probability"]) == {"lora", "full"} for front in found["fronts"].values())
+
+
 def test_costs_are_kept_and_not_measured_again(tmp_path, worker, monkeypatch):
     first = run(tmp_path, Apart()).to_dict()["costs"]
     monkeypatch.setattr(costs, "measure", lambda *a, **k: pytest.fail("measured again"))

@@ -38,7 +38,7 @@ def fronts(
 
     scores: higher is better. An arm whose cost is not known is left out.
     """
-    names = sorted(scores.of)
+    names = sorted(name for name in scores.of if name in costs)
     quality = drawn_means(scores, names, resamples)
     found = {}
     for cost, about in COSTS.items():

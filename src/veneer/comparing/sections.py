@@ -42,7 +42,9 @@ def sections(
     """
     costs = costs_section(records)
     measured = [record for record in records if str(record.arm) in scores.of]
-    found: dict[str, Any] = {"costs": costs, "fronts": fronts(primary, costs["arms"])}
+    # A control is no choice, so that it drives nobody off a front: one has no trials of its own, for instance.
+    priced = {str(r.arm): costs["arms"][str(r.arm)] for r in measured if r.arm.anchor == r.arm}
+    found: dict[str, Any] = {"costs": costs, "fronts": fronts(primary, priced)}
     found["stability"] = {str(record.arm): _stability(record, scores) for record in measured}
     with_items = [record for record in measured if all(run is None or run["items"] for run in record.opened)]
     calibrated = {str(record.arm): calibration(record.opened, record.arm.is_trained) for record in with_items}
