@@ -30,6 +30,7 @@ def limits_of(summary: Mapping[str, Any], at_edge: Sequence[str] = ()) -> list[s
         f"That two arms are tied does not make them equal. {missed}; "
         f"{scale.size(summary['smallest_effect_of_interest'])} was named as the smallest that matters."
     )
+    found += summary.get("notes", [])
     if summary["items_only"]:
         found.append(
             "There is one seed, so that the intervals are for new items only. How much a repeated training "
