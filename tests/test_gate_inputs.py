@@ -37,6 +37,31 @@ def test_a_prompt_made_from_query_and_document_is_each_rows_own(variant):
         assert generated.shape[1] == given["input_ids"].shape[1] + 3
 
 
+@pytest.mark.parametrize(("family", "length"), [("llama", 2), ("llama", 0), ("gpt2", 1)])
+def test_a_row_with_fewer_hints_has_fewer_tokens_in_front_of_it(family, length):
+    """One adapter, queries of 4, 1 and 3 tokens: padded hints are neither seen nor counted."""
+    model, given = base(family), inputs(family, 3, padding="left")
+    add(model, "q_peft", "q", variant="attend", length=length)
+    query, document = torch.randint(5, 40, (3, 4)), torch.randint(5, 40, (3, 6))
+    real = torch.tensor([[True] * 4, [True, False, False, False], [True, True, True, False]])
+    extra = {"query_ids": query, "document_ids": document, "query_mask": real}
+    together = out(model, given, **extra)
+    generated = model.generate(
+        input_ids=given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=3, do_sample=False,
+        pad_token_id=0, eos_token_id=None, **extra,
+    )  # fmt: skip
+    for i in range(3):
+        keep = given["attention_mask"][i].bool()
+        one = {k: v[i : i + 1][:, keep] for k, v in given.items()}
+        more = {"query_ids": query[i : i + 1, real[i]], "document_ids": document[i : i + 1]}
+        torch.testing.assert_close(out(model, one, **more)[0], together[i][keep], atol=1e-9, rtol=0)
+        alone = model.generate(
+            input_ids=one["input_ids"], attention_mask=one["attention_mask"], max_new_tokens=3, do_sample=False,
+            pad_token_id=0, eos_token_id=None, **more,
+        )  # fmt: skip
+        assert torch.equal(alone[0, -3:], generated[i, -3:])
+
+
 def test_two_towers_take_names_for_rows_of_their_own_number():
     model = base("clip")
     g = torch.Generator().manual_seed(0)

@@ -64,16 +64,17 @@ def insert(ops: list[Op], frame: Frame, embeds: Tensor, mask: Tensor | None) -> 
     most = [0] * rows
     for op in ops:
         mine = list(range(rows)) if op.rows is None else _rows_at(op.rows, rows)
-        given = apply(op, frame, "tokens", {"at": facts(op, frame)}).to(embeds.dtype)
+        given, real = apply(op, frame, "tokens", {"at": facts(op, frame)}), None
+        if isinstance(given, tuple):  # with which of the tokens each row has
+            given, real = given
+        given = given.to(embeds.dtype)
         given = given.expand(len(mine), *given.shape) if given.dim() == 2 else given
         index = torch.tensor(mine, device=device)
-        live = (
-            torch.ones(len(mine), dtype=torch.bool, device=device)
-            if op.live is None
-            else op.live.expand(len(mine))
-        )
+        live = torch.ones(given.shape[:2], dtype=torch.bool, device=device) if real is None else real
+        if op.live is not None:
+            live = live & op.live.expand(len(mine))[:, None]
         pieces.append((index, given, live))
-        counts = counts.index_add(0, index, live.long() * given.shape[1])
+        counts = counts.index_add(0, index, live.long().sum(1))
         if getattr(op.method, "place", "first") == "after_first":
             after_first = after_first.index_fill(0, index, True)
         for i in mine:
@@ -83,10 +84,10 @@ def insert(ops: list[Op], frame: Frame, embeds: Tensor, mask: Tensor | None) -> 
     filled = torch.zeros_like(counts)
     for index, given, live in pieces:  # in the order of the stack, right-aligned
         start = length - counts[index] + filled[index]
-        column = start[:, None] + torch.arange(given.shape[1], device=device)
-        column = torch.where(live[:, None], column, length)
+        column = start[:, None] + live.long().cumsum(1) - 1
+        column = torch.where(live, column, length)
         block = block.index_put((index[:, None], column), given)
-        filled = filled.index_add(0, index, live.long() * given.shape[1])
+        filled = filled.index_add(0, index, live.long().sum(1))
     block = block[:, :length]
     if mask is None:
         place = torch.zeros(rows, dtype=torch.long, device=device)

@@ -14,8 +14,8 @@ reaches the similarity: of "retrieve" only the network and the learned rows trai
 The query is scored, so hints that contain its tokens make the score a measure of lexical overlap:
 `exclude_query` leaves them out (the paper's filter "q"), and scores of different queries are not
 comparable. The published code trains a copy of the whole vocabulary and square matrices besides, 230 M
-numbers beside a 7 B base; the matrices here have `rank` rows and the vocabulary stays frozen. Places
-without a hint, in rows with fewer of them, hold zeros.
+numbers beside a 7 B base; the matrices here have `rank` rows and the vocabulary stays frozen. A row with
+fewer hints than others has fewer tokens in front of it.
 """
 
 import torch
@@ -92,7 +92,7 @@ class QPEFT(TokensMethod):
             place, found = self.retrieved(E_q, E_d, asked, real)
             e = torch.take_along_dim(E_d, place[..., None], -2)
             hints = e + bottleneck(e, t.down, t.down_bias, t.up, t.up_bias, "relu")
-        return {"hints": hints * found[..., None]}
+        return {"hints": hints * found[..., None], "found": found}
 
     def attended(self, t: Tensors, E_q: Tensor, E_d: Tensor, real: Tensor) -> Tensor:
         """(rows, tokens of the query, width)"""
@@ -114,12 +114,14 @@ class QPEFT(TokensMethod):
             place = best.indices.masked_fill(best.values == -torch.inf, tokens).sort(-1).values
             return place.clamp(max=tokens - 1), place < tokens
 
-    def tokens(self, t: Tensors, at: At) -> Tensor:
-        """-> (rows, length + hints, width)"""
-        hints = at.conditions["hints"]
-        if not self.length:
+    def tokens(self, t: Tensors, at: At) -> Tensor | tuple[Tensor, Tensor]:
+        """-> (rows, length + hints, width), and which of them each row has: a row may have fewer hints"""
+        hints, found = at.conditions["hints"], at.conditions.get("found")
+        if self.length:
+            hints = torch.cat([t.prompt.to(hints.dtype).expand(hints.shape[0], -1, -1), hints], -2)
+        if found is None:
             return hints
-        return torch.cat([t.prompt.to(hints.dtype).expand(hints.shape[0], -1, -1), hints], -2)
+        return hints, torch.nn.functional.pad(found, (self.length, 0), value=True)
 
 
 NULL = {"key": "a shift of every score leaves the softmax alone"}
