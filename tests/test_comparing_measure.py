@@ -32,6 +32,13 @@ def test_time_memory_and_sizes_are_said_before_anything_is_trained(spec):
     assert "memory of a step: about" in said
 
 
+@pytest.mark.parametrize("budget", ["minutes=1", "tokens=5000", "examples=100"])
+def test_every_budget_has_a_time(spec, budget):
+    known = prepare(spec, tiny.opened(), "lora:rank=2", budget=budget, **SMALL).measure().measured
+    assert "ms" in known.how
+    assert known.seconds["lora:rank=2"] >= (60 if budget.startswith("minutes") else 0)
+
+
 def test_what_cannot_be_measured_does_not_stop_the_design():
     prepared = prepare("/no/such/model", tiny.opened(), "lora", **SMALL).measure()
     assert prepared.forecast.seconds is None

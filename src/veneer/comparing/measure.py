@@ -123,7 +123,15 @@ def _timed(runner: Any, arm: Arm, arms: Sequence[Arm]) -> tuple[dict[str, float]
         data.train[: STEPS * batch], data.validation[: 2 * batch], [], data.task, data.columns, data.labels,
         None, data.spec,
     )  # fmt: skip
-    for name in ("epochs", "max_steps", "max_tokens", "early_stopping", "evaluate_every", "save_every"):
+    for name in (
+        "epochs",
+        "max_steps",
+        "max_tokens",
+        "max_seconds",
+        "early_stopping",
+        "evaluate_every",
+        "save_every",
+    ):
         options.pop(name, None)
     for count in (1, STEPS):  # the first imports what all later runs find loaded
         began = time.perf_counter()
