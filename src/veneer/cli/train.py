@@ -22,6 +22,7 @@ from veneer.cli._common import (
     result,
     still,
     typed_options,
+    value_of,
 )  # fmt: skip
 from veneer.errors import BadOption
 
@@ -74,6 +75,12 @@ def train(
     ] = None,
     schedule: Annotated[str | None, typer.Option(help="linear, cosine, constant")] = None,
     clip: Annotated[float | None, typer.Option(help="the gradient's largest norm; default 1")] = None,
+    base_dropout: Annotated[
+        str | None, typer.Option(help="false: the base drops nothing, as in a cohort; default true")
+    ] = None,
+    frozen_prefix: Annotated[
+        str | None, typer.Option(help="where what is frozen is kept: memory, disk, off; default memory")
+    ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="less memory, more time")
     ] = False,
@@ -110,6 +117,7 @@ def train(
         "accumulate": accumulate, "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip,
         "gradient_checkpointing": gradient_checkpointing or None, "mixed_precision": mixed_precision,
         "early_stopping": early_stopping, "evaluate_every": evaluate_every, "save_every": save_every,
+        "frozen_prefix": frozen_prefix, "base_dropout": None if base_dropout is None else value_of(base_dropout),
         "evaluate_on": tuple(evaluate_on.split(",")) if evaluate_on else None,
     }  # fmt: skip
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
