@@ -33,6 +33,7 @@ MEMBERS = {
         "accumulate": 2,
     },
     "schedule": {"method": "adalora", "seed": 1, "warmup": 2},
+    "prompts": {"method": "prompt_tuning:length=3", "seed": 5},  # makes the batch longer for all
     "stops": {"method": "serial_adapter", "seed": 4, "early_stopping": 1, "evaluate_every": 2},
 }
 

@@ -8,7 +8,7 @@ Without seeds, dropout draws from torch's generator as everywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,36 +59,59 @@ class Dropper:
         seeds: Seeds = self.frame.seeds
         parts, at = [], 0
         for name, rows in self._runs(x.shape[0]):
-            seed = seeds.seeds.get(name)
+            part, seed = x[at : at + len(rows)], seeds.seeds.get(name)
             if seed is None:
-                parts.append(torch.nn.functional.dropout(torch.ones_like(x[at : at + rows]), p, True))
+                parts.append(torch.nn.functional.dropout(torch.ones_like(part), p, True))
             else:
-                short = seeds.missing(name, self.op.site.stack) if x.dim() == 3 else 0
-                parts.append(self._kept(x[at : at + rows], p, seed, short))
-            at += rows
+                parts.append(self._kept(part, p, name, rows, seed))
+            at += len(rows)
         return x * (parts[0] if len(parts) == 1 else torch.cat(parts))
 
-    def _runs(self, length: int) -> list[tuple[str, int]]:
-        """(adapter, rows of x) in their order: one for an edit of its own, several where a bank runs at once."""
+    def _runs(self, length: int) -> list[tuple[str, list[int]]]:
+        """(adapter, its rows of the batch) in the order of x: one for an edit of its own, more where a bank runs."""
         op, names = self.op, self.frame.names
+        mine = list(op.rows.indices) if op.rows is not None else list(range(length))
         if not op.rowed or not names or isinstance(names[0], str):
-            return [(op.adapter.name, length)]
-        mine = op.rows.indices if op.rows is not None else range(len(names))
-        found: list[tuple[str, int]] = []
+            return [(op.adapter.name, mine if len(mine) == length else list(range(length)))]
+        found: list[tuple[str, list[int]]] = []
         for row in mine:
             name = names[row][op.level]
             if found and found[-1][0] == name:
-                found[-1] = (name, found[-1][1] + 1)
+                found[-1][1].append(row)
             else:
-                found.append((name, 1))
+                found.append((name, [row]))
         return found
 
-    def _kept(self, x: Tensor, p: float, seed: int, short: int) -> Tensor:
-        """0 or 1 / (1 - p) for each entry; drawn for the adapter's own tokens, so that padding changes nothing."""
+    def _kept(self, x: Tensor, p: float, name: str, rows: list[int], seed: int) -> Tensor:
+        """0 or 1 / (1 - p) for each entry. Drawn for the adapter's own tokens and then for the positions that it adds,
+        and laid out as x is: neither padding nor what others add changes a draw.
+        """
+        op = self.op
+        short = self.frame.seeds.missing(name, op.site.stack) if x.dim() == 3 else 0
+        where = self.frame.inserted if x.dim() == 3 else None
+        if where is not None and x.shape[1] != where.index.shape[1]:
+            where = None  # a stack into which nothing was put
+        if where is None:
+            shape = (x.shape[0], x.shape[1] - short, *x.shape[2:]) if short else x.shape
+            return _filled(self._draw(shape, p, seed, x), short)
+        chosen = torch.tensor(rows, device=x.device)
+        added = int(where.counts[chosen].max())
+        tokens = x.shape[1] - where.length
+        drawn = self._draw((x.shape[0], tokens - short + added, x.shape[2]), p, seed, x)
+        own, others = drawn[:, : tokens - short], drawn[:, tokens - short :]
+        gap = drawn.new_ones(x.shape[0], where.length - added, x.shape[2])
+        whole = torch.cat([_filled(own, short), gap, others], 1)
+        return whole.gather(1, where.index[chosen][..., None].expand(-1, -1, x.shape[2]))
+
+    def _draw(self, shape: Sequence[int], p: float, seed: int, like: Tensor) -> Tensor:
         op = self.op
         text = f"{seed}/{op.site.name}/{op.port}/{op.plan.part}/{self.count}"
         value = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-        draw = torch.Generator(device=x.device).manual_seed(value)
-        shape = (x.shape[0], x.shape[1] - short, *x.shape[2:]) if short else x.shape
-        kept = (torch.rand(shape, generator=draw, device=x.device) >= p).to(x.dtype) / max(1 - p, 1e-9)
-        return torch.cat([kept, kept.new_ones(x.shape[0], short, *x.shape[2:])], 1) if short else kept
+        draw = torch.Generator(device=like.device).manual_seed(value)
+        kept = torch.rand(tuple(shape), generator=draw, device=like.device) >= p
+        return kept.to(like.dtype) / max(1 - p, 1e-9)
+
+
+def _filled(kept: Tensor, short: int) -> Tensor:
+    """Ones at the tokens behind an adapter's own."""
+    return torch.cat([kept, kept.new_ones(kept.shape[0], short, *kept.shape[2:])], 1) if short else kept
