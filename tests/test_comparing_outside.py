@@ -79,10 +79,12 @@ def test_a_file_for_each_run_is_read_by_the_names_in_its_path(tmp_path):
 
 def test_labels_and_predictions_stand_in_for_scores(tmp_path):
     rows = [
-        {"arm": "a", "item": i, "label": "yes", "prediction": "yes" if i % 3 else "no"} for i in range(30)
+        {"arm": arm, "item": i, "label": "yes", "prediction": "yes" if i % 3 or arm == "b" else "no"}
+        for arm in "ab"
+        for i in range(30)
     ]
     found = from_results(write_csv(tmp_path / "p.csv", rows))
-    assert found.analysis.arms[0].interval.estimate == pytest.approx(20 / 30)
+    assert found.analysis.arm("a").interval.estimate == pytest.approx(20 / 30)
 
 
 def test_saved_predictions_of_a_trainer_are_scored_item_by_item(tmp_path):
@@ -290,3 +292,28 @@ def test_the_command_reads_patterns_and_other_names(tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["arms"][0]["arm"] == "dora"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("p.json", '{"run_info": {}, "train_info": {"status": "success"}}', "has no 'experiment_name'"),
+        ("w.npz", "not an archive", "no archive of plain numpy arrays"),
+        ("o.csv", "arm,item,score\na,1,1\na,2,0\n", "holds one arm, 'a'"),
+        ("r.csv", "arm,item,score\na,1\n", "line 2: 2 fields where the header has 3"),
+        ("n.json", "[1, 2]", "line 1: a int, not an object"),
+    ],
+)
+def test_files_that_are_something_else_are_named(tmp_path, name, content, said):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(BadData) as raised:
+        from_results(path)
+    assert said in str(raised.value)
+    assert name in str(raised.value)
+
+
+def test_predictions_that_are_pickled_are_never_loaded(tmp_path):
+    np.savez(tmp_path / "o.npz", predictions=np.array([{}, {}], dtype=object), label_ids=np.array([1, 0]))
+    with pytest.raises(BadData, match="no archive of plain numpy arrays"):
+        from_results(tmp_path / "o.npz")

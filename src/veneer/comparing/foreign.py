@@ -105,14 +105,26 @@ def _read_one(
     path: Path, named: Mapping[str, str], columns: Mapping[str, str], metric: str | None
 ) -> tuple[list[Found], list[str]]:
     if path.suffix == ".npz":
-        return [_saved_predictions(path, named)], []
+        try:
+            return [_saved_predictions(path, named)], []
+        except ValueError as error:  # pickles, which are never loaded, or no archive at all
+            raise BadData(
+                f"{path} is no archive of plain numpy arrays: {error}.",
+                next_step="numpy.savez(path, predictions=out.predictions, label_ids=out.label_ids)",
+            ) from None
     if path.suffix == ".json":
         try:
             whole = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BadData(f"{path} is not JSON: {error}.", next_step=HOW) from None
         if isinstance(whole, dict) and "train_info" in whole and "run_info" in whole:
-            return _of_peft(path, whole, metric)
+            try:
+                return _of_peft(path, whole, metric)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise BadData(
+                    f"{path} looks like a result of PEFT's benchmark, but has no {error}.",
+                    next_step="give the files of method_comparison/*/results",
+                ) from None
         if isinstance(whole, dict) and "log_history" in whole:
             return _of_trainer(path, named, whole["log_history"], metric)
         if isinstance(whole, dict) and all(not isinstance(value, (list, dict)) for value in whole.values()):

@@ -20,7 +20,7 @@ from veneer.comparing.design import Comparison
 from veneer.comparing.foreign import Found, read_runs
 from veneer.comparing.results import CompareResult, Record, publish
 from veneer.comparing.scores import RunScores
-from veneer.errors import BadData, UnknownName, nearest
+from veneer.errors import BadData, BadOption, UnknownName, nearest
 
 
 def from_results(
@@ -47,9 +47,18 @@ def from_results(
     Arms that ran with the same seeds are paired run by run, others by item alone. Errors: BadData with file, line
     and column.
     """
+    if items is not None and items < 2:
+        raise BadOption(
+            f"items={items}: expected the number of test items, at least 2.", next_step="--items 1000"
+        )
     paths = [path] if isinstance(path, (str, Path)) else list(path)
     found, notes = read_runs(paths, columns or {}, metric)
     arms = sorted({run.arm for run in found})
+    if len(arms) < 2:
+        raise BadData(
+            f"{_named(paths)} holds one arm, '{arms[0]}': expected at least 2 to compare.",
+            next_step="name the arm of each line, or files of several arms: runs/{arm}/seed-{seed}/scores.csv",
+        )
     for first, second in contrasts:
         for name in (first, second):
             if name not in arms:

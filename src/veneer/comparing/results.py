@@ -349,6 +349,8 @@ def _summary(
     }
     for result in analysis.arms:
         low, high = scale.bounds(result.interval.low, result.interval.high)
+        if scale.is_share:
+            low, high = max(0.0, low), min(1.0, high)
         arms.append(
             {
                 "arm": result.arm,
