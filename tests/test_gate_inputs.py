@@ -87,6 +87,38 @@ def _picture(model):
     return (3, config.image_size, config.image_size)
 
 
+def test_an_invertible_adapter_is_undone_before_a_head_of_several_layers():
+    import transformers as t
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = t.BertForMaskedLM(t.BertConfig(vocab_size=64, **sizes)).eval().double()
+    adapter = add(model, "invertible_adapter", "i")
+    seen = []
+    model.cls.predictions.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    found = model(torch.arange(3, 13).view(2, 5), output_hidden_states=True)
+    named = {key.partition("/")[2]: value for key, value in adapter.named().items()}
+    changed = adapter.method.output(Tensors(named), seen[0])
+    last = found.hidden_states[-1]
+    torch.testing.assert_close(changed, last, atol=1e-10, rtol=0)
+    assert (seen[0] - last).abs().max() > 1e-3
+
+
+def test_prefixes_in_windows_serve_their_own_rows():
+    import zoo
+
+    model, given = zoo.zoo()["swin"]()
+    given = {k: torch.cat([v, v.flip(-1)[:1]]) for k, v in given.items()}
+    add(model, "prefix_tuning", "a", length=2, seed=1)
+    add(model, "prefix_tuning", "b", length=3, seed=2)
+    with veneer.rows(model, ["b", None, "a"]):
+        mixed = out(model, given)
+    for i, name in enumerate(("b", None, "a")):
+        with veneer.active(model, name):
+            alone = out(model, given)
+        torch.testing.assert_close(mixed[i], alone[i], atol=1e-6, rtol=0)
+    assert (alone[0] - mixed[0]).abs().max() > 1e-4
+
+
 def test_a_teacher_pass_inside_a_step_leaves_the_outer_call_alone():
     model, given = base("bert"), inputs("bert", 2)
     add(model, "lora", "a")

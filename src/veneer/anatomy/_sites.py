@@ -285,8 +285,10 @@ def _end_sites(model: nn.Module, known: dict, found: Findings, places: Places) -
         add(join(stack.name, "final"), "final", stack.final, last, stack)
     for role, module in (("head", found.head), ("pooler", found.pooler)):
         if module and module not in by_module:
-            matrices = [w.n_out for w in known.values() if inside(w.module, module) and len(w.shape) == 2]
-            add(role, role, module, matrices[-1] if matrices else 0)
+            matrices = [w for w in known.values() if inside(w.module, module) and len(w.shape) == 2]
+            add(role, role, module, matrices[-1].n_out if matrices else 0)
+            if matrices and sites and sites[-1].module == module:  # it reads what its first matrix reads
+                sites[-1] = dataclasses.replace(sites[-1], n_in=matrices[0].n_in)
     return sites
 
 

@@ -50,11 +50,7 @@ class Site:
 
     def at(self, port: str, **changes: Any) -> Site:
         """The same site for one port; `width` follows the port."""
-        width = (
-            self.n_in
-            if port == "input" and self.kind in ("linear", "conv1d", "conv", "embedding")
-            else self.width
-        )
+        width = self.n_in if port == "input" and self.n_in else self.width
         return dataclasses.replace(self, port=port, width=width, **changes)
 
 
