@@ -56,7 +56,7 @@ def train(optimizer, loss, steps: int) -> None:
 
 
 def test_recipes_are_found_by_name_and_read_from_text():
-    assert set(recipes.registry()) >= {"adamw", "lora_plus", "galore", "mezo"}
+    assert set(recipes.registry()) >= {"adamw", "lora_plus", "lora_fa", "galore", "mezo"}
     found = recipes.parse("galore:rank=4,every=10,scale=1e-1")
     assert (found.rank, found.every, found.scale) == (4, 10, 0.1)
     assert str(found) == "galore:rank=4,every=10,scale=0.1"
@@ -131,6 +131,107 @@ def test_lora_plus_gives_b_a_rate_of_its_own():
 def test_lora_plus_refuses_an_adapter_without_a_pair():
     with pytest.raises(Unsupported, match="and this adapter trains scale"):
         recipes.parse("lora_plus").optimizer([flat_group({"scale": draw(3)})], 0.1, 0.0)
+
+
+# ---- LoRA-FA
+
+
+@pytest.mark.parametrize("i", [0, 1])
+def test_lora_fa_equals_the_reference(i):
+    from references import lora_fa
+
+    case = lora_fa.cases()[i]
+    o, expected = case["options"], lora_fa.reference(case)
+    a, b = flat_group({"A": case["A"]}), flat_group({"B": case["B"]}, weight_decay=o["decay"])
+    optimizer = recipes.parse("lora_fa", scale=o["s"]).optimizer([a, b], o["rate"], o["decay"])
+    for t, slope in enumerate(case["slopes"]):
+        b["params"][0].grad = slope.reshape(-1).clone()
+        a["params"][0].grad = torch.ones_like(a["params"][0])  # as a cohort makes it
+        optimizer.step()
+        close(b["params"][0].grad.view(slope.shape), expected["corrected"][t])
+        close(cut(b)["B"], expected["B"][t])
+    assert torch.equal(cut(a)["A"], case["A"])
+    assert not a["params"][0].requires_grad
+
+
+@pytest.mark.parametrize("mistake", range(5))
+def test_a_mistake_in_the_rule_of_lora_fa_is_told_apart(mistake):
+    from references import lora_fa
+
+    name, apart = lora_fa.MUTATIONS[mistake][0], []
+    for case in lora_fa.cases():
+        wrong, right = lora_fa.mutated(case, name), lora_fa.reference(case)
+        apart += [float((wrong[key] - right[key]).abs().max()) for key in right]
+    assert max(apart) > 1e-3
+
+
+def test_a_corrected_step_moves_the_weight_by_its_gradient_on_the_rows_of_a():
+    A, G, s = draw(2, 5), draw(3, 5, seed=1), 2.0
+    a, b = flat_group({"A": A}), flat_group({"B": torch.zeros(3, 2, dtype=torch.float64)})
+    optimizer = recipes.parse("lora_fa", scale=s).optimizer([a, b], 0.1, 0.0)
+    b["params"][0].grad = (s * G @ A.mT).reshape(-1)
+    optimizer._correct()
+    moved = s * b["params"][0].grad.view(3, 2) @ A
+    close(moved, G @ torch.linalg.pinv(A) @ A, 1e-6)
+
+
+def test_pairs_of_several_ranks_kernels_and_experts_are_corrected_each_by_its_own_a():
+    shapes = {
+        "one": ((2, 5), (3, 2)),
+        "two": ((3, 4), (5, 3)),
+        "kernel": ((2, 3, 2, 2), (4, 2)),
+        "experts": ((2, 2, 4), (2, 3, 2)),
+    }
+    A = {f"{n}/A": draw(*s, seed=i) for i, (n, (s, _)) in enumerate(shapes.items())}
+    B = {f"{n}/B": torch.zeros(s, dtype=torch.float64) for n, (_, s) in shapes.items()}
+    groups = [flat_group(A), flat_group(B)]
+    optimizer = recipes.parse("lora_fa").optimizer(groups, 0.1, 0.0)
+    g = draw(groups[1]["params"][0].numel(), seed=9)
+    groups[1]["params"][0].grad = g.clone()
+    optimizer._correct()
+    for (_, shape, start, stop), own in zip(groups[1]["views"], A.values()):
+        own = own.flatten(len(shape) - 1)
+        expected = g[start:stop].view(shape) @ torch.linalg.inv(own @ own.mT + 1e-8 * torch.eye(shape[-1]))
+        close(groups[1]["params"][0].grad[start:stop].view(shape), expected, 1e-6)
+
+
+def test_lora_fa_keeps_less_for_the_backward_and_a_where_it_was():
+    import veneer
+    from veneer import engine
+
+    kept = {}
+    for name in ("adamw", "lora_fa"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 8))
+        veneer.attach(model, "lora", "a", sites="linear", rank=4)
+        groups = veneer.parameters(model, lr=0.05, weight_decay=0.1, recipe=recipes.parse(name))
+        optimizer = recipes.parse(name).optimizer(groups, 0.05, 0.1)
+        before = {n: v.clone() for n, v in veneer.trainable(model).items()}
+        x, sizes = torch.randn(100, 64), {}
+
+        def keep(v, sizes=sizes):
+            sizes[v.data_ptr()] = v.nbytes
+            return v
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda v: v):
+            loss = model(x).square().mean()
+        first = float(loss)
+        engine.prepare_training(model)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            engine.check_gradients(model)  # A has none, as the recipe wants it
+            optimizer.step()
+        assert float(model(x).square().mean()) < first
+        moved = {n for n, v in veneer.trainable(model).items() if not torch.equal(v, before[n])}
+        assert {n[-1] for n in moved} == ({"A", "B"} if name == "adamw" else {"B"})
+        kept[name] = sum(sizes.values())
+    assert kept["lora_fa"] < 0.8 * kept["adamw"]
+
+
+def test_lora_fa_refuses_an_adapter_without_a_pair():
+    with pytest.raises(Unsupported, match="and this adapter trains scale"):
+        recipes.parse("lora_fa").optimizer([flat_group({"scale": draw(3)})], 0.1, 0.0)
 
 
 # ---- GaLore

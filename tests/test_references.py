@@ -94,7 +94,7 @@ def with_gradients(case):
 
 
 def test_only_update_rules_are_without_a_second_formula():
-    assert set(METHODS) - set(RESTATED) == {"lora_plus", "galore", "mezo"}
+    assert set(METHODS) - set(RESTATED) == {"lora_plus", "galore", "mezo", "lora_fa"}
 
 
 @pytest.mark.parametrize("method", sorted(set(RESTATED) & set(METHODS)))

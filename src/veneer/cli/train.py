@@ -55,7 +55,7 @@ def train(
     ] = None,
     method: Annotated[str, typer.Option("--method", help="method[:option=value,...][+recipe]")] = "lora",
     option: Option = None,
-    recipe: Annotated[str | None, typer.Option(help="a recipe: lora_plus, galore, mezo")] = None,
+    recipe: Annotated[str | None, typer.Option(help="a recipe: lora_plus, lora_fa, galore, mezo")] = None,
     task: Annotated[str | None, typer.Option(help="default: found from the data")] = None,
     columns: Columns = None,
     group: Annotated[str | None, typer.Option(help="a column whose rows stay in one split")] = None,

@@ -142,9 +142,9 @@ def check_gradients(model: nn.Module) -> None:
         seen, adapter.watched = adapter.watched, None
         if seen is None:
             continue
-        missed = [
-            e for g in adapter.groups for e in g.entries if e.key not in seen and not e.spec.null_gradient
-        ]
+        trained = [g for leaf, g in zip(adapter.leaves(), adapter.groups) if leaf.requires_grad]
+        # A recipe may have frozen a leaf: then no gradient is what was asked for.
+        missed = [e for g in trained for e in g.entries if e.key not in seen and not e.spec.null_gradient]
         missed = [
             e for e in missed if not getattr(adapter.plan.sites[e.first].method, "may_be_unreached", False)
         ]
