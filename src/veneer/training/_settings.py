@@ -80,7 +80,10 @@ class Settings:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0 if name == "max_steps" else 1)
         if not isinstance(self.base_dropout, bool):
-            raise BadOption(f"base_dropout={self.base_dropout!r} should be true or false.")
+            raise BadOption(
+                f"base_dropout={self.base_dropout!r} should be true or false.",
+                next_step="base_dropout=False, or leave it out: the base drops what it does in training",
+            )
         if self.frozen_prefix not in FROZEN_PREFIX:
             raise UnknownName(
                 f"frozen_prefix={self.frozen_prefix!r} is no way to keep states.",
