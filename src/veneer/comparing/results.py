@@ -413,6 +413,11 @@ def _summary(
         ],
         "contrasts_planned": analysis.contrasts_are_planned,
         "correction": analysis.correction,
+        "best_group": {
+            "arms": [result.arm for result in analysis.arms if result.tied_with_best],
+            "confidence": 0.95,
+            "rule": "comparisons with the best (Hsu, 1981): every arm against every other, one-sided, Bonferroni",
+        },
         "groups": [list(group) for group in analysis.groups],
         "smallest_effect_found": analysis.smallest_found,
         "smallest_effect_of_interest": design.smallest_effect,
