@@ -135,7 +135,7 @@ class Across:
                 f"  {arm.count('win')} wins, {arm.count('tie')} ties, {arm.count('loss')} losses ({sure})"
             )
             for one in arm.cells:
-                place = f"{one.data} | {one.model}" if one.model else one.data
+                place = f"{one.data} | {one.model}" if one.model else one.data or one.cell
                 lines.append(
                     f"    {place}: {one.metric} {_interval(one.difference, one.low, one.high)}, {one.verdict}"
                 )
