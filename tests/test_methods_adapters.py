@@ -162,6 +162,13 @@ def test_parallel_adapter_reads_the_stream_or_what_the_norm_makes_of_it(reads):
     assert_close(model(**batch).logits, other(**batch).logits)
 
 
+@pytest.mark.parametrize(("key", "sites"), [("parallel_adapter", "mlp.up"), ("mam", {"output": "mlp.up"})])
+def test_an_adapter_beside_a_layer_that_changes_the_width_is_refused(key, sites):
+    model, _ = base("bert")
+    with pytest.raises(Unsupported, match="32 features, and its output has"):
+        veneer.attach(model, key, sites=sites)
+
+
 # ---- SSF
 
 
@@ -180,7 +187,7 @@ def test_ssf_equals_its_reference_beside_the_weight_and_merged_into_it(case):
         assert_close(scale * bias + shift, expected["merged_bias"])
 
 
-@pytest.mark.parametrize("name", ["bert", "vit"])
+@pytest.mark.parametrize("name", ["bert", "vit", "conv"])
 def test_ssf_merges_into_linear_layers_norms_and_convolutions(name):
     found = testing.bases.get(name)
     model, batch = base(name)

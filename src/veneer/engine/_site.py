@@ -22,6 +22,8 @@ from ._residual import norm, residual, wants_residual
 from ._swap import HOST, NAME, kind, kinds_of
 from ._tokens import forget_rows, insert
 
+_BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm, nn.GroupNorm)
+
 
 def frame_of(module: nn.Module) -> Frame | None:
     """The frame for this module; one is made where nothing above it opened a door."""
@@ -128,7 +130,7 @@ def edit(op: Op, frame: Frame, target: Tensor, function: str, have: dict[str, An
     for name, value in have.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             value = op.rows.take(value) if op.rows is not None else value
-            value = _last_axis(value, op)
+            value = _last_axis(value, op, frame)
         given[name] = value
     if wants_at:
         given["at"] = facts(op, frame)
@@ -136,31 +138,34 @@ def edit(op: Op, frame: Frame, target: Tensor, function: str, have: dict[str, An
             given["at"] = given["at"].with_(_norm=norm(op, frame))
     mine = given["y" if function == "output" else "x"]
     new = apply(op, frame, function, given)
-    new = _back(new, mine, target if op.rows is None else op.rows.take(target), op).to(target.dtype)
+    new = _back(new, mine, target if op.rows is None else op.rows.take(target), op, frame).to(target.dtype)
     if op.live is not None:
         return torch.where(op.live.view(-1, *[1] * (target.dim() - 1)), new, target)
     return new if op.rows is None else op.rows.put(target, new)
 
 
-def _last_axis(value: Tensor, op: Op) -> Tensor:
+def _last_axis(value: Tensor, op: Op, frame: Frame) -> Tensor:
     """Channels last for convolutions; (rows, tokens, width) where tensors have a row axis."""
-    if _channels_first(op, value):
+    if _channels_first(op, frame, value):
         value = value.movedim(1, -1).flatten(1, 2)  # places of an image are its tokens
     if op.rowed:
         value = value.reshape(op.count, -1, value.shape[-1])
     return value
 
 
-def _channels_first(op: Op, value: Tensor) -> bool:
+def _channels_first(op: Op, frame: Frame, value: Tensor) -> bool:
     """Images as convolutions have them: (rows, channels, height, width). Edits see channels last."""
     if value.dim() != 4:
         return False
     width = op.site.width
-    return op.site.kind == "conv" or (value.shape[-1] != width and value.shape[1] == width)
+    if op.site.kind == "conv" or (value.shape[-1] != width and value.shape[1] == width):
+        return True
+    # An image as wide as it has channels: what normalises by channel says which axis they are on.
+    return op.site.kind == "norm" and isinstance(frame.host.module(op.site.module), _BY_CHANNEL)
 
 
-def _back(new: Tensor, mine: Tensor, like: Tensor, op: Op) -> Tensor:
-    if _channels_first(op, like):
+def _back(new: Tensor, mine: Tensor, like: Tensor, op: Op, frame: Frame) -> Tensor:
+    if _channels_first(op, frame, like):
         last = like.movedim(1, -1)
         return new.reshape(last.shape).movedim(-1, 1)
     return new.reshape(like.shape) if op.rowed else new

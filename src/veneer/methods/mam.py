@@ -31,6 +31,7 @@ from veneer.edits import (
     open_before,
     prefix_tensors,
 )
+from veneer.errors import Unsupported
 
 
 @method(
@@ -58,6 +59,11 @@ class MAM(Method):
     def tensors(self, site: Site) -> Specs:
         if site.port == "attention":
             return prefix_tensors(site, self.length, self.hidden if self.projection else 0)
+        if site.n_in != site.width:
+            raise Unsupported(
+                f"{self.key} reads what enters '{site.name}': {site.n_in} features, and its output has {site.width}.",
+                next_step="sites={'attention': 'attention', 'output': 'mlp'}, its own",
+            )
         return bottleneck_tensors(site.width, max(1, int(site.width // self.reduction)))
 
     def derive(self, t: Tensors) -> dict[str, Tensor]:

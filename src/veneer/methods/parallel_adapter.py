@@ -34,6 +34,7 @@ from veneer.edits import (
     hyper,
     method,
 )
+from veneer.errors import Unsupported
 
 
 @method("parallel_adapter", paper="arXiv:2110.04366", family="additive/adapter", rates=(3e-5, 1e-3))
@@ -56,6 +57,11 @@ class ParallelAdapter(OutputMethod):
     sites: Sites = "mlp"
 
     def tensors(self, site: Site) -> Specs:
+        if site.n_in != site.width:
+            raise Unsupported(
+                f"{self.key} reads what enters '{site.name}': {site.n_in} features, and its output has {site.width}.",
+                next_step="sites='mlp' or 'attention'; serial_adapter stands behind any layer",
+            )
         specs = bottleneck_tensors(site.width, max(1, int(site.width // self.reduction)), self.init)
         return {**specs, "s": constant(self.scale, 1, decay=False)} if self.learn_scale else specs
 
