@@ -142,7 +142,7 @@ class Shira(Plain):
 
 @converter
 class Boft(Plain):
-    """BOFT. Convolutions with a square kernel alone: HF PEFT measures the kernel by its height."""
+    """BOFT of linear layers. Its convolutions are not read: HF PEFT measures their kernels by the height alone."""
 
     peft_type, methods, stem = "BOFT", ("boft",), "boft_"
     kinds = ("linear",)

@@ -26,7 +26,7 @@ from veneer.errors import BadOption
     "boft",
     paper="arXiv:2311.06243",
     family="reparameterized/orthogonal",
-    rates=(1e-4, 1e-2),
+    rates=(5e-4, 3e-2),
     kinds=("linear", "conv1d", "conv", "embedding", "recurrent", "experts", "parameter"),
 )
 class BOFT(WeightMethod):

@@ -27,7 +27,7 @@ from ._masks import drawn_places
     "fourierft",
     paper="arXiv:2405.03003",
     family="reparameterized/spectral",
-    rates=(1e-2, 1.0),
+    rates=(3e-3, 3e-1),
     kinds=("linear", "conv1d", "embedding", "recurrent", "experts", "parameter"),
 )
 class FourierFT(WeightMethod):

@@ -25,7 +25,7 @@ from . import _starts
     "hira",
     paper="openreview:TwJrTz9cRS",
     family="reparameterized/product",
-    rates=(1e-3, 3e-2),
+    rates=(3e-3, 1e-1),
     kinds=("linear", "conv1d", "conv", "embedding", "recurrent", "experts", "parameter"),
 )
 class HiRA(WeightMethod):

@@ -29,7 +29,7 @@ from ._lycoris import core_product, draws, drop, drop_rows
     "lokr",
     paper="arXiv:2309.14859",
     family="reparameterized/product",
-    rates=(1e-3, 3e-2),
+    rates=(3e-3, 1e-1),
     kinds=("linear", "conv1d", "conv", "embedding", "recurrent", "experts", "parameter"),
 )
 class LoKr(WeightMethod):

@@ -14,7 +14,7 @@ from torch import Tensor
 from veneer.edits import Site, Sites, Specs, Tensors, WeightMethod, hyper, method, zeros
 
 
-@method("norm_tuning", paper="arXiv:2312.11420", family="selective", rates=(1e-4, 3e-2))
+@method("norm_tuning", paper="arXiv:2312.11420", family="selective", rates=(1e-3, 5e-2))
 class NormTuning(WeightMethod):
     sites: Sites = hyper("norm", "norms that are trained")
 

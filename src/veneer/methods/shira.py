@@ -24,7 +24,7 @@ from ._masks import drawn_places, largest, scatter
     "shira",
     paper="arXiv:2406.13175",
     family="selective/mask",
-    rates=(1e-4, 1e-2),
+    rates=(5e-4, 2e-2),
     kinds=("linear", "conv1d", "conv", "embedding", "recurrent", "parameter"),
 )
 class SHiRA(WeightMethod):

@@ -29,7 +29,7 @@ from ._recipe import Group, Recipe, View, labels, recipe
 RIDGE = 1e-8
 
 
-@recipe("lora_fa", paper="arXiv:2308.03303", rates=(1e-4, 1e-2))
+@recipe("lora_fa", paper="arXiv:2308.03303", rates=(3e-4, 2e-2))
 class LoRAFA(Recipe):
     correct: bool = hyper(True, "the gradient of B is corrected by A, and not only A frozen")
     scale: float = hyper(1.0, "s, alpha / rank of the pair", more_than=0)
