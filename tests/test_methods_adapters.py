@@ -230,6 +230,14 @@ def test_ssf_starts_near_the_base_when_asked():
         assert abs(value.std() - 0.02) < 1e-3
 
 
+def test_decay_pulls_neither_scales_nor_shifts_nor_biases():
+    for method in (build("ssf"), build("ssf", init="normal")):
+        assert not any(spec.decay for spec in method.tensors(site()).values())
+    for key in ("pfeiffer_adapter", "parallel_adapter", "compacter"):
+        for name, spec in build(key, reduction=1).tensors(site(width=8)).items():
+            assert spec.decay == (not name.endswith("_bias")), (key, name)
+
+
 # ---- DiReFT
 
 
