@@ -120,7 +120,8 @@ def see_memory(frame: Frame, named: dict) -> None:
         return
     mask = mask.bool() if isinstance(mask, Tensor) and mask.shape == states.shape[:2] else None
     at = frame.at.get("decoder") or frame.at.get("") or At()
-    frame.at["decoder"] = at.with_(memory=states, memory_mask=mask)
+    # Detached, as the states of blocks are: a choice of rows would save a tensor that a recomputed block does not.
+    frame.at["decoder"] = at.with_(memory=states.detach(), memory_mask=mask)
     forget_rows(frame)
 
 
