@@ -87,7 +87,7 @@ def test_runs_made_ahead_are_the_runs_that_compare_would_make(tmp_path, monkeypa
         return {(x["stage"], x["arm"], x["seed"], x["learning_rate"]): (x["validation"], x.get("sealed_sha256"))
                 for x in lines if x["kind"] == "run"}  # fmt: skip
 
-    assert len(runs(plain)) == 1 + 3 * (3 + 2)
+    assert len(runs(plain)) == 1 + 3 * (3 + 2) + 2  # a random direction takes its anchor's rate
     again = demo.run(tmp_path / "ahead", **given)  # all of it is there
     assert runs(again) == runs(plain)
     assert (again.best_folder / "veneer.json").is_file() == ("in a process of its own" in shown.out)

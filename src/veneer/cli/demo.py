@@ -62,7 +62,8 @@ def run(
         return compare(
             model, data, parsed, output=output, task=runner.data.task, metric=runner.task.primary_metric,
             higher_is_better=find_metric(runner.task.primary_metric).greater_is_better, budget="demo", seeds=seeds,
-            trials=TRIALS, rates=rates, correction="fdr_bh", run_arm=ahead, known_methods=runner.families,
+            trials=TRIALS, rates=rates, controls="random_direction", correction="fdr_bh", run_arm=ahead,
+            known_methods=runner.families,
             known_recipes=runner.recipes, families=runner.families, sizes=runner.sizes,
             data_sha256=runner.data_sha256, progress=watch, **runner.options,
         )  # fmt: skip
@@ -88,7 +89,7 @@ def main(output: Path = OUTPUT, **given: Any) -> None:
     fresh = "--again" in sys.argv
     if fresh:
         shutil.rmtree(output, ignore_errors=True)
-    say(f"{len(ARMS)} methods and three controls, on {DATA} with {MODEL}.")
+    say(f"{len(ARMS)} methods and four controls, on {DATA} with {MODEL}.")
     say("A screen of some minutes; stop it at any moment, the same command goes on.")
     still()
     found = run(output, **given)
