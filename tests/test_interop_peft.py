@@ -336,6 +336,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
             boft_block_size=0, boft_block_num=2, target_modules=["query", "output.dense"]
         ),
     ),
+    "boft of kernels of one place": (
+        "net",
+        lambda: peft.BOFTConfig(boft_block_size=2, target_modules=["point", "middle"]),
+    ),
     "norms of a decoder": (
         "llama",
         lambda: peft.LNTuningConfig(target_modules=["input_layernorm", "model.norm"], task_type="CAUSAL_LM"),

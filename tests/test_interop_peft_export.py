@@ -88,6 +88,9 @@ EXPORTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "hira at a part": ("gpt2", "hira", {"rank": 3, "sites": "attention.value"}),
     "fourierft": ("llama", "fourierft", {"frequencies": 20}),
     "shira": ("llama", "shira", {"rank": 2, "mask": "magnitude"}),
+    "boft of square kernels": (
+        "resnet", "boft", {
+            "sites": "convolution", "exclude": "resnet.embedder.embedder.convolution", "block_size": 2}),
     "boft": ("llama", "boft", {"sites": ["attention.query", "mlp.down"]}),
     "norms": ("llama", "norm_tuning", {}),
     "norms with shifts": ("bert", "norm_tuning", {"sites": "output.LayerNorm"}),

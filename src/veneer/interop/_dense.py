@@ -142,10 +142,10 @@ class Shira(Plain):
 
 @converter
 class Boft(Plain):
-    """BOFT of linear layers. Its convolutions are not read: HF PEFT measures their kernels by the height alone."""
+    """BOFT. Of convolutions those with square kernels: HF PEFT measures a kernel by its height alone."""
 
     peft_type, methods, stem = "BOFT", ("boft",), "boft_"
-    kinds = ("linear",)
+    kinds = ("linear", "conv")
     fields = {
         **TARGETS, **_BIAS, "boft_block_size": Field(4, "whole"), "boft_block_num": Field(0, "whole"),
         "boft_n_butterfly_factor": Field(1, "whole"), "boft_dropout": Field(0.0, "number"), "init_weights": Field(True),
@@ -166,6 +166,12 @@ class Boft(Plain):
     def check_site(self, site: Site) -> None:
         super().check_site(site)
         self.check_whole(site)
+        if site.kind == "conv" and (site.groups > 1 or len(site.shape) != 4 or len({*site.shape[2:]}) > 1):
+            raise Unsupported(
+                f"BOFT at '{site.name}', a convolution with a kernel of {tuple(site.shape[2:])} in {site.groups} "
+                "groups, has no form in HF PEFT.",
+                next_step=OWN_FORM,
+            )
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
         (n_out,) = sp.specs["s"].shape
@@ -183,7 +189,8 @@ class Boft(Plain):
         return {**found, "boft_block_size": 0, "boft_block_num": 0, one: by[one].pop()}
 
     def give(self, job: Writing, sp: SitePlan, t: dict[str, Tensor], prefix: str) -> None:
-        job.tensors[f"{prefix}boft_R"], job.tensors[f"{prefix}boft_s"] = t["M"], t["s"][:, None]
+        s = t["s"][None] if sp.site.kind == "conv" else t["s"][:, None]
+        job.tensors[f"{prefix}boft_R"], job.tensors[f"{prefix}boft_s"] = t["M"], s
 
 
 @converter
