@@ -7,10 +7,10 @@ import pytest
 
 from training_tiny import opened, saved_bert
 from veneer.comparing import parse_budget
-from veneer.comparing import together as together_room
-from veneer.comparing.prepare import prepare
+from veneer.comparing.planning.prepare import prepare
 from veneer.comparing.run import run_prepared
-from veneer.comparing.runner import default_runner
+from veneer.comparing.running import together as together_room
+from veneer.comparing.running.runner import default_runner
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from veneer.comparing import across, from_results
-from veneer.comparing.across import over_tasks
-from veneer.comparing.across_page import render_across, write_across
-from veneer.comparing.cells import read_cell
+from veneer.comparing.inference.across import over_tasks
+from veneer.comparing.inference.cells import read_cell
+from veneer.comparing.reporting.across_page import render_across, write_across
 from veneer.errors import BadData, BadFile, UnknownName
 
 

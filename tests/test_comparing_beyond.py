@@ -7,8 +7,8 @@ import pytest
 
 from test_comparing_fake import RATES, SIZES, FakeTrainer
 from veneer.comparing import compare, from_results
-from veneer.comparing.analysis import Scores
-from veneer.comparing.calibration import (
+from veneer.comparing.inference.analysis import Scores
+from veneer.comparing.measures.calibration import (
     bin_edges,
     calibration,
     calibration_error,
@@ -17,9 +17,9 @@ from veneer.comparing.calibration import (
     reliability,
     stability,
 )
-from veneer.comparing.further import TRAIN_SAMPLE, Further, further_of, groups_of
-from veneer.comparing.groups import by_group, difference_apart, spread_apart
-from veneer.comparing.robustness import corrupted, forgotten, shifted
+from veneer.comparing.measures.further import TRAIN_SAMPLE, Further, further_of, groups_of
+from veneer.comparing.measures.groups import by_group, difference_apart, spread_apart
+from veneer.comparing.reporting.robustness import corrupted, forgotten, shifted
 from veneer.errors import BadData, BadOption, UnknownName
 
 # -- calibration -------------------------------------------------------------------------------------

@@ -9,11 +9,11 @@ import pytest
 from scipy import stats
 
 from veneer.comparing import decide
-from veneer.comparing.cells import Cell
-from veneer.comparing.claims import RULES, check_claim
-from veneer.comparing.equivalence import equivalence, orders, slope_of_deviation, variance_share
-from veneer.comparing.scores import Scores
-from veneer.comparing.statistics import difference
+from veneer.comparing.inference.cells import Cell
+from veneer.comparing.inference.claims import RULES, check_claim
+from veneer.comparing.inference.equivalence import equivalence, orders, slope_of_deviation, variance_share
+from veneer.comparing.inference.scores import Scores
+from veneer.comparing.inference.statistics import difference
 from veneer.errors import BadOption, UnknownName, UnknownOption
 
 
@@ -93,7 +93,7 @@ def test_where_only_seeds_differ_it_is_the_test_of_statsmodels():
     [(0.05, -0.05, "agrees"), (0.05, 0.05, "contradicts"), (0.05, 0.0, "cannot tell")],
 )
 def test_both_signs(short, long, expected, tmp_path):
-    from veneer.comparing.claims import RULES
+    from veneer.comparing.inference.claims import RULES
 
     claim = {"first": "loreft", "second": "lora", "signs": ["+", "-"]}
     cells = [

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 import training_tiny as tiny
 from test_comparing_fake import RATES, FakeTrainer
 from veneer.comparing import compare, parse_arm, parse_budget, prepare
-from veneer.comparing.analysis import Scores
-from veneer.comparing.control_hooks import BROKEN
-from veneer.comparing.controls import judged, parse_controls, with_controls
-from veneer.comparing.runner import default_runner
+from veneer.comparing.inference.analysis import Scores
+from veneer.comparing.planning.control_hooks import BROKEN
+from veneer.comparing.planning.controls import judged, parse_controls, with_controls
+from veneer.comparing.running.runner import default_runner
 from veneer.errors import BadOption, UnknownName, Unsupported
 
 torch.set_num_threads(1)

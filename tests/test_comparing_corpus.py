@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from veneer.comparing import from_results
-from veneer.comparing.cells import read_cell
-from veneer.comparing.corpus import KNOWN, METRICS, _parts_of, corpus_scores, parts, spearman_parts
-from veneer.comparing.scores import Scores
+from veneer.comparing.inference.cells import read_cell
+from veneer.comparing.inference.corpus import KNOWN, METRICS, _parts_of, corpus_scores, parts, spearman_parts
+from veneer.comparing.inference.scores import Scores
 from veneer.tasks import metrics
 
 RNG = np.random.default_rng(0)
@@ -195,7 +195,7 @@ def test_an_error_that_is_better_lower_is_analysed_in_its_own_direction(tmp_path
 def test_a_metric_that_was_computed_in_another_way_keeps_the_item_scores(tmp_path):
     from types import SimpleNamespace
 
-    from veneer.comparing.corpus import of_records
+    from veneer.comparing.inference.corpus import of_records
 
     lines = [
         {"item": str(i), "score": 1.0, "label": "a", "prediction": "a" if i % 2 else "b"} for i in range(10)

@@ -12,10 +12,11 @@ import torch
 
 from test_comparing_fake import RATES, SIZES, FakeTrainer
 from training_tiny import opened, saved_bert
-from veneer.comparing import _machine, compare, cost_worker, costs, parse_arm
-from veneer.comparing import nursery as nurseries
-from veneer.comparing.analysis import Scores
-from veneer.comparing.fronts import fronts
+from veneer.comparing import compare, parse_arm
+from veneer.comparing.inference.analysis import Scores
+from veneer.comparing.measures import _machine, cost_worker, costs
+from veneer.comparing.measures import nursery as nurseries
+from veneer.comparing.measures.fronts import fronts
 
 WORKER = """
 import json, sys
@@ -308,8 +309,8 @@ def test_what_was_measured_apart_replaces_what_workers_said(tmp_path, worker):
 
 
 def test_a_control_is_not_measured_and_drives_nobody_off_a_front():
+    from veneer.comparing.measures.sections import sections
     from veneer.comparing.results import Record
-    from veneer.comparing.sections import sections
 
     scores = made_scores(**{"lora": 0.8, "full": 0.8, "random_direction": 0.9})
     records = [

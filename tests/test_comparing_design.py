@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from veneer.comparing import Arm, Comparison, Ledger, forecast, parse_arm, parse_arms, parse_budget
-from veneer.comparing.arms import Recipe, split_arms
-from veneer.comparing.design import same_question, smallest_findable
-from veneer.comparing.rates import centre, extension, grid, grids
+from veneer.comparing.planning.arms import Recipe, split_arms
+from veneer.comparing.planning.design import same_question, smallest_findable
+from veneer.comparing.planning.rates import centre, extension, grid, grids
 from veneer.errors import BadFile, BadOption, UnknownMethod, UnknownName
 
 

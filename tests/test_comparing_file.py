@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from test_comparing_fake import RATES, SIZES, FakeTrainer
 from veneer.comparing import FIELDS, compare, prepare, read_comparison, write_comparison
-from veneer.comparing.file import checked
+from veneer.comparing.planning.file import checked
 from veneer.errors import BadFile, BadOption, UnknownName, UnknownOption
 
 TOML = """

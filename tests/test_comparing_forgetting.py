@@ -8,8 +8,8 @@ import torch
 
 from training_tiny import bert, opened, saved_bert, saved_llama, sentences, word_tokenizer
 from veneer.comparing import compare
-from veneer.comparing.forgetting import features_of, knows, pooled, probed
-from veneer.comparing.further import further_of
+from veneer.comparing.measures.forgetting import features_of, knows, pooled, probed
+from veneer.comparing.measures.further import further_of
 from veneer.tasks import make_task
 from veneer.training import train
 

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from test_comparing_fake import RATES, SIZES, FakeTrainer
 from veneer.cli._app import app
 from veneer.comparing import across, compare
-from veneer.comparing.across_page import write_across
-from veneer.comparing.live import LivePage, state_of
-from veneer.comparing.runs import Progress
+from veneer.comparing.reporting.across_page import write_across
+from veneer.comparing.running.live import LivePage, state_of
+from veneer.comparing.running.runs import Progress
 from veneer.errors import BadData
 
 ARMS = ["lora:rank=1", "broken", "impossible"]
@@ -119,7 +119,7 @@ def test_a_page_that_cannot_be_written_stops_no_run(tmp_path, monkeypatch):
     def broken(*arguments):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr("veneer.comparing.live.write_report", broken)
+    monkeypatch.setattr("veneer.comparing.running.live.write_report", broken)
     said = []
     page = LivePage(tmp_path, said.append)
     page(Progress("first", 1, 2))

@@ -8,7 +8,7 @@ import pytest
 
 import training_tiny as tiny
 from veneer.comparing import parse_arm, prepare
-from veneer.comparing.match import matched, parse_tolerance
+from veneer.comparing.planning.match import matched, parse_tolerance
 from veneer.errors import BadOption
 
 OPTIONS = {"batch_size": 8, "device": "cpu", "controls": "none"}

@@ -6,7 +6,7 @@ import pytest
 
 import training_tiny as tiny
 from veneer.comparing import compare, prepare
-from veneer.comparing.measure import from_ledger
+from veneer.comparing.planning.measure import from_ledger
 
 pytest.importorskip("sklearn")
 SMALL = {"seeds": 2, "trials": 2, "batch_size": 8, "device": "cpu"}
@@ -85,7 +85,7 @@ def test_a_person_at_a_terminal_is_asked_before_a_long_comparison(monkeypatch):
 
     from veneer.cli import compare as command
     from veneer.comparing import forecast
-    from veneer.comparing.design import Comparison
+    from veneer.comparing.planning.design import Comparison
 
     design = Comparison("m", "d", ("untrained", "lora"), {"lora": (0.1,)})
     long, short = (forecast(design, {}, {"lora": seconds}) for seconds in (3600.0, 1.0))

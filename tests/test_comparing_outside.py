@@ -211,7 +211,7 @@ def test_one_run_without_items_is_refused_unless_their_number_is_given(tmp_path)
 
 
 def test_unpaired_shares_keep_their_coverage_and_are_wider_than_paired_ones():
-    from veneer.comparing.statistics import difference, spread_of_run_difference
+    from veneer.comparing.inference.statistics import difference, spread_of_run_difference
 
     rng = np.random.default_rng(0)
     held = 0

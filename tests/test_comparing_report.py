@@ -13,10 +13,10 @@ import pytest
 
 from test_comparing_fake import RATES, SIZES, FakeTrainer
 from veneer.comparing import compare, from_results
-from veneer.comparing.axes import Axis, LogAxis
-from veneer.comparing.disagreements import pair_counts, read_scores
-from veneer.comparing.filling import digest
-from veneer.comparing.report import write_report
+from veneer.comparing.reporting.axes import Axis, LogAxis
+from veneer.comparing.reporting.disagreements import pair_counts, read_scores
+from veneer.comparing.reporting.filling import digest
+from veneer.comparing.reporting.report import write_report
 
 ARMS = ["lora:rank=1", "lora:rank=4", "broken", "impossible"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -11,15 +11,15 @@ import pytest
 
 from test_comparing_fake import RATES, SIZES, FakeTrainer
 from veneer.comparing import compare, from_results
-from veneer.comparing.analysis import Scores
-from veneer.comparing.axes import quality_axis
-from veneer.comparing.beyond import ABSENT
-from veneer.comparing.calibration import calibration, stability
-from veneer.comparing.claims import decide
-from veneer.comparing.groups import by_group
-from veneer.comparing.report import write_report
-from veneer.comparing.robustness import corrupted, forgotten, shifted
-from veneer.comparing.words import Scale
+from veneer.comparing.inference.analysis import Scores
+from veneer.comparing.inference.claims import decide
+from veneer.comparing.measures.calibration import calibration, stability
+from veneer.comparing.measures.groups import by_group
+from veneer.comparing.reporting.axes import quality_axis
+from veneer.comparing.reporting.beyond import ABSENT
+from veneer.comparing.reporting.report import write_report
+from veneer.comparing.reporting.robustness import corrupted, forgotten, shifted
+from veneer.comparing.reporting.words import Scale
 
 
 def words(folder):

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from veneer.comparing import from_results
-from veneer.comparing.axes import Axis, ByteAxis, spread_out
-from veneer.comparing.disagreements import embedded, most_disputed, pair_counts, read_scores
-from veneer.comparing.history import common_target, compact, first_reached, mean_curve
-from veneer.comparing.items import described, thumbnail, write_items
-from veneer.comparing.published import Published, lines_of
-from veneer.comparing.report import write_again, write_report
-from veneer.comparing.runner import TrainingRunner
-from veneer.comparing.tables import costs_of
-from veneer.comparing.tuning import expected_best, scores_for_best_of, tuned
+from veneer.comparing.inference.tuning import expected_best, scores_for_best_of, tuned
+from veneer.comparing.reporting.axes import Axis, ByteAxis, spread_out
+from veneer.comparing.reporting.disagreements import embedded, most_disputed, pair_counts, read_scores
+from veneer.comparing.reporting.items import described, thumbnail, write_items
+from veneer.comparing.reporting.published import Published, lines_of
+from veneer.comparing.reporting.report import write_again, write_report
+from veneer.comparing.reporting.tables import costs_of
+from veneer.comparing.running.history import common_target, compact, first_reached, mean_curve
+from veneer.comparing.running.runner import TrainingRunner
 
 
 @pytest.mark.parametrize("rises", [True, False])

@@ -262,11 +262,11 @@ def test_a_second_process_in_the_folder_is_refused(tmp_path):
     import subprocess
     import sys
 
-    from veneer.comparing.ledger import locked
+    from veneer.comparing.running.ledger import locked
 
     with locked(tmp_path):
         code = (
-            "from veneer.comparing.ledger import locked\n"
+            "from veneer.comparing.running.ledger import locked\n"
             "from veneer.errors import TrainingFailed\n"
             "try:\n"
             f"    with locked({str(tmp_path)!r}): print('held')\n"

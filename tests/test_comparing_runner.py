@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from veneer.comparing import parse_arm, parse_budget
-from veneer.comparing.runner import default_runner
+from veneer.comparing.running.runner import default_runner
 from veneer.errors import UnknownOption
 
 pytest.importorskip("sklearn")

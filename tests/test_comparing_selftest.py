@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from veneer.comparing import self_test
-from veneer.comparing.design import Assumed
-from veneer.comparing.selftest import BOUNDS, items_needed
-from veneer.comparing.simulation import (
+from veneer.comparing.inference.selftest import BOUNDS, items_needed
+from veneer.comparing.inference.simulation import (
     CORPUS_SCENARIOS,
     SCENARIOS,
     CorpusScenario,
@@ -21,7 +20,8 @@ from veneer.comparing.simulation import (
     draw_pair,
     seed_deviation,
 )
-from veneer.comparing.statistics import spread
+from veneer.comparing.inference.statistics import spread
+from veneer.comparing.planning.design import Assumed
 
 
 def nested_percentile_bootstrap(gaps, resamples=200):

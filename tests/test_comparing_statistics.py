@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from veneer.comparing import analyse
-from veneer.comparing.analysis import Scores, best_group_p_of_array, front_probability
-from veneer.comparing.statistics import (
+from veneer.comparing.inference.analysis import Scores, best_group_p_of_array, front_probability
+from veneer.comparing.inference.statistics import (
     adjust,
     crossed_interval,
     difference,
@@ -120,7 +120,7 @@ def test_the_sign_flip_test_is_exact_and_says_when_it_cannot_decide():
 
 
 def test_the_smallest_effect_is_found_four_times_in_five():
-    from veneer.comparing.selftest import _power
+    from veneer.comparing.inference.selftest import _power
 
     assert 0.77 < _power(np.random.default_rng(1), 6, 0.05, 1, 600).value < 0.9
     few, many = (spread(made([1, 1], items=items).of["arm0"]) for items in (100, 1600))
@@ -184,7 +184,7 @@ def test_groups_are_runs_of_arms_that_no_pair_of_which_is_separable():
 
 
 def test_where_nothing_beats_the_untrained_base_the_conclusion_says_so():
-    from veneer.comparing.words import Scale, conclusion
+    from veneer.comparing.reporting.words import Scale, conclusion
 
     scores = made([1.0, 1.0])
     names = {"arm0": "untrained", "arm1": "lora"}

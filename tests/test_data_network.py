@@ -95,7 +95,7 @@ def test_documents_chapters_and_pictures_stay_together():
 
 
 def test_a_shifted_test_of_four_sources_leaves_out_the_one_that_was_trained_on():
-    from veneer.comparing.further import further_of
+    from veneer.comparing.measures.further import further_of
 
     films = opened("movie-sentences")
     found = further_of(films, {"shifted": "builtin:vader-domains"})

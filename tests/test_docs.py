@@ -174,7 +174,7 @@ def parse(line: str) -> Any:
         training_options(extras, flags)
         _arms(ctx.params["methods"])
     elif words[0] in ("plan", "train"):
-        from veneer.comparing.arms import parse_arm
+        from veneer.comparing.planning.arms import parse_arm
         from veneer.edits import build, registry, resolve
         from veneer.recipes import registry as recipes
         from veneer.training import Settings
@@ -202,7 +202,7 @@ def _extras(arguments: list[str], command: str) -> dict[str, Any]:
 
 
 def _arms(text: str) -> None:
-    from veneer.comparing.arms import parse_arms
+    from veneer.comparing.planning.arms import parse_arms
     from veneer.edits import build, registry
     from veneer.recipes import registry as recipes
 

@@ -68,7 +68,7 @@ def test_recipes_are_found_by_name_and_read_from_text():
 
 
 def test_the_recipe_of_an_arm_is_read_too():
-    from veneer.comparing.arms import parse_arm
+    from veneer.comparing.planning.arms import parse_arm
 
     (one,) = parse_arm("lora:rank=4+lora_plus:ratio=8").recipes
     assert recipes.parse(one).ratio == 8

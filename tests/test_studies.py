@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from veneer.comparing import parse_arms, read_comparison
-from veneer.comparing.claims import RULES, check_claim
+from veneer.comparing.inference.claims import RULES, check_claim
 
 FILES = sorted((Path(__file__).parents[1] / "studies").glob("c*.toml"))
 

@@ -15,9 +15,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from veneer.comparing.arms import Arm
-from veneer.comparing.ledger import Ledger
-from veneer.comparing.together import is_able, members_at_once, run_folder, train_runs
+from veneer.comparing.planning.arms import Arm
+from veneer.comparing.running.ledger import Ledger
+from veneer.comparing.running.together import is_able, members_at_once, run_folder, train_runs
 
 # One thread each. Large blocks stay in the heap: the gradients of a whole base, given back to the system and
 # taken anew at every step, are a third of the time of `full` (glibc reads these).

@@ -38,7 +38,7 @@ def put_together(folders: list[str], output: str | None) -> None:
     found = across(folders)
     result(found)
     if output is not None:
-        from veneer.comparing.across_page import write_across
+        from veneer.comparing.reporting.across_page import write_across
 
         note(f"written: {found.write(output)} and {write_across(found.to_dict(), output)}")
 
@@ -49,7 +49,7 @@ def decide_folder(folder: str) -> None:
     from pathlib import Path
 
     from veneer.comparing import decide
-    from veneer.comparing.ledger import write_atomic
+    from veneer.comparing.running.ledger import write_atomic
 
     found = decide(folder)
     write_atomic(

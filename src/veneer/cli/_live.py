@@ -14,8 +14,8 @@ from typing import Any
 
 from veneer.cli._common import result
 from veneer.cli._table import table, terminal_width
-from veneer.comparing.design import duration
-from veneer.comparing.live import columns_of, size_of, state_of
+from veneer.comparing.planning.design import duration
+from veneer.comparing.running.live import columns_of, size_of, state_of
 
 EVERY = 1.0  # seconds between two looks at the folder
 BAR = 24

@@ -161,7 +161,7 @@ def compare(
         watch_folder(watch_in, as_json)
         return
     if report_of is not None:
-        from veneer.comparing.report import write_again
+        from veneer.comparing.reporting.report import write_again
 
         written = str(write_again(report_of))
         result({"report": written}, written)
@@ -214,7 +214,7 @@ def compare(
 
 def ask(expected: Any) -> None:
     """The question before a long comparison, where somebody sits at a terminal to answer it."""
-    from veneer.comparing.design import duration
+    from veneer.comparing.planning.design import duration
 
     is_person = sys.stdin.isatty() and sys.stderr.isatty() and not STATE.quiet
     if not is_person or expected.seconds is None or expected.seconds < LONG:
@@ -227,7 +227,7 @@ def ask(expected: Any) -> None:
 
 def fields_of(ctx: Any) -> dict[str, Any]:
     """The fields of the comparison: of the file, then of the flags that were typed."""
-    from veneer.comparing.file import FIELDS, checked, read_comparison
+    from veneer.comparing.planning.file import FIELDS, checked, read_comparison
 
     file, arguments = split_file(ctx.args)
     found: dict[str, Any] = (
@@ -255,7 +255,7 @@ def split_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _pair(text: str) -> tuple[str, str]:
-    from veneer.comparing.arms import split_arms
+    from veneer.comparing.planning.arms import split_arms
 
     pair = split_arms(text)
     if len(pair) != 2:
@@ -265,7 +265,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def training_options(given: dict[str, Any], flags: list[str]) -> dict[str, Any]:
     """Options of every training, after their names were looked up."""
-    from veneer.comparing.file import training_fields
+    from veneer.comparing.planning.file import training_fields
 
     known = training_fields()
     for name in given:
@@ -296,7 +296,7 @@ def text_of(found: Any, width: int) -> str:
     import textwrap
 
     from veneer.cli._table import table
-    from veneer.comparing.words import Scale, bytes_text, count, p_text, seconds_text
+    from veneer.comparing.reporting.words import Scale, bytes_text, count, p_text, seconds_text
 
     summary = found.to_dict()
     scale = Scale(summary["analysed"], 1.0 if summary["higher_is_better"] else -1.0, summary["in_percent"])

@@ -47,9 +47,9 @@ def run(
     from veneer.cli._ahead import Ahead, processors
     from veneer.cli._watch import Watch
     from veneer.comparing import compare, parse_arms, parse_budget
-    from veneer.comparing.design import choose_seeds
-    from veneer.comparing.rates import grids
-    from veneer.comparing.runner import default_runner
+    from veneer.comparing.planning.design import choose_seeds
+    from veneer.comparing.planning.rates import grids
+    from veneer.comparing.running.runner import default_runner
     from veneer.tasks import find_metric
 
     runner = default_runner(model, short(data), task=None, budget=parse_budget("demo"), options=OPTIONS)

@@ -5,19 +5,26 @@ once, and publishes intervals, the group of arms that cannot be told from the be
 `from_results` gives the same statistics and report over scores made elsewhere.
 """
 
-from veneer.comparing.across import Across, across
-from veneer.comparing.analysis import Analysis, Scores, analyse
-from veneer.comparing.arms import CONTROLS, Arm, parse_arm, parse_arms
-from veneer.comparing.claims import Verdict, decide
-from veneer.comparing.design import Budget, Comparison, Forecast, forecast, parse_budget, smallest_findable
-from veneer.comparing.file import FIELDS, read_comparison, write_comparison
-from veneer.comparing.ledger import Ledger
+from veneer.comparing.inference.across import Across, across
+from veneer.comparing.inference.analysis import Analysis, Scores, analyse
+from veneer.comparing.inference.claims import Verdict, decide
+from veneer.comparing.inference.selftest import SelfTest, self_test
 from veneer.comparing.outside import from_results
-from veneer.comparing.prepare import Prepared, prepare
+from veneer.comparing.planning.arms import CONTROLS, Arm, parse_arm, parse_arms
+from veneer.comparing.planning.design import (
+    Budget,
+    Comparison,
+    Forecast,
+    forecast,
+    parse_budget,
+    smallest_findable,
+)
+from veneer.comparing.planning.file import FIELDS, read_comparison, write_comparison
+from veneer.comparing.planning.prepare import Prepared, prepare
 from veneer.comparing.results import CompareResult
 from veneer.comparing.run import compare, run, run_prepared
-from veneer.comparing.runs import Progress, RunResult
-from veneer.comparing.selftest import SelfTest, self_test
+from veneer.comparing.running.ledger import Ledger
+from veneer.comparing.running.runs import Progress, RunResult
 from veneer.comparing.several import Designs, Several, prepare_several, questions, run_several
 
 __all__ = [

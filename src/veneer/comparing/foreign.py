@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from veneer.comparing.runs import COSTS
+from veneer.comparing.running.runs import COSTS
 from veneer.errors import BadData, BadOption, UnknownName, UnknownOption, nearest
 
 ROLES = ("arm", "seed", "item", "score", "prediction", "label", "query", "group", "confidence", *COSTS)

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from veneer.comparing.arms import Arm
-from veneer.comparing.design import Comparison
 from veneer.comparing.foreign import Found, read_runs
+from veneer.comparing.inference.scores import RunScores
+from veneer.comparing.planning.arms import Arm
+from veneer.comparing.planning.design import Comparison
 from veneer.comparing.results import CompareResult, Record, publish
-from veneer.comparing.scores import RunScores
 from veneer.errors import BadData, BadOption, UnknownName, nearest
 
 

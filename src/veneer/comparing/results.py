@@ -12,21 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from veneer.comparing.analysis import Analysis, Scores, analyse
-from veneer.comparing.arms import OPTIONAL_CONTROLS, Arm
-from veneer.comparing.cells import Cell
-from veneer.comparing.claims import decide
-from veneer.comparing.controls import judged
-from veneer.comparing.corpus import of_records
-from veneer.comparing.design import DEMO, Comparison, Forecast, forecast, parse_budget
-from veneer.comparing.disagreements import most_disputed
-from veneer.comparing.items import write_items
-from veneer.comparing.ledger import write_atomic
-from veneer.comparing.report import write_report
-from veneer.comparing.runs import COSTS
-from veneer.comparing.scores import RunScores
-from veneer.comparing.sections import sections
-from veneer.comparing.words import Scale, table_text
+from veneer.comparing.inference.analysis import Analysis, Scores, analyse
+from veneer.comparing.inference.cells import Cell
+from veneer.comparing.inference.claims import decide
+from veneer.comparing.inference.corpus import of_records
+from veneer.comparing.inference.scores import RunScores
+from veneer.comparing.measures.sections import sections
+from veneer.comparing.planning.arms import OPTIONAL_CONTROLS, Arm
+from veneer.comparing.planning.controls import judged
+from veneer.comparing.planning.design import DEMO, Comparison, Forecast, forecast, parse_budget
+from veneer.comparing.reporting.disagreements import most_disputed
+from veneer.comparing.reporting.items import write_items
+from veneer.comparing.reporting.report import write_report
+from veneer.comparing.reporting.words import Scale, table_text
+from veneer.comparing.running.ledger import write_atomic
+from veneer.comparing.running.runs import COSTS
 from veneer.errors import BadData
 
 PARTS_NOTE = (
@@ -121,7 +121,7 @@ def publish(
     scores_rise: item scores are better where they are higher, as a trainer's always are, whatever its metric.
     scores: where they are not item scores. notes: what a reader must know of the source.
     """
-    from veneer.comparing.words import conclusion
+    from veneer.comparing.reporting.words import conclusion
     from veneer.tasks import find_metric
 
     of_items = scores_of(records) if scores is None else scores

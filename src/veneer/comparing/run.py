@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.comparing.arms import Arm
-from veneer.comparing.costs import measured_costs, put_into
-from veneer.comparing.design import (
+from veneer.comparing.measures.costs import measured_costs, put_into
+from veneer.comparing.planning.arms import Arm
+from veneer.comparing.planning.design import (
     Comparison,
     Forecast,
     canonical_json,
@@ -21,14 +21,14 @@ from veneer.comparing.design import (
     parse_budget,
     same_question,
 )
-from veneer.comparing.file import write_comparison
-from veneer.comparing.ledger import Ledger, locked, write_atomic
-from veneer.comparing.live import LivePage
-from veneer.comparing.prepare import Prepared, prepare
-from veneer.comparing.rates import extension
+from veneer.comparing.planning.file import write_comparison
+from veneer.comparing.planning.prepare import Prepared, prepare
+from veneer.comparing.planning.rates import extension
 from veneer.comparing.results import CompareResult, Record, publish
-from veneer.comparing.runs import Progress, RunArm, Runs, print_progress
-from veneer.comparing.together import together
+from veneer.comparing.running.ledger import Ledger, locked, write_atomic
+from veneer.comparing.running.live import LivePage
+from veneer.comparing.running.runs import Progress, RunArm, Runs, print_progress
+from veneer.comparing.running.together import together
 from veneer.errors import BadOption, TrainingFailed
 
 
@@ -53,7 +53,7 @@ def compare(
     seeds (6), budget ("published"), task, metric, contrasts, smallest_effect (0.01); rates: learning rates by arm
     or method, else evenly spaced over the range that the method declares; trials: rates for each arm (7; in the
     demo budget 3); extend_rates: further rates on each side where the best lies on the edge (2; demo 0); controls: see
-    `veneer.comparing.controls`; match_parameters: see `veneer.comparing.match`; what is
+    `veneer.comparing.planning.controls`; match_parameters: see `veneer.comparing.planning.match`; what is
     no field is an option of every training. run_arm: a trainer (see `runs`); without it `veneer.training` is used.
 
     Writes comparison.toml, design.json, ledger.jsonl, results.jsonl, scores.jsonl, trials.jsonl, summary.json,

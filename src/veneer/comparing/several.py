@@ -15,15 +15,15 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from veneer.comparing.across import Across, across
-from veneer.comparing.across_page import write_across
-from veneer.comparing.design import canonical_json, duration
-from veneer.comparing.file import write_comparison
-from veneer.comparing.ledger import write_atomic
-from veneer.comparing.prepare import Prepared, prepare
+from veneer.comparing.inference.across import Across, across
+from veneer.comparing.planning.design import canonical_json, duration
+from veneer.comparing.planning.file import write_comparison
+from veneer.comparing.planning.prepare import Prepared, prepare
+from veneer.comparing.reporting.across_page import write_across
 from veneer.comparing.results import CompareResult
 from veneer.comparing.run import run_prepared
-from veneer.comparing.runs import Progress, print_progress
+from veneer.comparing.running.ledger import write_atomic
+from veneer.comparing.running.runs import Progress, print_progress
 from veneer.errors import BadOption, TrainingFailed, VeneerError
 
 

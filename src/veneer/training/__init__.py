@@ -8,10 +8,6 @@ for those that take part in training; `Callback` for transformers' Trainer; `Job
 
 from typing import Any
 
-from veneer.training._cohort import Cohort
-from veneer.training._cohort_file import read_cohort
-from veneer.training._cohort_run import CohortResult
-from veneer.training._cohort_train import train_cohort
 from veneer.training._generate import Chat, generate, stream
 from veneer.training._job import Job
 from veneer.training._loop import Run
@@ -21,6 +17,10 @@ from veneer.training._result import TrainResult
 from veneer.training._settings import Settings
 from veneer.training._subject import Adapted, Subject
 from veneer.training._train import train
+from veneer.training.cohorts.cohort import Cohort
+from veneer.training.cohorts.file import read_cohort
+from veneer.training.cohorts.rounds import CohortResult
+from veneer.training.cohorts.train import train_cohort
 from veneer.training.hooks import Hooks, Phase
 
 __all__ = [

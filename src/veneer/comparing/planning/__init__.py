@@ -1,0 +1,1 @@
+"""Planning: the question of a comparison, fixed, hashed and priced before anything runs."""

@@ -1,0 +1,97 @@
+"""What controls change in the training of their anchor, as hooks: see `veneer.comparing.planning.controls`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BROKEN = -8.0
+OTHER_DRAWS = 10_000
+"""Added to the seed of a duplicate."""
+
+
+def _updates(model: Any) -> dict[str, dict[str, Tensor]]:
+    """{site: {"A", "B"}} of the adapter that is trained: views that can be written in place."""
+    from veneer import engine
+
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, value in engine.trainable(model).items():
+        site, _, tensor = name.rpartition("/")
+        if tensor in ("A", "B"):
+            found.setdefault(site, {})[tensor] = value
+    return {site: pair for site, pair in found.items() if len(pair) == 2}
+
+
+def _norm(pair: Mapping[str, Tensor]) -> float:
+    """Frobenius norm of B A, without forming it."""
+    A, B = pair["A"].flatten(pair["B"].dim() - 1), pair["B"]
+    return float(((A @ A.mT) * (B.mT @ B)).sum().clamp_min(0).sqrt())
+
+
+class Norms:
+    """A hook that keeps the norm of the update at every site, as it is behind the last step."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, float] = {}
+
+    @torch.no_grad()
+    def between_steps(self, run: Any, step: int) -> None:
+        self.of = {site: _norm(pair) for site, pair in _updates(run.model).items()}
+
+
+class RandomDirection:
+    """A hook that keeps the update at a random direction of the given norms; all else trains."""
+
+    def __init__(self, norms: Mapping[str, float], seed: int) -> None:
+        self.norms, self.seed = norms, seed
+        self.drawn: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def size(self) -> int:
+        """Numbers of the adapter that do not train."""
+        return sum(value.numel() for pair in self.drawn.values() for value in pair.values())
+
+    @torch.no_grad()
+    def phases(self, run: Any) -> tuple[()]:
+        """Where a run begins or goes on: the same draws at every site."""
+        for number, (site, pair) in enumerate(sorted(_updates(run.model).items())):
+            draw = torch.Generator().manual_seed(self.seed * 100_003 + number)
+            new = {n: torch.randn(v.shape, generator=draw).to(v) for n, v in sorted(pair.items())}
+            new["B"] *= self.norms.get(site, 0.0) / max(_norm(new), 1e-30)
+            self.drawn[site] = new
+        self._put(run)
+        return ()
+
+    def on_gradients(self, run: Any, step: int) -> None:
+        from veneer import engine
+
+        for adapter in engine.adapters(run.model).values():
+            for key, gradient in adapter.gradients().items():
+                if key.rpartition("/")[2] in ("A", "B"):
+                    gradient.zero_()
+
+    def between_steps(self, run: Any, step: int) -> None:
+        self._put(run)  # weight decay and momentum have moved it
+
+    @torch.no_grad()
+    def _put(self, run: Any) -> None:
+        for site, pair in _updates(run.model).items():
+            for name, value in pair.items():
+                value.copy_(self.drawn[site][name])
+
+
+class BrokenScale:
+    """A hook that multiplies the trained update by `BROKEN` when training is over."""
+
+    def phases(self, run: Any) -> list[Any]:
+        from veneer.training import Phase
+
+        return [Phase(exit=self._break)]
+
+    @torch.no_grad()
+    def _break(self, run: Any) -> None:
+        for pair in _updates(run.model).values():
+            pair["B"].mul_(BROKEN)

@@ -1,0 +1,281 @@
+"""The trainer that `compare` uses when it is given none: `veneer.training` on data that `veneer.data` reads.
+
+Thin on purpose. What it adds is the untrained base (which for labels is the best constant guess), and the
+sizes and epochs that a budget means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from veneer.comparing.measures.further import ASKED, MOST_ROWS, TRAIN_SAMPLE, further_of, train_sample
+from veneer.comparing.planning.arms import OPTIONAL_CONTROLS, Arm
+from veneer.comparing.planning.design import Budget, canonical_json
+from veneer.errors import Unsupported
+
+DEMO_SIZES = {"train": 190, "validation": 200, "test": 300}
+DEMO_EPOCHS = 2
+READING = ("columns", "sizes", "group", "split")
+"""Options of reading the data, not of training."""
+THRESHOLD = 0.8
+"""Overlap of shingles from which on a training row is a near-duplicate of a held-out one."""
+IN_MEMORY = "the base is in memory, and cannot be opened again from a name"
+COST_ROWS = 512  # training rows, evenly spread, that costs are measured on
+
+
+class TrainingRunner:
+    """`run_arm` over `veneer.training.train`. The data are read once, here."""
+
+    def __init__(
+        self, model: Any, data: Any, task: str | None, budget: Budget, options: Mapping[str, Any]
+    ) -> None:
+        from veneer.data import Splits, read, without_near_copies
+        from veneer.tasks import find_task
+
+        self.model, self.budget, self.options = model, budget, dict(options)
+        self._base: Any = None  # open while arms are counted
+        self.reading = {key: self.options.pop(key) for key in READING if key in self.options}
+        asked = {key: self.options.pop(key) for key in ASKED if key in self.options}
+        overlap = float(self.options.pop("near_duplicates", THRESHOLD))
+        self.data = data if isinstance(data, Splits) else read(data, task=task, **self.reading)
+        self.data, self.near = without_near_copies(self.data, overlap)
+        if budget.kind == "demo":
+            for split, size in DEMO_SIZES.items():
+                setattr(self.data, split, getattr(self.data, split)[:size])
+        most = DEMO_SIZES["test"] if budget.kind == "demo" else MOST_ROWS
+        self.beyond = further_of(self.data, asked, most, "" if isinstance(model, str | Path) else IN_MEMORY)
+        if budget.kind != "demo":
+            self.beyond.rows[TRAIN_SAMPLE] = train_sample(self.data)
+        self.task = find_task(self.data.task).from_rows(self.data.train, self.data.labels or None)
+        self.options = self.amount() | self.options
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: len(rows) for name, rows in self.data.parts.items()}
+
+    @property
+    def data_sha256(self) -> str:
+        return hashlib.sha256(canonical_json(self.data.parts, default=_content).encode()).hexdigest()
+
+    @property
+    def families(self) -> dict[str, str]:
+        """{method: family} of all methods there are."""
+        return {key: cls.facts.family for key, cls in _methods().items()}
+
+    @property
+    def recipes(self) -> list[str]:
+        from veneer.recipes import registry
+
+        return list(registry())
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The learning rates that methods and, as "+name", recipes declare."""
+        from veneer.recipes import registry
+
+        found = {key: cls.facts.rates for key, cls in _methods().items()}
+        return found | {f"+{key}": cls.rates for key, cls in registry().items() if cls.rates is not None}
+
+    def open_base(self) -> Any:
+        """The base with its model, for plans; a model that was given in memory is itself."""
+        from veneer.bases import open_base
+
+        if not isinstance(self.model, str | Path):
+            model = self.model[0] if isinstance(self.model, tuple) else self.model
+            return model if hasattr(model, "model") else SimpleNamespace(model=model)
+        opens = {key: self.options[key] for key in ("dtype", "quantise") if key in self.options}
+        return open_base(str(self.model), task=self.task.name, num_labels=self.task.num_labels, **opens)
+
+    def method_of(self, arm: Arm) -> Any:
+        """The method that an arm trains, or None where it trains none."""
+        from veneer.edits import build
+
+        return build(arm.anchor.method, **dict(arm.options)) if arm.is_trained else None
+
+    def count(self, arm: Arm) -> int:
+        """Trained parameters of an arm on this base, the head apart; raises where the arm cannot be."""
+        from veneer import engine
+        from veneer.comparing.planning.measure import trained_beside_head
+
+        if self._base is None:
+            self._base = self.open_base()
+        plan = engine.plan(self._base.model, self.method_of(arm))
+        return trained_beside_head(plan, getattr(self._base, "fresh", ()))
+
+    def close_base(self) -> None:
+        self._base = None
+
+    def check(self, arm: Arm) -> None:
+        """Raise for an option that the method or recipe does not have, before anything runs."""
+        from veneer.recipes import parse
+
+        self.method_of(arm)
+        for recipe in arm.recipes:
+            parse(recipe.name, **dict(recipe.options))
+
+    def __call__(
+        self, *, arm: Arm, seed: int, learning_rate: float | None, splits: tuple[str, ...], output: Path
+    ) -> Any:
+        if arm.method == "untrained" and self.task.name in ("classify", "regress"):
+            return self.constant_guess(splits, output)
+        if arm.method in OPTIONAL_CONTROLS:
+            found = self.control(arm, splits, seed=seed, learning_rate=learning_rate, output=output)
+            return self.with_off_task(found, splits, output)
+        given = {"seed": seed, "learning_rate": learning_rate, "output": output}
+        return self.with_off_task(self.train(arm, splits, **given), splits, output)
+
+    def train(self, arm: Arm, splits: tuple[str, ...], **given: Any) -> Any:
+        """One training of an arm, with the options of all, evaluated on those of `splits` that are of this task."""
+        import gc
+
+        from veneer.training import train
+
+        gc.collect()  # models hold cycles: the last one is still there
+        inside = tuple(split for split in splits if split not in self.beyond.off_task)
+        return train(
+            model=self.model,
+            data=self.beyond.beside(self.data, inside),
+            method=str(arm),
+            task=self.data.task,
+            evaluate_on=inside,
+            progress=False,
+            **self.options | given,
+        )
+
+    def with_off_task(self, result: Any, splits: tuple[str, ...], output: Path) -> Any:
+        """The result with what the trained model still knows of other tasks."""
+        from veneer.comparing.measures.forgetting import knows
+
+        wanted = [split for split in splits if split in self.beyond.off_task]
+        if wanted:
+            of = {split: self.beyond.off_task[split] for split in wanted}
+            with contextlib.suppress(Unsupported):  # a base that no probe can read: the summary names the arm
+                result.predictions |= knows(self.model, self.task, output, of, self.options)
+        return result
+
+    def control(self, arm: Arm, splits: tuple[str, ...], **given: Any) -> Any:
+        """A run of a control: see `veneer.comparing.planning.controls`."""
+        from veneer.comparing.planning import control_hooks as controls
+
+        anchor, seed = arm.anchor, given["seed"]
+        if arm.method == "duplicate":
+            return self.train(anchor, splits, **given | {"seed": seed + controls.OTHER_DRAWS})
+        if arm.method == "broken_scale":
+            # Without early stopping, which would put back what was there before it broke.
+            return self.train(anchor, splits, **given, hooks=[controls.BrokenScale()], early_stopping=None)
+        if self.method_of(arm).start_reads_weight:
+            raise Unsupported(
+                f"{anchor} starts from the weights, so that its update is not B A and has no norm to match.",
+                next_step="an anchor with init='default'",
+            )
+        norms = controls.Norms()
+        self.train(anchor, (), **given | {"output": None}, hooks=[norms])
+        fixed = controls.RandomDirection(norms.of, seed)
+        found = self.train(anchor, splits, **given, hooks=[fixed])
+        found.trainable_parameters -= fixed.size
+        return found
+
+    def alone(self, arm: Arm, learning_rate: float | None) -> dict[str, Any] | None:
+        """What another process needs to run this arm by itself; None where it could not open the base."""
+        from dataclasses import replace
+
+        if not isinstance(self.model, str | Path):
+            return None
+        every = max(1, len(self.data.train) // COST_ROWS)
+        return {
+            "model": str(self.model),
+            "data": replace(self.data, train=self.data.train[::every], validation=[], test=[]),
+            "method": str(arm.anchor),
+            "is_trained": arm.is_trained,
+            "learning_rate": learning_rate,
+            "options": self.options,
+        }
+
+    def show(self, items: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """{item: its text or picture} for test items, whose ids are places in the split."""
+        from veneer.comparing.reporting.items import described
+
+        rows = self.data.test
+        known = [item for item in items if item.isdecimal() and int(item) < len(rows)]
+        return {item: described(rows[int(item)]) for item in known}
+
+    def amount(self) -> dict[str, Any]:
+        """The budget as options of training. The order of the data is the same for all arms, so that equal
+        passes are equal tokens. Tokens are real ones: neither padding nor what a method adds counts."""
+        kind, amount = self.budget.kind, self.budget.amount
+        if kind == "demo":
+            return {"epochs": DEMO_EPOCHS}
+        if kind == "examples" and amount is not None:
+            return {"epochs": amount / max(1, len(self.data.train))}
+        if kind == "tokens" and amount is not None:
+            return {"max_tokens": round(amount)}
+        if kind == "minutes" and amount is not None:
+            return {"max_seconds": 60 * amount}
+        return {}
+
+    def constant_guess(self, splits: tuple[str, ...], output: Path) -> Any:
+        """The majority class of the training rows, their shares as probabilities; for numbers the mean."""
+        labels = [self._label(row) for row in self.data.train]
+        predictions = {
+            split: [
+                {"item": number, **self._guess(labels, self._label(row))} for number, row in enumerate(rows)
+            ]
+            for split, rows in self.beyond.beside(self.data, splits).splits.items()
+            if split in splits
+        }
+        guess = SimpleNamespace(
+            metrics={split: self.task.metrics(found) for split, found in predictions.items()},
+            predictions=predictions,
+            trainable_parameters=0,
+            bytes_on_disk=0,
+            step_seconds=None,
+            tokens_per_second=None,
+            peak_memory_bytes=None,
+            folder=output,
+        )
+        return self.with_off_task(guess, splits, output)
+
+    def _label(self, row: Mapping[str, Any]) -> Any:
+        """The number to predict, or the index of the class."""
+        return float(row["label"]) if self.task.name == "regress" else self.task.index_of(row["label"])
+
+    def _guess(self, labels: list[Any], label: Any) -> dict[str, Any]:
+        if self.task.name == "regress":
+            mean = statistics.fmean(labels)
+            return {"score": -((mean - label) ** 2), "prediction": mean, "label": label}
+        names = list(self.task.labels)
+        counts = Counter(labels)
+        best = max(range(len(names)), key=lambda index: counts[index])
+        return {
+            "score": float(best == label),
+            "prediction": names[best],
+            "label": names[label],
+            "probabilities": {name: counts[index] / len(labels) for index, name in enumerate(names)},
+        }
+
+
+def _content(value: Any) -> str:
+    """What stands for a picture or a sound: its bytes' digest, since its text may hold an address in memory."""
+    data = value if isinstance(value, bytes) else getattr(value, "tobytes", str(value).encode)()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _methods() -> dict[str, Any]:
+    import veneer.methods  # noqa: F401  registers them
+    from veneer.edits import registry
+
+    return registry()
+
+
+def default_runner(
+    model: Any, data: Any, *, task: str | None, budget: Budget, options: Mapping[str, Any]
+) -> TrainingRunner:
+    """The trainer for `model` on `data`; reads the data, opens the base later."""
+    return TrainingRunner(model, data, task, budget, options)
