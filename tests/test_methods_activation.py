@@ -16,6 +16,7 @@ from references import invertible_adapter as invertible_reference
 from references import loreft as loreft_reference
 from references import serial_adapter as serial_reference
 from references import unipelt as unipelt_reference
+from veneer import testing
 from veneer.anatomy import Site
 from veneer.edits import At, Tensors, add_row_axis, build, orthonormal_rows
 from veneer.errors import BadOption
@@ -521,3 +522,16 @@ def test_untied_sets_never_meet_on_a_short_prompt(length, ends):
         assert edited.count(1.0) >= 1
         assert edited.count(10.0) >= 1
         assert marks[-1] == 10.0
+
+
+def test_rows_of_a_base_without_tokens_are_no_tokens():
+    """(rows, width): each of twelve rows is edited, not the first four and the last four."""
+    base = testing.bases.get("mlp")
+    subject = testing.Subject("loreft", base)
+    model = subject.model()
+    subject.attach(model, "a", 1)
+    inputs = subject.inputs(base.contents(12))
+    with torch.no_grad():
+        whole = model(**inputs)
+        bare = model(**inputs, adapters=None)
+    assert ((whole - bare).abs().amax(-1) > 1e-6).all()
