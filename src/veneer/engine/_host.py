@@ -395,12 +395,12 @@ def keep_history(frame: Frame, y: Any) -> None:
 
 
 def _follow_reordering(cache: Any, history: dict[Any, Tensor]) -> None:
-    plain = cache.reorder_cache
+    plain = type(cache).reorder_cache  # compiled code can make a function again, and no bound method
 
     def reorder_cache(beam_idx: Tensor, *args: Any, **kwargs: Any) -> Any:
         for name, value in history.items():
             history[name] = value.index_select(0, beam_idx.to(value.device))
-        return plain(beam_idx, *args, **kwargs)
+        return plain(cache, beam_idx, *args, **kwargs)
 
     cache.__dict__["_veneer_reorder"] = True
     cache.reorder_cache = reorder_cache
