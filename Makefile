@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 K ?=
 SLOW ?=
 
-.PHONY: setup lint test demo bench docs capabilities lines
+.PHONY: setup lint test demo bench study docs capabilities lines
 setup: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -29,6 +29,11 @@ demo: setup
 
 bench: setup
 	$(PY) -m veneer bench
+
+# The full protocol; nights. It stops and goes on at any moment.
+study: setup
+	for s in text images proteins; do $(PY) -m veneer compare studies/study-$$s.toml --yes || exit 1; done
+	$(PY) -m veneer compare --across runs/study-text --across runs/study-images --across runs/study-proteins --output runs/study
 
 docs: setup
 	$(PY) -m veneer.cli.docs docs
