@@ -72,9 +72,14 @@ def out(model: Any, given: dict[str, Tensor], **more: Any) -> Tensor:
     return y[0]
 
 
+# Sizes for layers of width 32, of which the methods' own would be more than there is.
+SMALL: dict[str, dict[str, Any]] = {"fourierft": {"frequencies": 24}, "shira": {"rank": 2}}
+
+
 def add(model: Any, method: Any, name: str, seed: int = 0, size: float = 0.2, **options: Any) -> Any:
     """Attach an adapter and randomise all that it trains: a zero update would pass anything."""
-    adapter = veneer.attach(model, method, name=name, seed=seed, **options)
+    small = SMALL.get(method, {}) if isinstance(method, str) else {}
+    adapter = veneer.attach(model, method, name=name, seed=seed, **{**small, **options})
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for value in adapter.named().values():

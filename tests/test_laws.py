@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import references
+from engine_tools import SMALL
 from veneer import testing
 from veneer.edits import registry
 from veneer.testing import Trial, place_as_layer
@@ -30,8 +31,7 @@ OPTIONS = {
     "vera": {"rank": 16},
     "hira": {"rank": 4},
     "lokr": {"rank": 3, "alpha": 6.0},
-    "fourierft": {"frequencies": 24},
-    "shira": {"rank": 2},
+    **SMALL,
     "boft": {"factors": 2},
     "prompt_tuning": {"length": 4},
     "prefix_tuning": {"length": 4},

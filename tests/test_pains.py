@@ -22,7 +22,7 @@ from torch import nn
 import training_tiny as tiny
 import veneer
 import zoo
-from engine_tools import add, base, inputs, out
+from engine_tools import SMALL, add, base, inputs, out
 from veneer import engine
 from veneer.errors import BadOption, NoSiteFound, ShapeDiffers, UnknownOption, Unsupported, VeneerError
 from veneer.testing import bases, randomise
@@ -592,7 +592,9 @@ def test_the_global_generator_is_not_touched(key, tmp_path):
     from veneer.testing import Subject
 
     subject = next(
-        s for s in (Subject(key, bases.get(b)) for b in ("mlp", "bert", "llama", "vit")) if not s.reason
+        s
+        for s in (Subject(key, bases.get(b), SMALL.get(key)) for b in ("mlp", "bert", "llama", "vit"))
+        if not s.reason
     )
     model = subject.model(torch.float32)
     torch.manual_seed(7)

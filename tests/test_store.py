@@ -24,6 +24,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import veneer
+from engine_tools import SMALL
 from veneer import engine
 from veneer.errors import BadFile, ShapeDiffers, VeneerError
 from veneer.testing import Subject, bases, randomise
@@ -38,7 +39,7 @@ forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not
 def subject_of(key):
     """The method on the smallest base where it has a place."""
     for name in SMALLEST:
-        found = Subject(key, bases.get(name))
+        found = Subject(key, bases.get(name), SMALL.get(key))
         if not found.reason:
             return found
     raise AssertionError(f"{key} has no place on {SMALLEST}")
