@@ -64,6 +64,7 @@ def main(path):
 def nursery(tmp_path):
     (tmp_path / "newborn.py").write_text(MAIN)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # as costs does: only one thread may fork
     with nurseries.Nursery("newborn", environment, ["wave", "no_such_module"]) as made:
         yield made
 
