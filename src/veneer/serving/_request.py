@@ -1,0 +1,74 @@
+"""What is asked of the engine and what it answers: plain data that knows neither HTTP nor torch.
+
+An adapter is named by its *version*, a string that never means anything else (the digest of its content). Which
+version a client's name means is settled before a request is made, so that a request ends with what it began with.
+"""
+
+from __future__ import annotations
+
+import itertools
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+
+_arrivals = itertools.count()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. temperature 0 takes the likeliest; above, tokens are drawn from `seed`."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    seed: int | None = None  # None: a fresh one for each request
+    stop: tuple[str, ...] = ()  # the text ends before the first of these
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: of the chosen token and of the k likeliest
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row: one prompt, one answer. `n` answers are `n` requests."""
+
+    prompt: tuple[int, ...]  # token ids
+    sampling: Sampling = field(default_factory=Sampling)
+    version: str | None = None  # of an adapter; None is the bare base
+    key: str = ""  # whose request this is, for fairness and for the prefix cache's separation
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Of one chosen token: its own log probability and the likeliest tokens' at that place."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What one step brought to one request. The last event of a request has a `finish`, whatever happened."""
+
+    id: str  # the request's
+    text: str = ""  # whole characters alone, nothing that may yet become a stop text
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[Logprob, ...] = ()
+    finish: Finish | None = None
+    error: Exception | None = None  # with finish="error": this request's failure, nobody else's
+    prompt_tokens: int = 0  # with the finish, as the next two
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, that were not computed again
