@@ -1,0 +1,71 @@
+"""The HTTP server over an engine and a registry: OpenAI's routes, one ASGI application.
+
+`create_app(engine, registry, settings, keys)` gives the application; `veneer serve` runs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+
+import veneer
+
+from . import chat, completions, health, models, tokens
+from .calls import Mailbox
+from .entry import Entry, authorise, describe
+from .errors import ApiError, install
+from .keys import Key, Keys, new_key
+from .limits import Limits
+from .metrics import Metrics
+from .service import Late, Service
+from .settings import Settings
+
+__all__ = ["ApiError", "Key", "Keys", "Late", "Settings", "authorise", "create_app", "new_key"]
+
+
+def create_app(
+    engine: Any, registry: Any, settings: Settings | None = None, keys: Keys | None = None
+) -> FastAPI:
+    """The application.
+
+    Args:
+        engine: a `veneer.serving.Engine`, or a `Late` one that is opened when the server has begun to listen.
+        registry: what names mean, a `veneer.serving.Registry` or anything with its `resolve` and `versions`.
+        settings: limits and strictness.
+        keys: who may come in; without keys everybody may.
+    """
+    settings, keys = settings or Settings(), keys or Keys()
+
+    def stats() -> dict[str, Any]:
+        return engine.stats() if getattr(engine, "is_open", True) else {}
+
+    metrics = Metrics(stats, settings.metric_labels, settings.vllm_names)
+    service = Service(engine, registry, keys, settings, metrics, Limits(settings))
+
+    @contextlib.asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        service.mailbox = Mailbox(loop)
+        opening = loop.run_in_executor(None, engine.open) if isinstance(engine, Late) else None
+        yield
+        service.draining = True
+        if opening is not None:
+            with contextlib.suppress(Exception):
+                await opening
+        service.texts.shutdown(wait=False)
+
+    app = FastAPI(
+        title="veneer", version=veneer.__version__, lifespan=life, docs_url=None, redoc_url=None,
+        description="Adapters of any method behind one running base.",
+    )  # fmt: skip
+    app.state.service = service
+    install(app)
+    for room in (models, completions, chat, tokens, health):
+        app.include_router(room.router(service))
+    app.add_middleware(Entry, keys=keys, settings=settings, observe=metrics.answered)
+    describe(app)
+    return app

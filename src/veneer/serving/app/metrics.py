@@ -1,0 +1,135 @@
+"""What Prometheus reads: counters of this server's requests, and the engine's own numbers when they are asked for.
+
+Adapters are labels. A label costs memory for ever, here and at whoever reads it: the first so many adapters that have
+traffic get their own, the others are counted together as "other", so that no counter ever goes back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+
+from .calls import Call
+from .record import Record
+
+FIRST = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+GAPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+WHOLE = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+OTHER, BASE = "other", "base"
+
+
+class Metrics:
+    """Args:
+    stats: the engine's numbers, asked for at each reading; an empty dict while there is no engine.
+    labels: adapters with labels of their own.
+    """
+
+    def __init__(self, stats: Callable[[], dict[str, Any]], labels: int, vllm_names: bool = False) -> None:
+        self._stats, self._most, self._vllm = stats, labels, vllm_names
+        self._labels: dict[str, str] = {}
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "veneer_requests",
+            "Requests by how they ended",
+            ["adapter", "method", "outcome"],
+            registry=registry,
+        )
+        self.tokens = Counter(
+            "veneer_tokens",
+            "Tokens of prompts, made, or found in the cache",
+            ["adapter", "kind"],
+            registry=registry,
+        )
+        self.ttft = Histogram(
+            "veneer_ttft_seconds", "Until the first token", ["adapter"], buckets=FIRST, registry=registry
+        )
+        self.gap = Histogram(
+            "veneer_inter_token_seconds",
+            "Between tokens of one row",
+            ["adapter"],
+            buckets=GAPS,
+            registry=registry,
+        )
+        self.whole = Histogram(
+            "veneer_request_seconds", "Until the last token", ["adapter"], buckets=WHOLE, registry=registry
+        )
+        self.http = Counter("veneer_http_responses", "Answers by status", ["status"], registry=registry)
+        registry.register(self)  # type: ignore[arg-type]
+
+    def label(self, adapter: str) -> str:
+        found = self._labels.get(adapter)
+        if found is None:
+            if len(self._labels) >= self._most:
+                return OTHER
+            found = self._labels[adapter] = adapter
+        return found
+
+    def finished(self, call: Call, target: Any) -> None:
+        """Count a call that is over."""
+        name = BASE if target.version is None else self.label(target.name)
+        now = time.perf_counter()
+        outcome = call.record.outcome or "cancelled"
+        self.requests.labels(name, target.method or "none", outcome).inc()
+        for kind, counts in (
+            ("prompt", call.prompt_tokens), ("generated", call.completion_tokens), ("cached", call.cached_tokens)
+        ):  # fmt: skip
+            self.tokens.labels(name, kind).inc(sum(counts))
+        if call.first is not None:
+            self.ttft.labels(name).observe(call.first - call.record.began)
+        for gap in call.gaps:
+            self.gap.labels(name).observe(gap)
+        if outcome == "done":
+            self.whole.labels(name).observe(now - call.record.began)
+
+    def answered(self, record: Record) -> None:
+        self.http.labels(str(record.status or 499)).inc()
+
+    def text(self, accept: str) -> tuple[bytes, str]:
+        """(body, content type), OpenMetrics where it is asked for."""
+        encoder, kind = choose_encoder(accept)
+        return encoder(self.registry), kind
+
+    def collect(self) -> Iterator[Any]:
+        """The engine's numbers. Also called once at registration, for the names."""
+        stats = self._stats()
+        for name, about, key in (
+            ("veneer_batch_rows", "Rows that share the running step", "running"),
+            ("veneer_batch_distinct_adapters", "Adapters in the running step", "distinct_adapters"),
+            ("veneer_queue_length", "Requests that wait for a slot", "waiting"),
+            ("veneer_slots", "Rows that can run together", "slots"),
+        ):
+            yield GaugeMetricFamily(name, about, stats.get(key, 0))
+        yield from self._residents(stats.get("residents", {}))
+        for name, about, key in (
+            ("veneer_adapter_evictions", "Adapters put out of memory for others", "evictions"),
+            ("veneer_prefix_hits", "Prompt tokens found in the cache", "prefix_hits"),
+        ):
+            if key in stats:
+                yield CounterMetricFamily(name, about, stats[key])
+        if self._vllm:
+            yield GaugeMetricFamily("vllm:num_requests_running", "Rows running", stats.get("running", 0))
+            yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests waiting", stats.get("waiting", 0))
+
+    def _residents(self, residents: dict[str, Any]) -> Iterator[Any]:
+        here = GaugeMetricFamily(
+            "veneer_adapter_resident_bytes", "Bytes of adapters by where they are", labels=["tier"]
+        )
+        count = GaugeMetricFamily("veneer_adapters_resident", "Adapters by where they are", labels=["tier"])
+        tiers: dict[str, list[int]] = {}
+        one = GaugeMetricFamily(
+            "veneer_adapter_resident", "1 where a version is", labels=["adapter", "version", "tier"]
+        )
+        for i, (version, facts) in enumerate(residents.items()):
+            tier = str(facts.get("tier", "host"))
+            tiers.setdefault(tier, []).append(int(facts.get("bytes", 0)))
+            if i < self._most:
+                one.add_metric([str(facts.get("name", "")), version[:19], tier], 1)
+        for tier, sizes in tiers.items():
+            here.add_metric([tier], sum(sizes))
+            count.add_metric([tier], len(sizes))
+        yield from (here, count, one)

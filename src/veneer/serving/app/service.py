@@ -1,0 +1,183 @@
+"""What all routes share: engine, registry, mailbox, limits and counters, and how a name becomes a version."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from veneer.errors import UnknownAdapter, VeneerError
+from veneer.serving import Event, Request
+
+from .calls import Call, Mailbox
+from .errors import ApiError, as_api_error
+from .keys import Key, Keys
+from .limits import Limits
+from .metrics import Metrics
+from .record import Record
+from .settings import Settings
+
+T = TypeVar("T")
+
+
+class Version(Protocol):
+    """An adapter as the registry knows it."""
+
+    digest: str
+    name: str
+    method: str
+    bytes: int
+    created: float
+    state: str
+    score: Any
+
+
+class Registry(Protocol):
+    def resolve(self, name: str) -> Any: ...
+
+    def versions(self) -> Sequence[Any]: ...
+
+
+class Engine(Protocol):
+    model_name: str
+    max_length: int
+    tokenizer: Any
+    alive: bool
+
+    def submit(self, request: Request, sink: Callable[[list[Event]], None]) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def encode(self, text: str) -> Sequence[int]: ...
+
+    def encode_chat(self, messages: list[dict[str, str]], **options: Any) -> Sequence[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def stats(self) -> dict[str, Any]: ...
+
+
+class Late:
+    """An engine that is still being opened: until it is there, whoever asks for it is told to wait.
+
+    Args:
+        opener: makes the engine; run once, on a side thread, when the server has begun to listen.
+    """
+
+    def __init__(self, opener: Callable[[], Any]) -> None:
+        self._opener = opener
+        self._engine: Any = None
+        self.failure: BaseException | None = None
+
+    def open(self) -> None:
+        try:
+            self._engine = self._opener()
+        except BaseException as error:
+            self.failure = error
+            raise
+
+    @property
+    def is_open(self) -> bool:
+        return self._engine is not None
+
+    def __getattr__(self, name: str) -> Any:
+        engine = self.__dict__.get("_engine")
+        if engine is None:
+            raise ApiError(503, "The base is being read: try again soon.", code="loading", retry_after=2)
+        return getattr(engine, name)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a request's model field means: a version of an adapter under its name, or the bare base."""
+
+    name: str  # echoed to the client
+    version: str | None
+    method: str
+
+
+@dataclass
+class Service:
+    engine: Any
+    registry: Registry
+    keys: Keys
+    settings: Settings
+    metrics: Metrics
+    limits: Limits
+    began: float = field(default_factory=time.time)
+    draining: bool = False
+    mailbox: Mailbox | None = None
+    # One thread for tokenising: long prompts do not hold up the loop, and a tokenizer is used by one at a time.
+    texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-texts"))
+
+    @property
+    def is_ready(self) -> bool:
+        is_open = getattr(self.engine, "is_open", True)
+        return bool(is_open and not self.draining and self.engine.alive)
+
+    @functools.cached_property
+    def token_text(self) -> Callable[[int], str]:
+        """Texts of single tokens, remembered: a stream asks for the same ones again and again."""
+        return functools.lru_cache(50_000)(lambda token: self.engine.decode([token]))
+
+    @functools.cached_property
+    def base(self) -> str:
+        """How clients name the base: never by a folder of the server's."""
+        if self.settings.served_name:
+            return self.settings.served_name
+        name = str(self.engine.model_name)
+        is_folder = name.startswith(("/", ".", "~")) or "\\" in name or Path(name).is_dir()
+        return Path(name).resolve().name if is_folder else name
+
+    def target(self, asked: str, key: Key) -> Target:
+        """Raises: ApiError 404 for a name that nothing has, with the nearest ones; 403 where the key may not."""
+        if asked in (self.base, self.engine.model_name):
+            return Target(self.base, None, "")
+        name = asked.removeprefix(self.base + ":")
+        try:
+            version = self.registry.resolve(name)
+        except VeneerError as error:
+            wrong = as_api_error(error)
+            raise ApiError(404, wrong.message, param="model", code="model_not_found") from None
+        if key.adapters is not None and version.name not in key.adapters:
+            raise ApiError(
+                404, f"No adapter is called {name[:100]!r}.", param="model", code="model_not_found"
+            )
+        return Target(version.name, version.digest, version.method)
+
+    def listed(self, key: Key) -> list[Any]:
+        """The versions that aliases point to, as far as this key may see them."""
+        return [v for v in self.registry.versions() if key.adapters is None or v.name in key.adapters]
+
+    async def in_texts(self, work: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Do something with the tokenizer, off the loop."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.texts, functools.partial(work, *arguments, **options))
+
+    def call(self, rows: Sequence[Request], key: Key, record: Record, target: Target) -> Call:
+        """Let the rows of a request in and start them."""
+        if self.draining:
+            raise ApiError(503, "The server is stopping.", code="draining", retry_after=5)
+        assert self.mailbox is not None
+        self.limits.enter(key)
+        self.limits.pay(key, sum(len(row.prompt) for row in rows))
+
+        def closed(call: Call) -> None:
+            self.limits.leave(key)
+            self.limits.pay(key, sum(call.completion_tokens))
+            self.metrics.finished(call, target)
+
+        call = Call(self.engine, self.mailbox, rows, record, closed)
+        try:
+            call.start()
+        except UnknownAdapter as error:  # retired between its being named and its being asked
+            raise ApiError(404, as_api_error(error).message, param="model", code="model_not_found") from None
+        except Exception as error:
+            record.outcome = "refused"
+            raise as_api_error(error, "prompt") from error
+        return call
