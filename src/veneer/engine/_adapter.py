@@ -98,6 +98,15 @@ class Adapter(nn.Module):
         not tell, since torch's fused optimisers do not raise them."""
         return not torch.compiler.is_compiling() and all(p.grad is None for p in self.leaves())
 
+    def version(self) -> tuple[Any, ...]:
+        """Changes when a leaf is written to, or given other data."""
+        return tuple((p._version, p.data_ptr()) for p in self.leaves())
+
+    def keeps(self, i: int, t: Tensors) -> bool:
+        """Whether `t` is what this adapter keeps for its site plan `i`, and not made for one call."""
+        kept = self._cached.get("derived")
+        return kept is not None and kept[i] is t
+
     # -- layout -------------------------------------------------------------------------------------------------
 
     def lay_out(
@@ -193,7 +202,7 @@ class Adapter(nn.Module):
         keep = not torch.is_grad_enabled() and not training and self.settled
         if not keep and not torch.compiler.is_compiling():
             self._cached.clear()
-        version = (dtype, tuple((p._version, p.data_ptr()) for p in self.leaves())) if keep else None
+        version = (dtype, self.version()) if keep else None
         if keep and self._cached.get("version") == version:
             return self._cached["tensors"]
         views: dict[str, Tensor] = {}

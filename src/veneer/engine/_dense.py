@@ -6,6 +6,7 @@ All are functions of the *bare* W and add up, so merging one of two adapters lea
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from veneer.errors import ShapeDiffers, Unsupported
 
 from ._facts import apply, facts, select, tensors_at
 from ._frame import Frame, entered
+from ._kept import may_keep, sources_of
 from ._outputs import cut_features, first, with_first
 from ._plan import SitePlan
 from ._program import Op, by_rows, is_shift, narrow
@@ -141,18 +143,49 @@ def _replaced(module: nn.Module, ops: list[Op], frame: Frame) -> dict[str, Tenso
         site = op.site
         now = replaced.get(site.parameter)
         kept = host.kept.get((name, site.parameter))
-        bare = kept if kept is not None else stored(module, site.parameter)
         alone = kept is None and sum(o.site.parameter == site.parameter for o in ops) == 1
-        W = cut(bare, site)
-        _check_shape(op, W)
-        t = tensors_at(op, frame, None)
-        if alone and "weight" in op.method.arguments and not site.experts:
-            replaced[site.parameter] = paste(bare, op.method.weight(t, W), site)  # type: ignore[attr-defined]
+        if alone:
+            replaced[site.parameter] = _made(
+                op, frame, "W'", functools.partial(_new_weight, module, op, frame)
+            )
             continue
         start = now if now is not None else stored(module, site.parameter)
-        new = cut(start, site) + dense_delta(op.plan, t, W).to(start.dtype)
-        replaced[site.parameter] = paste(start, new, site)
+        dW = _made(op, frame, "dW", functools.partial(_change, module, op, frame))
+        replaced[site.parameter] = paste(start, cut(start, site) + dW.to(start.dtype), site)
     return replaced
+
+
+def _made(op: Op, frame: Frame, what: str, make: Any) -> Tensor:
+    """What `make` makes of the op's tensors and the bare weight: kept while neither changes."""
+    if not may_keep(op):
+        return make()
+    host, site = frame.host, op.site
+    bare = host.kept.get((site.module, site.parameter))
+    sources = [*sources_of(host.module(site.module), site.parameter)] if bare is None else [bare]
+    sources += [v for _, v in op.t.items() if isinstance(v, Tensor)]
+    key = (op.adapter.name, id(op.plan), what)
+    found = host.dense.get(key, op.t, sources)
+    if found is None:
+        found = make()
+        host.dense.put(key, op.t, sources, found, frame.used())
+    return found
+
+
+def _change(module: nn.Module, op: Op, frame: Frame) -> Tensor:
+    W = cut(frame.host.bare(op.site), op.site)
+    _check_shape(op, W)
+    return dense_delta(op.plan, tensors_at(op, frame, None), W)
+
+
+def _new_weight(module: nn.Module, op: Op, frame: Frame) -> Tensor:
+    """The stored parameter under one edit alone."""
+    site, t = op.site, tensors_at(op, frame, None)
+    bare = stored(module, site.parameter)
+    W = cut(bare, site)
+    _check_shape(op, W)
+    if "weight" in op.method.arguments and not site.experts:
+        return paste(bare, op.method.weight(t, W), site)  # type: ignore[attr-defined]
+    return paste(bare, W + dense_delta(op.plan, t, W).to(bare.dtype), site)
 
 
 def _check_shape(op: Op, W: Tensor) -> None:

@@ -55,6 +55,11 @@ class Frame:
         default_factory=lambda: _prefix()
     )  # states recorded or played back, where a loop says so
 
+    def used(self) -> set[str]:
+        """The names of the adapters that act in this call."""
+        rows = [self.names] if self.names and isinstance(self.names[0], str) else self.names
+        return {n for names in rows or () for n in names}
+
 
 class _Local(threading.local):
     def __init__(self) -> None:  # once for each thread: compiled code guards on the attributes being there

@@ -20,6 +20,7 @@ from veneer.errors import BadOption, UnknownAdapter, Unsupported, nearest
 from . import _attention, _residual
 from ._adapter import Adapter
 from ._frame import Frame, Names, Session
+from ._kept import Kept
 from ._plan import Plan
 from ._program import Op, Program, banks_of, build
 from ._swap import restore, swap
@@ -52,6 +53,7 @@ class Host(nn.Module):
         self.swapped: dict[str, nn.Module] = {}
         self._modules_by_name: dict[str, nn.Module] | None = None
         self._programs: OrderedDict[Any, Program] = OrderedDict()
+        self.dense = Kept(self.base_bytes)  # what settled weight edits made
         self._trained: set[str] = set()  # adapters that ran with gradients since programs were last kept
         for p in root.parameters():
             p.requires_grad_(False)
@@ -90,6 +92,7 @@ class Host(nn.Module):
         self.active = tuple(n for n in self.active if n != name)
         self.banks = banks_of(self, self.active)
         self._programs.clear()
+        self.dense.drop(name)
         used = {store for a in self.adapters().values() for store in a.frozen_shared.values()}
         self.shared = {k: v for k, v in self.shared.items() if k in used}
 
@@ -138,6 +141,11 @@ class Host(nn.Module):
             if not n.startswith("veneer."):
                 return p.device
         return torch.device("cpu")
+
+    def base_bytes(self) -> int:
+        """Bytes of the base's own parameters and buffers, as they are stored."""
+        tensors = (*self.root.named_parameters(), *self.root.named_buffers())
+        return sum(v.numel() * v.element_size() for n, v in tensors if not n.startswith("veneer."))
 
     def bare(self, site: Site) -> Tensor:
         """The stored bare parameter: what was kept while adapters are merged, else the module's own."""
@@ -269,8 +277,9 @@ class Host(nn.Module):
             return build(self, rows, training)
         if not self._trained.isdisjoint(used):  # a step may have moved them since
             self._programs.clear()
+            self.dense.drop()
             self._trained.clear()
-        versions = tuple((n, tuple(p._version for p in self.adapter(n).leaves())) for n in sorted(used))
+        versions = tuple((n, self.adapter(n).version()) for n in sorted(used))
         key = (rows if _is_names(rows) else tuple(rows), versions, self.dtype, len(self.kept))
         found = self._programs.get(key)
         if found is None:
@@ -336,7 +345,13 @@ class Host(nn.Module):
         self.kept = {k: fn(v) for k, v in self.kept.items()}
         self.__dict__.pop("_dtype", None)
         self._programs.clear()
+        self.dense.drop()
         return made
+
+    def train(self, mode: bool = True) -> Host:
+        if mode:
+            self.dense.drop()
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
@@ -350,6 +365,7 @@ class Host(nn.Module):
             bank = self.members.setdefault(id(adapter.plan), {})
             bank[name] = len(bank) + 1
         self.banks = banks_of(self, self.active)
+        self.dense = Kept(self.base_bytes, self.dense._limit)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         import copy
@@ -363,6 +379,7 @@ class Host(nn.Module):
                 made.__dict__[key] = value if key == "anatomy" else dict(value)
             else:
                 made.__dict__[key] = copy.deepcopy(value, memo)
+        made.__dict__["dense"] = Kept(made.base_bytes, self.dense._limit)
         return made
 
     def extra_repr(self) -> str:

@@ -43,6 +43,7 @@ class Op:
         "rows",
         "singles",
         "site",
+        "still",
         "t",
     )
 
@@ -56,6 +57,7 @@ class Op:
         self.level = 0  # place in the stack of its rows
         self.singles: list[Tensors] = []  # rowed: the tensors of each row's adapter by themselves
         self.live: Tensor | None = None  # banked form: (rows, 1, 1) bool
+        self.still = False  # its tensors are the adapter's kept ones: no step is about to move them
         self.adds_alone = adds_alone(plan)
 
     def for_rows(self, rows: Rows, kept: Sequence[tuple[int, int]]) -> Op:
@@ -70,7 +72,7 @@ class Op:
 
             t = Tensors({n: take(v) for n, v in t.items()})
         made = Op(self.plan, t, None if rows.whole else rows, self.rowed, self.adapter, len(kept))
-        made.members, made.live, made.level = self.members, self.live, self.level
+        made.members, made.live, made.level, made.still = self.members, self.live, self.level, self.still
         made.singles = [self.singles[j] for _, j in kept] if self.singles else []
         return made
 
@@ -162,7 +164,7 @@ def _add(
         else:
             ops = [Op(sp, t[i], r, False, a) for (a, r), t in zip(members, tensors)]
         for op in ops:
-            op.level = level
+            op.level, op.still = level, not op.rowed and op.adapter.keeps(i, op.t)
             if op.adapter.of:
                 op.members = _members(host, op, training)
             place(program, op)
