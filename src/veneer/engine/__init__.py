@@ -4,13 +4,26 @@ from . import _attention, _blocks, _door, _site  # noqa: F401  (they register wh
 from ._adapter import Adapter
 from ._api import activate, active, adapters, bare, rows
 from ._attach import attach, detach, host_of, plan, read, relayout
+from ._begin import begin, going_on, within
 from ._cohort import alone, draws, is_still, put_draws, random_places, require_gradients, without_dropout
 from ._draws import dropout_seeds
 from ._host import Host, fingerprint
 from ._merge import MergeReport, merge, unmerge, why_not
 from ._plan import Plan
 from ._prefix import Prefix, frozen_prefix, playing, record_prefix
-from ._store import FORMATS, export, folder_of, load, read_record, read_tensors, register_format, save
+from ._store import (
+    FORMATS,
+    Read,
+    check_folder,
+    export,
+    folder_of,
+    load,
+    read_adapter,
+    read_record,
+    read_tensors,
+    register_format,
+    save,
+)
 from ._training import (
     Run,
     between_steps,
@@ -22,6 +35,7 @@ from ._training import (
     state,
     trainable,
 )
+from ._watch import facts_read
 
 __all__ = [
     "FORMATS",
@@ -30,6 +44,7 @@ __all__ = [
     "MergeReport",
     "Plan",
     "Prefix",
+    "Read",
     "Run",
     "activate",
     "active",
@@ -37,15 +52,19 @@ __all__ = [
     "alone",
     "attach",
     "bare",
+    "begin",
     "between_steps",
+    "check_folder",
     "check_gradients",
     "detach",
     "draws",
     "dropout_seeds",
     "export",
+    "facts_read",
     "fingerprint",
     "folder_of",
     "frozen_prefix",
+    "going_on",
     "host_of",
     "is_still",
     "load",
@@ -58,6 +77,7 @@ __all__ = [
     "put_draws",
     "random_places",
     "read",
+    "read_adapter",
     "read_record",
     "read_tensors",
     "record_prefix",
@@ -71,5 +91,6 @@ __all__ = [
     "trainable",
     "unmerge",
     "why_not",
+    "within",
     "without_dropout",
 ]

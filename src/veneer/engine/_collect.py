@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from veneer.edits import At
 
-from ._frame import Frame, Session
+from ._frame import Frame, Session, local
 from ._outputs import first
 from ._tokens import forget_rows
+from ._watch import watched
 
 
 def named_inputs(names: tuple[str, ...], args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -81,12 +82,14 @@ def collect(host: Any, module: nn.Module, frame: Frame, named: dict, extra: dict
     ids = named.get("input_ids")
     mask = named.get("attention_mask")
     mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if mask is None and session is not None:
+        mask = session.mask
     tokens = _length(named, ("input_ids", "inputs_embeds"))
     now = mask[:, -tokens:] if mask is not None and tokens else mask
     prompt = extra.get("prompt_mask")
     if prompt is None:
         prompt = _prompt(facts, session, named, now, past, total, tokens)
-    at = At(
+    at = (At if local.read is None else watched(local.read))(
         training=module.training, past=past, mask=now, mask_all=mask,
         prompt=prompt, tasks=_tasks(extra, session, total), ids=ids if isinstance(ids, Tensor) else None, inputs=extra,
         added=_added(session, total) if past == 0 else None,

@@ -29,6 +29,9 @@ class Session:
     names: Names | None = None  # for the whole batch, in place of the host's active ones
     generating: bool = False
     prompt: Tensor | None = None  # (rows, tokens when generation began) bool
+    mask: Tensor | None = (
+        None  # (rows, tokens of the call) bool: real ones, where the call's own mask is of 4 axes
+    )
     inserted: Any = None  # the Insertion of `tokens` edits made when generation began
     conditions: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)  # inputs for adapters, given when generation began
@@ -67,6 +70,7 @@ class _Local(threading.local):
         self.session: Session | None = None
         self.seeds: Any = None
         self.prefix: Any = None
+        self.read: set[str] | None = None  # names of the facts that methods read, where somebody asks
 
 
 local: _Local = _Local()

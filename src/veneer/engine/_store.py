@@ -207,7 +207,7 @@ def _digest_all(tensors: Mapping[str, Tensor]) -> str:
 
 def load(
     model: nn.Module,
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Read,
     name: str | None = None,
     *,
     activate: bool = True,
@@ -218,9 +218,12 @@ def load(
 
     Names, shapes and the base are compared first; nothing is half-loaded. Raises BadFile, ShapeDiffers, UnknownName.
     """  # fmt: skip
-    folder = folder_of(source)
-    sweep(folder, WRITTEN)
-    if not (folder / RECORD).is_file():
+    fresh = "veneer" not in getattr(model, "_modules", ())
+    read = source if isinstance(source, Read) else None
+    folder = source.folder if isinstance(source, Read) else folder_of(source)
+    if read is None:
+        sweep(folder, WRITTEN)
+    if not (read.record if read is not None else (folder / RECORD).is_file()):
         for _, (module, marker) in FORMATS.items():
             if marker and (folder / marker).is_file():
                 return importlib.import_module(module).read(model, folder, name, activate=activate, **options)
@@ -229,8 +232,11 @@ def load(
             nearest=sorted(p.name for p in folder.iterdir())[:5],
             next_step=f"name the folder that veneer.save wrote: {RECORD} and {TENSORS} lie in it",
         )
-    record = read_record(folder)
-    values = read_tensors(folder / TENSORS)
+    record, values = (
+        (read.record, read.values)
+        if read is not None
+        else (read_record(folder), read_tensors(folder / TENSORS))
+    )
     host = host_of(model, make=True)
     try:
         method = build(record["method"], **record["options"])
@@ -242,7 +248,7 @@ def load(
             of=record.get("of", ()), values=values, whole=tuple(record.get("whole", ())), **record.get("plan", {}),
         )  # fmt: skip
     except Exception as e:
-        if not host.names:
+        if fresh:
             host.leave()
         if isinstance(e, VeneerError):
             raise
@@ -254,6 +260,77 @@ def load(
              "sha256", "base", "versions"}  # fmt: skip
     adapter.info = {k: v for k, v in record.items() if k not in known}
     return adapter
+
+
+class Checked(dict[str, Tensor]):
+    """Tensors that are those of the record beside them: their digest was compared."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A folder's content in memory, so that attaching it reads nothing. Of foreign formats the folder alone."""
+
+    folder: Path
+    record: dict[str, Any]
+    values: dict[str, Tensor]
+
+
+def read_adapter(source: str | os.PathLike[str]) -> Read:
+    """Read a folder without a model: record and tensors, compared with their digest. Touches no model, so that it can
+    run beside one that is at work. `load` takes what it returns. Raises BadFile.
+    """
+    folder = folder_of(source)
+    if not (folder / RECORD).is_file():
+        return Read(folder, {}, {})
+    record, values = read_record(folder), read_tensors(folder / TENSORS)
+    for key, value in values.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise BadFile(f"tensor '{key}' of '{folder}' is not finite.", next_step="save the adapter again")
+    if "sha256" not in record:
+        return Read(folder, record, values)
+    if record["sha256"] != _digest_all(values):
+        raise BadFile(
+            f"'{folder}': the tensors are not those that were saved (their SHA-256 differs).",
+            next_step="copy the folder again",
+        )
+    return Read(folder, record, Checked(values))
+
+
+def check_folder(model: nn.Module, source: str | os.PathLike[str]) -> dict[str, Any]:
+    """What can be told of a folder without reading its tensors: format, method, options, names and shapes on this
+    base. Returns the record, {} for foreign formats. Raises BadFile, ShapeDiffers, UnknownMethod, ...
+    """
+    import safetensors
+
+    folder = folder_of(source)
+    if not (folder / RECORD).is_file():
+        known = [marker for _, marker in FORMATS.values() if marker and (folder / marker).is_file()]
+        if known:
+            return {}
+        inside(folder, RECORD)
+    record = read_record(folder)
+    try:
+        with safetensors.safe_open(str(inside(folder, TENSORS)), "pt") as file:
+            values = {k: torch.empty(file.get_slice(k).get_shape(), device="meta") for k in file.keys()}  # noqa: SIM118
+    except VeneerError:
+        raise
+    except Exception as e:
+        raise BadFile(f"'{folder / TENSORS}' is truncated or no safetensors file ({e}).",
+                      next_step="copy it again, or save it again") from None  # fmt: skip
+    host = host_of(model)
+    try:
+        method = build(record["method"], **record["options"])
+        found = _plan_for(model, method, whole=tuple(record.get("whole", ())), **record.get("plan", {}))
+    except VeneerError:
+        raise
+    except Exception as e:
+        raise BadFile(
+            f"'{folder / RECORD}' holds values that no save writes ({type(e).__name__}: {e}).",
+            next_step="copy the folder again, or save the adapter again",
+        ) from e
+    _compare(host, {**record, "drawn": {}}, found, values, strict=False)
+    now, then = fingerprint(host.anatomy, host.root, found), record.get("base", {}).get("fingerprint", {})
+    return {**record, "same_base": not then or then.get("values") == now["values"]}
 
 
 def folder_of(source: str | os.PathLike[str]) -> Path:
@@ -395,7 +472,8 @@ def _compare(host: Host, record: dict[str, Any], found: Any, values: dict[str, T
             f"{type(host.root).__name__} ({len(wrong)} tensors differ).",
             next_step="load it on the base that it was trained on",
         )
-    if "sha256" in record and record["sha256"] != _digest_all(values):
+    known = "sha256" in record and all(not v.is_meta for v in values.values())
+    if known and not isinstance(values, Checked) and record["sha256"] != _digest_all(values):
         raise BadFile(f"{what}: the tensors are not those that were saved (their SHA-256 differs).",
                       next_step="copy the folder again")  # fmt: skip
     now = fingerprint(host.anatomy, host.root, found)

@@ -2,6 +2,28 @@
 
 from __future__ import annotations
 
-from ._request import Event, Finish, Logprob, Request, Sampling
+from ._engine import Engine
+from ._request import (
+    Answer,
+    Event,
+    Finish,
+    Logprob,
+    PromptTooLong,
+    QueueFull,
+    Request,
+    Sampling,
+    UnknownVersion,
+)
 
-__all__ = ["Event", "Finish", "Logprob", "Request", "Sampling"]
+__all__ = [
+    "Answer",
+    "Engine",
+    "Event",
+    "Finish",
+    "Logprob",
+    "PromptTooLong",
+    "QueueFull",
+    "Request",
+    "Sampling",
+    "UnknownVersion",
+]

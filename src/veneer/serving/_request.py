@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from veneer.errors import BadOption, UnknownAdapter, VeneerError
+
 Finish = Literal["stop", "length", "cancelled", "error"]
 
 _arrivals = itertools.count()
@@ -72,3 +74,35 @@ class Event:
     prompt_tokens: int = 0  # with the finish, as the next two
     completion_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, that were not computed again
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request came to, whole."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Finish
+    logprobs: tuple[Logprob, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class QueueFull(VeneerError):
+    """As many requests wait as may wait. `retry_after`: seconds after which another try makes sense."""
+
+    def __init__(self, length: int, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(
+            f"{length} requests wait already, which is as many as may wait.",
+            next_step=f"try again in {retry_after:.0f} s",
+        )
+
+
+class UnknownVersion(UnknownAdapter):
+    """A request names an adapter's version that the engine does not have."""
+
+
+class PromptTooLong(BadOption):
+    """A prompt has more tokens than a row has positions."""

@@ -1,0 +1,290 @@
+"""The rows that run: their forwards, in slots beside one another or each with a cache of its own.
+
+A step reads prompts (a group of rows, or a part of one, under a budget of tokens) and says one token for every row
+that has read its own: one forward for all of them, whatever their adapters and lengths. If a forward raises, its rows
+run again one by one, so that whoever caused it fails alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.engine import begin, going_on, host_of, within
+from veneer.errors import VeneerError
+
+from ._row import Row
+from ._slots import Slots
+from ._traits import Traits
+
+Said = list[tuple[Row, Tensor]]  # a row, and the logits of what it says next, (vocabulary,)
+Failed = list[tuple[Row, Exception]]
+
+
+class NoNumbers(VeneerError):
+    """A row's logits are no numbers."""
+
+
+class Batch:
+    """slots: rows at most. positions: of a row at most. budget: tokens of prompts that a step reads."""
+
+    def __init__(self, model: nn.Module, slots: int, positions: int, budget: int) -> None:
+        self.model, self.budget, self.positions = model, budget, positions
+        self.host = host_of(model)
+        self.device = self.host.device
+        self.slots = Slots(slots, positions)
+        self.rows: list[Row] = []  # row i of those in slots has slot i
+        self.alone: list[Row] = []
+        self.accepts = frozenset(inspect.signature(type(model).forward).parameters)
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.windows = _windows(config)
+        self.in_slots = self.windows is not None and self._fits_slots()
+
+        self.bare = Traits()
+
+    # -- who is in -------------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) + len(self.alone)
+
+    @property
+    def everybody(self) -> list[Row]:
+        return [*self.rows, *self.alone]
+
+    def join(self, row: Row) -> None:
+        if row.traits.alone or not self.in_slots:
+            self.alone.append(row)
+            return
+        row.slot = len(self.rows)
+        self.rows.append(row)
+        if row.aside is not None:
+            self.slots.write(row.slot, 0, row.aside)
+            row.aside = None
+
+    def leave(self, row: Row, spoilt: bool = False) -> None:
+        """Free the row's slot; the last row takes it, so that rows stay neighbours."""
+        if row in self.alone:
+            self.alone.remove(row)
+            row.cache = row.session = None
+            return
+        hole, last = row.slot, self.rows.pop()
+        if spoilt:
+            self.slots.clear(hole)
+        if last is not row:
+            self.slots.move(last.slot, hole, last.length)
+            if spoilt:
+                self.slots.clear(last.slot)
+            last.slot = hole
+            self.rows[hole] = last
+        row.slot = -1
+
+    def clear(self) -> None:
+        self.rows, self.alone = [], []
+        self.slots = Slots(0, 0)
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> tuple[Said, Failed]:
+        """Read prompts and say a token for whoever is done reading."""
+        said: Said = []
+        failed: Failed = []
+        speaking = [r for r in self.rows if not r.todo]
+        group = self._readers()
+        if group:
+            self._run(group, self._read, said, failed)
+        if speaking:
+            self._run(speaking, self._speak, said, failed)
+        for row in list(self.alone):
+            self._run([row], self._by_itself, said, failed)
+        return said, failed
+
+    def _run(self, rows: list[Row], forward: Callable[[list[Row]], Said], said: Said, failed: Failed) -> None:
+        try:
+            found = forward(rows)
+        except Exception as e:
+            if len(rows) == 1:
+                failed.append((rows[0], e))
+                return
+            for row in rows:
+                self._run([row], forward, said, failed)
+            return
+        for row, logits in found:
+            if bool(torch.isnan(logits).any()):
+                wrong = NoNumbers(
+                    f"the answer of {_whose(row)} has no numbers (NaN).",
+                    next_step="look at the adapter's values, or serve in float32",
+                )
+                failed.append((row, wrong))
+            else:
+                said.append((row, logits))
+
+    def _readers(self) -> list[Row]:
+        """The rows whose prompts are read in this step: neighbours in time, alike in kind and length."""
+        waiting = [r for r in self.rows if r.todo]
+        if not waiting:
+            return []
+        head = waiting[0]
+        group, longest = [head], len(head.todo)
+        for row in waiting[1:]:
+            most = max(longest, len(row.todo))
+            if bool(row.length) != bool(head.length) or most * (len(group) + 1) > self.budget:
+                break
+            group.append(row)
+            longest = most
+        return group
+
+    def _read(self, rows: list[Row]) -> Said:
+        """One forward over the prompts of some rows, or over a part of a long one."""
+        counts = [
+            len(r.todo) if len(rows) > 1 or r.traits.whole else min(len(r.todo), self.budget) for r in rows
+        ]
+        ids, mask = self._left_padded([r.todo[:c] for r, c in zip(rows, counts)])
+        names = [r.name for r in rows]
+        fresh = not rows[0].length
+        inputs: dict[str, Any] = {"input_ids": ids}
+        if fresh:
+            session, inputs = begin(self.model, names, {"input_ids": ids, "attention_mask": mask})
+            mask = inputs.pop("attention_mask")
+        else:
+            session = going_on(self.model, names, any(r.traits.added for r in rows))
+        taken = mask.sum(1).tolist()
+        logits = self._forward(rows, [r.length for r in rows], taken, inputs, session, mask.bool())
+        for row, count, positions in zip(rows, counts, taken):
+            del row.todo[:count]
+            row.length += int(positions)
+        return [(row, logits[i, -1]) for i, row in enumerate(rows) if not row.todo]
+
+    def _speak(self, rows: list[Row]) -> Said:
+        """One token for every row: (rows, 1) -> logits of the next."""
+        ids = torch.tensor([[r.last] for r in rows], device=self.device)
+        session = going_on(self.model, [r.name for r in rows], any(r.traits.added for r in rows))
+        logits = self._forward(
+            rows, [r.length for r in rows], [1] * len(rows), {"input_ids": ids}, session, None
+        )
+        for row in rows:
+            row.length += 1
+        return [(row, logits[i, -1]) for i, row in enumerate(rows)]
+
+    def _forward(
+        self, rows: Sequence[Row], lengths: Sequence[int], counts: Sequence[int], inputs: dict[str, Any],
+        session: Any, mask: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        self.slots.place([r.slot for r in rows], lengths, counts, self.device)
+        more = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
+        with within(session, mask):
+            out = self.model(
+                **inputs, **more, attention_mask=self._masks(), position_ids=self.slots.position_ids(),
+                past_key_values=self.slots, use_cache=True,
+            )  # fmt: skip
+        return out.logits
+
+    def _masks(self) -> Any:
+        """What the base's forward takes as a ready mask: one, or one for each kind of layer."""
+        assert self.windows is not None
+        made = {kind: self.slots.mask(window) for kind, window in self.windows.items()}
+        return made if len(made) > 1 else next(iter(made.values()))
+
+    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """ids and mask, (rows, tokens): all rows end together, so that their last logits stand in one column."""
+        tokens = max(len(p) for p in prompts)
+        ids = torch.zeros(len(prompts), tokens, dtype=torch.long)
+        mask = torch.zeros(len(prompts), tokens, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            ids[i, tokens - len(prompt) :] = torch.tensor(prompt)
+            mask[i, tokens - len(prompt) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    # -- rows by themselves ----------------------------------------------------------------------------------------
+
+    def _by_itself(self, rows: list[Row]) -> Said:
+        """A row with a cache of its own: the base's own cache, as `generate` would use it."""
+        row = rows[0]
+        device = self.device
+        if row.todo:
+            ids = torch.tensor([row.todo], device=device)
+            row.session, inputs = begin(
+                self.model, [row.name], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            )
+            row.length = inputs["attention_mask"].shape[1]
+        else:
+            row.length += 1
+            mask = torch.ones(1, row.length, dtype=torch.long, device=device)
+            inputs = {"input_ids": torch.tensor([[row.last]], device=device), "attention_mask": mask}
+            if row.cache is None:  # a base without a cache reads everything again
+                prompt = row.request.prompt
+                ids = torch.tensor([[*prompt, *row.said]], device=device)
+                inputs = {"input_ids": ids}
+                if row.name is not None:
+                    inputs["prompt_mask"] = (torch.arange(ids.shape[1], device=device) < len(prompt))[None]
+                row.session = going_on(self.model, [row.name], False)
+        with within(row.session):
+            out = self.model(**inputs, past_key_values=row.cache, use_cache=True)
+        row.cache = out.get("past_key_values")
+        row.todo.clear()
+        return [(row, out.logits[0, -1])]
+
+    # -- what the base can do --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _fits_slots(self) -> bool:
+        """Whether this base computes the same in slots as by itself: two rows of unequal lengths, tried once."""
+        if not {"position_ids", "past_key_values", "use_cache"} <= self.accepts:
+            return False
+        vocabulary = int(getattr(self.model.config, "vocab_size", 0) or 16)
+        prompts = [[i % vocabulary for i in range(3, 9)], [i % vocabulary for i in range(5, 8)]]
+        nobody = going_on(self.model, [None, None], False)
+        slots, self.slots = self.slots, Slots(2, 16)
+        try:
+            with within(nobody):
+                alone = [
+                    self.model(input_ids=torch.tensor([p], device=self.device)).logits[0] for p in prompts
+                ]
+                found = []
+                lengths = [0, 0]
+                for counts in ([5, 2], [1, 1]):
+                    parts = [p[n : n + c] for p, n, c in zip(prompts, lengths, counts)]
+                    ids, _ = self._left_padded(parts)
+                    self.slots.place([0, 1], lengths, counts, self.device)
+                    out = self.model(
+                        input_ids=ids, attention_mask=self._masks(), position_ids=self.slots.position_ids(),
+                        past_key_values=self.slots, use_cache=True,
+                    )  # fmt: skip
+                    lengths = [n + c for n, c in zip(lengths, counts)]
+                    found.append(out.logits[:, -1])
+            size = max(float(a.abs().max()) for a in alone)
+            wrong = max(
+                float((found[step][i] - alone[i][at]).abs().max())
+                for step, places in enumerate(([4, 1], [5, 2]))
+                for i, at in enumerate(places)
+            )
+            eps = torch.finfo(found[0].dtype).eps
+            return bool(self.slots.k) and wrong <= 1000 * eps * max(1.0, size)
+        except Exception:
+            return False
+        finally:
+            self.slots = slots
+
+
+def _windows(config: Any) -> dict[str, int | None] | None:
+    """{kind of layer: keys that a token sees, or None for all}; None where slots cannot hold a kind."""
+    if config is None:
+        return None
+    window = getattr(config, "sliding_window", None)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    known: dict[str, int | None] = {"full_attention": None, "sliding_attention": window}
+    if not kinds:
+        return {"full_attention": window}
+    if not set(kinds) <= set(known):
+        return None
+    return {kind: known[kind] for kind in kinds}
+
+
+def _whose(row: Row) -> str:
+    return "the bare base" if row.name is None else f"adapter '{row.name}'"

@@ -1,0 +1,83 @@
+"""What tests of the engine share: tiny bases, folders of randomised adapters, and each adapter's own answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as t
+
+import veneer
+from engine_tools import add
+
+WORDS = 97
+COMMON = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+          "intermediate_size": 48, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
+          "eos_token_id": 2}  # fmt: skip
+
+
+def model(family: str = "llama") -> Any:
+    """A tiny causal base; logits far enough apart that the likeliest token is never in doubt."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if family == "llama":
+            made: Any = t.LlamaForCausalLM(t.LlamaConfig(**COMMON, num_key_value_heads=2))
+        elif family == "qwen3":
+            made = t.Qwen3ForCausalLM(t.Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=8))
+        elif family == "gpt2":
+            config = t.GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=128, bos_token_id=1,
+                                  eos_token_id=2)  # fmt: skip
+            made = t.GPT2LMHeadModel(config)
+        else:
+            raise KeyError(family)
+        for p in made.parameters():
+            if p.dim() > 1:
+                p.data.normal_(0, 0.3)
+    return made.eval()
+
+
+def folders(family: str, methods: dict[str, Any], where: Path) -> dict[str, Path]:
+    """{name: folder} of randomised adapters. methods: name -> key, or (key, options)."""
+    base = model(family)
+    made = {}
+    for i, (name, what) in enumerate(methods.items()):
+        key, options = what if isinstance(what, tuple) else (what, {})
+        add(base, key, name, seed=i, size=0.3, **options)
+        made[name] = veneer.save(base, name, where / name)
+        veneer.detach(base, name)
+    return made
+
+
+class Alone:
+    """Each adapter's answers by itself, through `generate` on a base of its own."""
+
+    def __init__(self, family: str, folders: dict[str, Path]) -> None:
+        self.model, self.folders = model(family), folders
+
+    def __call__(self, prompt: list[int], name: str | None, count: int) -> list[int]:
+        if name is not None and name not in veneer.adapters(self.model):
+            veneer.load(self.model, self.folders[name], name=name, activate=False)
+        ids = torch.tensor([prompt])
+        more = {} if name is None else {"adapters": [name]}
+        if name is None and not veneer.adapters(self.model):
+            out = self.model.generate(
+                ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+        else:
+            more = {"adapters": [name]}
+            out = self.model.generate(
+                ids, max_new_tokens=count, do_sample=False, eos_token_id=None, pad_token_id=0, **more
+            )
+        return out[0, len(prompt) :].tolist()
+
+
+def prompts(count: int, seed: int = 0) -> list[list[int]]:
+    """Prompts of uneven lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(
+            3, WORDS, (2 + int(torch.randint(0, 14, (), generator=generator)),), generator=generator
+        ).tolist()
+        for _ in range(count)
+    ]
