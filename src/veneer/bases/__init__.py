@@ -1,6 +1,7 @@
 """Bases: models of any origin, opened by what a person types, and quantised forms of them.
 
-Public: `open_base`, `Base`, `fingerprint`, `builtin_bases`, and in `veneer.bases.quantised` the forms.
+Public: `open_base`, `Base`, `fingerprint`, `builtin_bases`, and in `veneer.bases.quantised` and
+`veneer.bases.matmul` how its weights are kept, and how they multiply.
 """
 
 from veneer.bases._base import Base, fingerprint

@@ -19,6 +19,7 @@ from veneer.bases._base import Base
 from veneer.bases._builtin import BUILTINS, builtin, builtin_folder
 from veneer.bases._convert import gguf_options, quiet
 from veneer.bases._others import from_function, from_timm
+from veneer.bases.matmul import check_form, set_matmul
 from veneer.errors import (
     BadFile,
     BadOption,
@@ -62,6 +63,7 @@ def open_base(
     task: str | None = None,
     num_labels: int | None = None,
     quantise: str | None = None,
+    matmul: str | None = None,
     seed: int | None = None,
     **options: Any,
 ) -> Base:
@@ -69,7 +71,7 @@ def open_base(
 
     spec: a folder, a hub id, a file.gguf, "timm:NAME", "builtin:NAME", "module:path.py:function".
     dtype: None keeps that of the file. task: one of `HEADS`; None takes the class that the files name.
-    quantise: "nf4" or "int8". seed: of a fresh head's values; None draws from torch's generator.
+    quantise: "nf4" or "int8". matmul: how its frozen weights multiply, one of `veneer.bases.matmul.FORMS`. seed: of a fresh head's values; None draws from torch's generator.
     options: for the loader (`from_pretrained`, `timm.create_model`, or the function).
     Raises UnknownName, BadOption, BadFile, MissingPackage.
     """
@@ -86,6 +88,7 @@ def open_base(
             nearest=("nf4", "int8"),
             next_step="quantise='nf4', quantise='int8', or leave it out",
         )
+    matmul = check_form(matmul)
     with _seeded(seed):
         base = _by_kind(spec, task, num_labels, torch_dtype(dtype), options)
     if base.kind != "transformers" and dtype is not None:
@@ -97,6 +100,8 @@ def open_base(
     if device is not None:
         base.model.to(device)
     base.model.eval()
+    if matmul != "plain":
+        base.notes.append(str(set_matmul(base.model, matmul)))
     return base
 
 

@@ -24,6 +24,7 @@ from ._store import (
     register_format,
     save,
 )
+from ._swap import plain_class, rebase
 from ._training import (
     Run,
     between_steps,
@@ -71,6 +72,7 @@ __all__ = [
     "merge",
     "parameters",
     "penalty",
+    "plain_class",
     "plan",
     "playing",
     "prepare_training",
@@ -80,6 +82,7 @@ __all__ = [
     "read_adapter",
     "read_record",
     "read_tensors",
+    "rebase",
     "record_prefix",
     "register_format",
     "relayout",

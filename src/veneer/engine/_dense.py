@@ -307,10 +307,9 @@ def _add_branches(
 def _may_write(module: nn.Module) -> bool:
     """Whether the module's output is nobody else's: a linear layer's is new at each call, and no backward reads it.
     Compiled code needs no such help, and under `vmap` the change may have an axis that the output lacks."""
-    if (
-        getattr(plain_class(module), "forward", None) is not nn.Linear.forward
-        or torch.compiler.is_compiling()
-    ):
+    made = plain_class(module)
+    linear = getattr(made, "forward", None) is nn.Linear.forward or getattr(made, "forms_its_product", False)
+    if not linear or torch.compiler.is_compiling():
         return False
     level = getattr(torch._C._functorch, "maybe_current_level", None)
     return level is not None and level() is None

@@ -329,7 +329,7 @@ def _set(module: nn.Module, parameter: str, value: Tensor) -> None:
         if last == "weight" and hasattr(owner, "requantise_"):
             owner.requantise_(value)
         else:
-            getattr(owner, last).data.copy_(value)
+            getattr(owner, last).copy_(value)  # not `.data`: copies of the weight go by its version
 
 
 @torch.no_grad()

@@ -81,6 +81,12 @@ def restore(module: nn.Module) -> None:
     module.__dict__.pop(NAME, None)
 
 
+def rebase(module: nn.Module, plain: type) -> None:
+    """Another plain class (a subclass or base of the one there is) beneath what adapters made of the module."""
+    kinds = kinds_of(module)
+    module.__class__ = swapped_class(plain, kinds) if kinds else plain
+
+
 def wraps(function: Callable[..., Any], base: type, name: str) -> Callable[..., Any]:
     """`function` with the signature of base.name: a wrapper of its own for each generated class."""
     return functools.wraps(getattr(base, name))(function)

@@ -68,7 +68,8 @@ def output_layer(model: nn.Module) -> nn.Module | None:
         head = find() if find is not None else None
     except (AttributeError, NotImplementedError):
         return None
-    return head if type(head) is nn.Linear else None
+    unedited = type(head) is nn.Linear or getattr(type(head), "forms_its_product", False)
+    return head if unedited and not getattr(type(head), "_veneer_kinds", ()) else None
 
 
 def hidden_states(model: nn.Module, head: nn.Module, inputs: dict[str, Any]) -> tuple[Any, Any]:
