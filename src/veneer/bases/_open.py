@@ -72,7 +72,8 @@ def open_base(
     spec: a folder, a hub id, a file.gguf, "timm:NAME", "builtin:NAME", "module:path.py:function".
     dtype: None keeps that of the file. task: one of `HEADS`; None takes the class that the files name.
     quantise: "nf4" or "int8". matmul: how its frozen weights multiply, "plain" (float32), "packed", "bf16" or "int8";
-    see `veneer.bases.matmul`, which measures the error of each. seed: of a fresh head's values; None draws from torch's generator.
+    see `veneer.bases.matmul`, which measures the error of each. seed: of a fresh head's values; None draws from
+    torch's generator.
     options: for the loader (`from_pretrained`, `timm.create_model`, or the function).
     Raises UnknownName, BadOption, BadFile, MissingPackage.
     """
