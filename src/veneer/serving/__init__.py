@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from ._engine import Engine
+from ._registry import Registry
+from ._registry_check import check_on
+from ._registry_engine import gone_from, ready_on
+from ._registry_jobs import Job, JobEvent, Jobs
+from ._registry_rows import Move, Version
 from ._request import (
     Answer,
     Event,
@@ -14,16 +19,27 @@ from ._request import (
     Sampling,
     UnknownVersion,
 )
+from ._watch import Watcher
 
 __all__ = [
     "Answer",
     "Engine",
     "Event",
     "Finish",
+    "Job",
+    "JobEvent",
+    "Jobs",
     "Logprob",
+    "Move",
     "PromptTooLong",
     "QueueFull",
+    "Registry",
     "Request",
     "Sampling",
     "UnknownVersion",
+    "Version",
+    "Watcher",
+    "check_on",
+    "gone_from",
+    "ready_on",
 ]
