@@ -9,7 +9,8 @@ import pytest
 from veneer.comparing import parse_arms, read_comparison
 from veneer.comparing.inference.claims import RULES, check_claim
 
-FILES = sorted((Path(__file__).parents[1] / "studies").glob("c*.toml"))
+STUDIES = Path(__file__).parents[1] / "studies"
+FILES = sorted([*STUDIES.glob("c*.toml"), *STUDIES.glob("reduced-c*.toml")])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -23,7 +24,7 @@ def test_a_study_is_a_comparison_with_a_claim_that_can_be_decided(path):
         }
         return
     check_claim(claim, arms)
-    assert claim["id"] == path.stem.upper()
+    assert claim["id"] == path.stem.removeprefix("reduced-").upper()
     assert claim["says"]
     assert claim["source"]
     for name in claim.get("with", ()):
@@ -36,6 +37,16 @@ def test_every_rule_has_a_study():
 
 
 def test_the_halves_of_a_claim_about_orders_differ_in_the_rates_alone():
-    one, two = (read_comparison(path) for path in FILES if path.stem.startswith("c8"))
-    differing = {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
-    assert differing == {"claim", "rates", "trials"}
+    for name in ("c8", "reduced-c8"):
+        one, two = (read_comparison(STUDIES / f"{file}.toml") for file in (name, f"{name}-shared"))
+        differing = {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
+        assert differing == {"claim", "rates", "trials"}
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("reduced-c*.toml")), ids=lambda path: path.stem)
+def test_a_reduced_claim_is_decided_by_the_rule_of_the_whole_one(path):
+    part = read_comparison(path)
+    whole = read_comparison(path.with_name(path.name.removeprefix("reduced-")))
+    assert set(part["methods"]) <= set(whole["methods"]) | {"lora:rank=8"}
+    for key in ("id", "says", "source", "rule", "margin", "alike_above", "share", "signs"):
+        assert part.get("claim", {}).get(key) == whole.get("claim", {}).get(key)

@@ -20,6 +20,7 @@ from veneer.errors import BadData, Unsupported
 from veneer.tasks._answers import output_layer
 from veneer.tasks._collate import takes
 from veneer.training._kept import Played, played
+from veneer.training.cohorts.lengths import ONE_MORE, of_like_length
 
 Loss = Callable[[Any], Tensor]
 
@@ -104,7 +105,8 @@ def shared_losses(
     batch below its lowest edit; members with the same prefix share a forward that begins behind it.
 
     Members whose inputs cannot stand in one batch (other names, pictures of other sizes) get a forward for each
-    kind. Where a shared forward fails, each member is run by itself, so that the error is that of its cause alone.
+    kind; on the CPU also those whose lengths differ so much that filling up would cost more than another call. Where
+    a shared forward fails, each member is run by itself, so that the error is that of its cause alone.
     """
     asks = [_asked(model, name, loss) for name, loss in losses.items()]
     for ask in asks:
@@ -167,7 +169,15 @@ def _groups(model: nn.Module, asks: Sequence[Ask]) -> list[list[Ask]]:
             else:
                 key.append((name, value.dtype, tuple(value.shape[1:])))
         found.setdefault(tuple(key), []).append(ask)
-    return list(found.values())
+    if not pads or next(model.parameters()).device.type != "cpu":
+        return list(found.values())  # there a call more costs more than filling up
+    return [part for group in found.values() for part in _of_like_length(group)]
+
+
+def _of_like_length(group: list[Ask]) -> list[list[Ask]]:
+    """The group in parts that fill little up, each in the order of the group."""
+    sizes = [(a.rows, _length(a.inputs, ENTERS)) for a in group]
+    return [[group[i] for i in part] for part in of_like_length(sizes, ONE_MORE)]
 
 
 def _run(model: nn.Module, group: list[Ask], seeds: Mapping[str, int]) -> None:
