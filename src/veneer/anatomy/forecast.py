@@ -36,6 +36,7 @@ def memory(
     heads: int = 0,
     fused_attention: bool = True,
     lowest_block: int = 0,
+    copies: int = 0,
 ) -> dict[str, int]:
     """Bytes of a training step, by what they hold, and their total. A base with `n_parameters`, of which
     (or beside which) `trainable` are trained.
@@ -48,7 +49,7 @@ def memory(
         logits      = 2 B L vocabulary 4      the logits in float32 and their gradient; causal models only
 
     `bytes_of_weights` is what the base really takes (quantised forms); else n_parameters times the size of
-    `dtype`.
+    `dtype`. `copies`: bytes that a form of the frozen matmul keeps beside them.
     """
     for name, value in (
         ("n_parameters", n_parameters),
@@ -80,5 +81,6 @@ def memory(
         "optimiser": trainable * OPTIMISERS[optimiser],
         "activations": activations if trainable else 0,
         "logits": logits,
+        **({"copies": copies} if copies else {}),
     }
     return {**found, "total": sum(found.values())}

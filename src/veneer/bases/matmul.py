@@ -164,7 +164,7 @@ def _computed(run: Callable[[], Any], trained: Sequence[Tensor] | None) -> tuple
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices), torch.set_grad_enabled(trained is not None):
         output = run()
-        shown = _tensor_of(output)
+        shown = shown_of(output)
         loss = output if isinstance(output, Tensor) and output.dim() == 0 else getattr(output, "loss", None)
         if trained is None or loss is None:
             return shown.detach(), None
@@ -172,7 +172,8 @@ def _computed(run: Callable[[], Any], trained: Sequence[Tensor] | None) -> tuple
     return shown.detach(), [torch.zeros_like(p) if g is None else g for p, g in zip(trained, slopes)]
 
 
-def _tensor_of(output: Any) -> Tensor:
+def shown_of(output: Any) -> Tensor:
+    """The tensor of a model's output that a person would compare: logits, else the last hidden state, else the loss."""
     if isinstance(output, Tensor):
         return output
     for name in ("logits", "last_hidden_state", "loss"):
@@ -223,4 +224,5 @@ __all__ = [
     "matmul_of",
     "plainly",
     "set_matmul",
+    "shown_of",
 ]

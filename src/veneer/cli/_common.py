@@ -70,6 +70,10 @@ Device = Annotated[
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help="of the base: float32, bfloat16, float16; default: its files'")
 ]
+Matmul = Annotated[
+    str | None,
+    typer.Option("--matmul", help="how frozen weights multiply: plain (float32), packed, bf16, int8"),
+]
 Columns = Annotated[str | None, typer.Option("--columns", help="which column is what: text=...,label=...")]
 Option = Annotated[
     list[str] | None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli._common import Debug, Device, Dtype, Quiet, Seed, note, still
+from veneer.cli._common import Debug, Device, Dtype, Matmul, Quiet, Seed, note, still
 
 EXAMPLES = (
     "veneer chat --adapter runs/two",
@@ -26,6 +26,7 @@ def chat(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    matmul: Matmul = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -33,7 +34,7 @@ def chat(
     from veneer.training import Chat
 
     still()
-    opening = {"model": model, "device": device, "dtype": dtype}
+    opening = {"model": model, "device": device, "dtype": dtype, "matmul": matmul}
     talk = Chat(adapter, system=system, **opening)
     is_person = sys.stdin.isatty()
     if is_person:

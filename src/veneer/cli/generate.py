@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli._common import STATE, AsJson, Debug, Device, Dtype, Quiet, Seed, result, still
+from veneer.cli._common import STATE, AsJson, Debug, Device, Dtype, Matmul, Quiet, Seed, result, still
 
 EXAMPLES = (
     'veneer generate --adapter runs/two "Write a line about rain."',
@@ -30,6 +30,7 @@ def generate(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    matmul: Matmul = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -39,7 +40,7 @@ def generate(
     from veneer.training import generate as run_generation
 
     still()
-    opened = Predictor.open(adapter, model=model, task=task, device=device, dtype=dtype)
+    opened = Predictor.open(adapter, model=model, task=task, device=device, dtype=dtype, matmul=matmul)
     asked = sys.stdin.read() if prompt == "-" else prompt
 
     def write(piece: str) -> None:

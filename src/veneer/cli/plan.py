@@ -11,6 +11,7 @@ from veneer.cli._common import (
     AsJson,
     Debug,
     Dtype,
+    Matmul,
     Option,
     Quiet,
     arm_of,
@@ -42,6 +43,7 @@ def plan(
         str | None, typer.Option(help="the task whose head the base gets; default: the one of its files")
     ] = None,
     dtype: Dtype = None,
+    matmul: Matmul = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -52,18 +54,20 @@ def plan(
     """
     from veneer import engine
     from veneer.bases import open_base
+    from veneer.bases.matmul import matmul_of
 
     key, options = arm_of(method)
-    flags = [f"--{name}" for name in ("batch-size", "length", "task", "dtype", "option")]
+    flags = [f"--{name}" for name in ("batch-size", "length", "task", "dtype", "matmul", "option")]
     options |= method_options(
         key, {**extra_options(ctx.args, "plan"), **typed_options(option)}, "plan", flags
     )
     still()
-    base = open_base(model, task=task, dtype=dtype)
+    base = open_base(model, task=task, dtype=dtype, matmul=matmul)
     for text in base.notes:
         note(f"note: {text}")
     made = engine.plan(base.model, key, **options)
-    parts = made.memory(batch_size=batch_size, length=length)
+    copies = matmul_of(base.model).copies_in_training
+    parts = made.memory(batch_size=batch_size, length=length, copies=copies)
     total = sum(p.numel() for p in base.model.parameters())
     plain = made.to_dict() | {
         "model": base.name, "parameters": total, "share": made.trainable_parameters / max(1, total),

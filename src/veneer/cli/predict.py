@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from veneer.cli._common import AsJson, Columns, Debug, Device, Dtype, Quiet, result, still
+from veneer.cli._common import AsJson, Columns, Debug, Device, Dtype, Matmul, Quiet, result, still
 from veneer.cli._table import cut, terminal_width
 from veneer.errors import BadOption
 
@@ -31,6 +31,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="rows at a time")] = 64,
     device: Device = None,
     dtype: Dtype = None,
+    matmul: Matmul = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -44,7 +45,7 @@ def predict(
     from veneer.training import Predictor
 
     still()
-    opened = Predictor.open(adapter, model=model, task=task, device=device, dtype=dtype)
+    opened = Predictor.open(adapter, model=model, task=task, device=device, dtype=dtype, matmul=matmul)
     given = [line.rstrip("\n") for line in sys.stdin if line.strip()] if texts == ["-"] else list(texts or ())
     reading = {"columns": columns} if columns else {}
     if input:

@@ -13,6 +13,7 @@ from veneer.cli._common import (
     Debug,
     Device,
     Dtype,
+    Matmul,
     Option,
     Quiet,
     Seed,
@@ -96,6 +97,7 @@ def train(
         list[str] | None, typer.Option(help="NAME=DIR, an adapter that the method combines")
     ] = None,
     quantise: Annotated[str | None, typer.Option(help="the base's form: nf4, int8")] = None,
+    matmul: Matmul = None,
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
@@ -139,6 +141,7 @@ def train(
         for_all: dict[str, Any] = {
             "model": model, "data": data, "output": output, "recipe": recipe, "task": task, "whole": whole,
             "members": _members(member) or None, "dtype": dtype, "device": device, "quantise": quantise,
+            "matmul": matmul,
             "max_length": max_length, "data_options": reading or None, **settings,
             "seed": seed if ctx.get_parameter_source("seed").name != "DEFAULT" else None,  # type: ignore[union-attr]
         }  # fmt: skip
@@ -162,6 +165,7 @@ def train(
     found = run_training(
         model=model, data=splits, method=method, output=output, recipe=recipe, method_options=options,
         whole=whole or (), members=_members(member), hooks=[announce], dtype=dtype, device=device, quantise=quantise,
+        matmul=matmul,
         max_length=max_length, seed=seed, progress=gathered, **settings,
     )  # fmt: skip
     if key != "untrained":

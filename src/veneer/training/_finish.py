@@ -53,7 +53,7 @@ def finish(
         train_seconds=run.seconds,
         trained_tokens=run.tokens,
         history=run.history,
-        notes=notes,
+        notes=[*notes, *run.notes],
     )
     if folder is not None:
         result.write(folder)

@@ -74,6 +74,7 @@ class Run:
         self.phase = -1
         self._stages: list[tuple[float, Phase]] = []
         self.written: str | None = None
+        self.notes: list[str] = []  # what to say beside the result
         self.frozen = FrozenPart(self)
         self.checked, self._saved = False, time.monotonic()
         self.optimizer = self._make_optimizer()

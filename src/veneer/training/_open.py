@@ -73,25 +73,37 @@ def task_for(rows: Rows, max_length: int | None, **options: Any) -> Task:
     return find_task(rows.task).from_rows(rows.splits["train"], rows.labels or None, **options)
 
 
-def open_model(model: Any, task: Task, *, tokenizer: Any, seed: int, dtype: Any, quantise: str | None) -> Any:
-    """A Base: as given, or opened for the task with a head whose start comes from the seed."""
+def open_model(
+    model: Any, task: Task, *, tokenizer: Any, seed: int, dtype: Any, quantise: str | None, matmul: str | None = None
+) -> Any:  # fmt: skip
+    """A Base: as given, or opened for the task with a head whose start comes from the seed. matmul: None leaves one
+    that is given as it is.
+    """
     from veneer.bases import Base, open_base
+    from veneer.bases.matmul import set_matmul
 
     if isinstance(model, (str, Path)):
         return open_base(
             str(model), task=task.name, num_labels=task.num_labels, dtype=dtype, quantise=quantise,
-            seed=derived(seed, "head"),
+            matmul=matmul, seed=derived(seed, "head"),
         )  # fmt: skip
     if isinstance(model, tuple) and len(model) == 2:
         model, tokenizer = model
     if isinstance(model, nn.Module):
         kind = "transformers" if hasattr(model, "config") else "function"
-        return Base(model, type(model).__name__, "", kind, tokenizer=tokenizer, processor=tokenizer)
+        model = Base(model, type(model).__name__, "", kind, tokenizer=tokenizer, processor=tokenizer)
     if not hasattr(model, "model"):
         raise BadOption(
             f"model={model!r:.80} is no spec, no Base and no torch.nn.Module.",
             next_step='model="builtin:minilm", a folder, a hub id, or a torch.nn.Module',
         )
+    if matmul is not None:
+        said = set_matmul(model.model, matmul)
+        notes = getattr(model, "notes", None)
+        if notes is not None:
+            notes[:] = [n for n in notes if not n.startswith("matmul=")] + (
+                [str(said)] if matmul != "plain" else []
+            )
     return model
 
 

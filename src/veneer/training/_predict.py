@@ -45,11 +45,13 @@ class Predictor:
         tokenizer: Any = None,
         device: Any = None,
         dtype: Any = None,
+        matmul: str | None = None,
     ) -> Predictor:
         """From a folder that `train` wrote. model: another spec, or an open base, in place of the recorded
         one.
 
-        task: for folders that name none (adapters that were saved by hand, or come from elsewhere).
+        task: for folders that name none (adapters that were saved by hand, or come from elsewhere). matmul: None
+        multiplies as in its training.
         """
         from veneer import engine
 
@@ -64,7 +66,7 @@ class Predictor:
             )
         base = _open.open_model(
             spec, made, tokenizer=tokenizer, seed=0, dtype=dtype or opens.get("dtype"),
-            quantise=opens.get("quantise"),
+            quantise=opens.get("quantise"), matmul=matmul or opens.get("matmul"),
         )  # fmt: skip
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         base.model.to(where)
@@ -160,11 +162,15 @@ def _task_of(record: Mapping[str, Any], task: str | None, folder: Path) -> Task:
 
 def predict(folder: str | Path, rows: Any, **options: Any) -> list[dict[str, Any]]:
     """Predictions of an adapter's folder for a text, texts, rows or a file. See `Predictor`."""
-    opening = {k: options.pop(k) for k in ("model", "task", "tokenizer", "device", "dtype") if k in options}
+    opening = {
+        k: options.pop(k) for k in ("model", "task", "tokenizer", "device", "dtype", "matmul") if k in options
+    }
     return Predictor.open(folder, **opening).predict(rows, **options)
 
 
 def evaluate(folder: str | Path, data: Any, **options: Any) -> Evaluation:
     """Metrics and predictions of an adapter's folder on a split of `data`. See `Predictor`."""
-    opening = {k: options.pop(k) for k in ("model", "task", "tokenizer", "device", "dtype") if k in options}
+    opening = {
+        k: options.pop(k) for k in ("model", "task", "tokenizer", "device", "dtype", "matmul") if k in options
+    }
     return Predictor.open(folder, **opening).evaluate(data, **options)

@@ -38,6 +38,7 @@ def train(
     tokenizer: Any = None,
     dtype: Any = None,
     quantise: str | None = None,
+    matmul: str | None = None,
     device: Any = None,
     progress: bool | Progress = True,
     **settings: Any,
@@ -48,6 +49,8 @@ def train(
     data: a spec, rows by split, or `veneer.data.read`'s Splits. method: an arm
     (`method[:option=value,...][+recipe]`), a Method, or "untrained". whole: modules that are trained whole,
     beside fresh ones. members: {name: folder} of adapters that the method combines (adapter_fusion).
+    matmul: how frozen weights multiply, "plain" (float32), "packed", "bf16" or "int8"; the error of the form is
+    measured on the first rows, and noted, before it trains.
     data_options, task_options: for `veneer.data.read` and for the task. Settings: learning_rate (None: from
     the method's range), epochs=3, max_steps, max_tokens (real ones), max_seconds (of steps), batch_size=16 rows a
     step, accumulate=1 parts of it, seed, weight_decay=0.01,
@@ -63,14 +66,16 @@ def train(
     made = wanted(
         model=model, data=data, method=method, task=task, output=output, max_length=max_length, recipe=recipe,
         method_options=method_options, data_options=data_options, task_options=task_options, whole=whole,
-        members=members, hooks=hooks, dtype=dtype, quantise=quantise, **settings,
+        members=members, hooks=hooks, dtype=dtype, quantise=quantise, matmul=matmul,
+        **settings,
     )  # fmt: skip
     listener = progress_for(progress)
 
     def open_base() -> Any:
         return _open.open_model(
-            model, made.task, tokenizer=tokenizer, seed=made.settings.seed, dtype=dtype, quantise=quantise
-        )
+            model, made.task, tokenizer=tokenizer, seed=made.settings.seed, dtype=dtype, quantise=quantise,
+            matmul=matmul,
+        )  # fmt: skip
 
     if made.folder is None:
         return _run(made, listener, device, open_base)

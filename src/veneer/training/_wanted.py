@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from veneer.bases.matmul import check_form
 from veneer.errors import TrainingFailed
 from veneer.tasks import Task
 from veneer.training import _open
 from veneer.training._checkpoint import write_json
 from veneer.training._job import Job
+from veneer.training._matmul import MeasureMatmul
 from veneer.training._result import TrainResult
 from veneer.training._settings import Settings, check_options, hold_same
 
@@ -74,6 +76,7 @@ def wanted(
     hooks: Sequence[Any] = (),
     dtype: Any = None,
     quantise: str | None = None,
+    matmul: str | None = None,
     **settings: Any,
 ) -> Wanted:
     """The options of `train`, checked. Reads the data; opens no base."""
@@ -88,13 +91,18 @@ def wanted(
     made_task = _open.task_for(rows, max_length, **(task_options or {}))
     named = model if isinstance(model, (str, Path)) else getattr(model, "spec", "") or type(model).__name__
     named_dtype = None if dtype is None else str(dtype)
+    form = check_form(matmul)
+    changed = (
+        {} if form == "plain" else {"matmul": form}
+    )  # a run from before there were forms goes on as plain
     identity = {
         "method": job.method_text, "recipe": job.recipe_text, "base": str(named), "data": rows.digest,
         "task": made_task.to_dict(), "whole": list(whole), "quantise": quantise,
         "members": {name: str(place) for name, place in (members or {}).items()}, "dtype": named_dtype,
+        **changed,
     }  # fmt: skip
     return Wanted(
         job, rows, made_task, Settings(**settings, identity=identity),
-        None if output is None else Path(output).expanduser(), tuple(whole), dict(members or {}), tuple(hooks),
-        {"quantise": quantise, "dtype": named_dtype},
+        None if output is None else Path(output).expanduser(), tuple(whole), dict(members or {}),
+        (*hooks, *([MeasureMatmul()] if changed else [])), {"quantise": quantise, "dtype": named_dtype, **changed},
     )  # fmt: skip

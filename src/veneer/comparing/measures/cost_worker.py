@@ -213,7 +213,7 @@ def work(job: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None], wait:
     task = _open.task_for(_open.open_rows(data, None), max_length)
     base = _open.open_model(
         job["model"], task, tokenizer=tokenizer, seed=0, dtype=options.pop("dtype", None),
-        quantise=options.pop("quantise", None),
+        quantise=options.pop("quantise", None), matmul=options.pop("matmul", None),
     )  # fmt: skip
     device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
     base.model.to(device)

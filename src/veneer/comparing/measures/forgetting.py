@@ -90,8 +90,9 @@ def _opened(model: Any, task: Any, folder: Path, options: Mapping[str, Any]) -> 
         predictor = Predictor.open(folder, task=task.name, **given)
         return predictor.model, predictor.feeder, predictor.device
     base = _open.open_model(
-        model, task, tokenizer=None, seed=0, dtype=given["dtype"], quantise=options.get("quantise")
-    )
+        model, task, tokenizer=None, seed=0, dtype=given["dtype"], quantise=options.get("quantise"),
+        matmul=options.get("matmul"),
+    )  # fmt: skip
     device = torch.device(given["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
     base.model.to(device).eval()
     return base.model, _open.feeder_of(base, task), device

@@ -71,7 +71,7 @@ def training_fields() -> set[str]:
     from veneer.training import Settings
 
     taken = {"seed", "learning_rate", "identity", "evaluate_on"}
-    return {*Settings.__dataclass_fields__, "max_length", "quantise", "whole"} - taken
+    return {*Settings.__dataclass_fields__, "max_length", "quantise", "matmul", "whole"} - taken
 
 
 def read_comparison(path: str | Path) -> dict[str, Any]:

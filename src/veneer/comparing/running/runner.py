@@ -90,7 +90,7 @@ class TrainingRunner:
         if not isinstance(self.model, str | Path):
             model = self.model[0] if isinstance(self.model, tuple) else self.model
             return model if hasattr(model, "model") else SimpleNamespace(model=model)
-        opens = {key: self.options[key] for key in ("dtype", "quantise") if key in self.options}
+        opens = {key: self.options[key] for key in ("dtype", "quantise", "matmul") if key in self.options}
         return open_base(str(self.model), task=self.task.name, num_labels=self.task.num_labels, **opens)
 
     def method_of(self, arm: Arm) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 from veneer.errors import BadFile, BadOption
 
-OF_THE_BASE = ("model", "output", "dtype", "quantise", "device")
+OF_THE_BASE = ("model", "output", "dtype", "quantise", "matmul", "device")
 OF_THE_DATA = ("columns", "group", "sizes", "split", "skip_bad_rows")
 
 

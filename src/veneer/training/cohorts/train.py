@@ -30,6 +30,7 @@ def train_cohort(
     tokenizer: Any = None,
     dtype: Any = None,
     quantise: str | None = None,
+    matmul: str | None = None,
     device: Any = None,
     progress: bool | Progress | Callable[[str], Progress] = True,
     on_round: Callable[[Rounds], None] | None = None,
@@ -49,7 +50,9 @@ def train_cohort(
     read: dict[Any, Any] = {}
     failed: dict[str, Exception] = {}
     plans = {
-        name: wanted_member(name, own, options, model, output, read, dtype=dtype, quantise=quantise)
+        name: wanted_member(
+            name, own, options, model, output, read, dtype=dtype, quantise=quantise, matmul=matmul
+        )
         for name, own in members.items()
     }
     listener = listeners(progress)
@@ -59,7 +62,13 @@ def train_cohort(
 
         def opened(seed: int, first: Wanted = first) -> Any:
             return _open.open_model(
-                model, first.task, tokenizer=tokenizer, seed=seed, dtype=dtype, quantise=quantise
+                model,
+                first.task,
+                tokenizer=tokenizer,
+                seed=seed,
+                dtype=dtype,
+                quantise=quantise,
+                matmul=matmul,
             )
 
         base = opened(first.settings.seed)
