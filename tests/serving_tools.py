@@ -47,6 +47,7 @@ class EchoEngine:
     ):
         self.model_name, self.max_length, self.tokenizer = model_name, max_length, ByteTokenizer()
         self.slots, self.queue_limit, self.step_seconds = slots, queue_limit, step_seconds
+        self.longest_answer = longest_answer
         self.running: dict[str, tuple[Request, list[int]]] = {}
         self.sinks, self.cancelled, self.sink_calls, self.steps = {}, [], 0, 0
         self.hold, self.broken = threading.Event(), {"sha256:broken"}
@@ -123,7 +124,7 @@ class EchoEngine:
         text, finish = chr(token), None
         if any(bytes(said).decode("latin-1").endswith(stop) for stop in s.stop):
             text, finish = "", "stop"
-        elif len(said) >= s.max_tokens:
+        elif len(said) >= min(s.max_tokens, self.longest_answer):
             finish = "length"
         logprobs = ()
         if s.logprobs is not None:

@@ -33,6 +33,12 @@ def client(server):
         yield made
 
 
+@pytest.fixture(scope="module")
+def web():
+    with httpx.Client() as made:
+        yield made
+
+
 def messages(text):
     return [{"role": "user", "content": text}]
 
@@ -335,9 +341,9 @@ BAD_BODIES = [
 
 
 @pytest.mark.parametrize(("route", "body", "param"), BAD_BODIES)
-def test_a_body_that_cannot_be_answered_is_400_with_the_field(server, route, body, param):
+def test_a_body_that_cannot_be_answered_is_400_with_the_field(server, web, route, body, param):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    answer = httpx.post(
+    answer = web.post(
         f"{server.url}/v1/{route}", content=content, headers={"content-type": "application/json"}
     )
     assert answer.status_code == 400, answer.text

@@ -15,7 +15,6 @@ from fastapi import FastAPI
 import veneer
 
 from . import chat, completions, health, models, tokens
-from .calls import Mailbox
 from .entry import Entry, authorise, describe
 from .errors import ApiError, install
 from .keys import Key, Keys, new_key
@@ -49,14 +48,13 @@ def create_app(
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         loop = asyncio.get_running_loop()
-        service.mailbox = Mailbox(loop)
+        service.begin(loop)
         opening = loop.run_in_executor(None, engine.open) if isinstance(engine, Late) else None
         yield
-        service.draining = True
         if opening is not None:
             with contextlib.suppress(Exception):
                 await opening
-        service.texts.shutdown(wait=False)
+        service.end()
 
     app = FastAPI(
         title="veneer", version=veneer.__version__, lifespan=life, docs_url=None, redoc_url=None,
@@ -67,5 +65,5 @@ def create_app(
     for room in (models, completions, chat, tokens, health):
         app.include_router(room.router(service))
     app.add_middleware(Entry, keys=keys, settings=settings, observe=metrics.answered)
-    describe(app)
+    describe(app, keys.required)
     return app

@@ -146,7 +146,7 @@ def _place(origin: str) -> str:
     return origin.lower().partition("://")[2] or origin
 
 
-def describe(app: Any) -> None:
+def describe(app: Any, needs_key: bool) -> None:
     """The OpenAPI page of `app`: bodies that do not fit are 400, and which routes need a key."""
     make: Callable[[], dict[str, Any]] = app.openapi
 
@@ -161,7 +161,7 @@ def describe(app: Any) -> None:
         for path, methods in schema["paths"].items():
             for operation in methods.values():
                 operation.get("responses", {}).pop("422", None)
-                operation["security"] = [{}] if path in OPEN else [{"key": []}, {}]
+                operation["security"] = [] if path in OPEN or not needs_key else [{"key": []}]
         return schema
 
     app.openapi = openapi

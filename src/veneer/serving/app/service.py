@@ -112,8 +112,17 @@ class Service:
     began: float = field(default_factory=time.time)
     draining: bool = False
     mailbox: Mailbox | None = None
-    # One thread for tokenising: long prompts do not hold up the loop, and a tokenizer is used by one at a time.
-    texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "veneer-texts"))
+    texts: ThreadPoolExecutor | None = None
+
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The loop runs. One thread for tokenising: a long prompt does not hold up the loop."""
+        self.draining, self.mailbox = False, Mailbox(loop)
+        self.texts = ThreadPoolExecutor(1, "veneer-texts")
+
+    def end(self) -> None:
+        self.draining = True
+        if self.texts is not None:
+            self.texts.shutdown(wait=False)
 
     @property
     def is_ready(self) -> bool:
