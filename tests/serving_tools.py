@@ -43,8 +43,9 @@ class EchoEngine:
     """
 
     def __init__(
-        self, *, model_name="builtin:echo", max_length=512, slots=64, queue_limit=256, step_seconds=0.001
-    ):
+        self, *, model_name="builtin:echo", max_length=512, slots=64, queue_limit=256, step_seconds=0.001,
+        longest_answer=1 << 30,
+    ):  # fmt: skip
         self.model_name, self.max_length, self.tokenizer = model_name, max_length, ByteTokenizer()
         self.slots, self.queue_limit, self.step_seconds = slots, queue_limit, step_seconds
         self.longest_answer = longest_answer
