@@ -82,11 +82,10 @@ class EchoEngine:
 
     def stats(self):
         return {
-            "running": min(self.slots, len(self.running)),
-            "waiting": max(0, len(self.running) - self.slots),
+            "rows": min(self.slots, len(self.running)),
+            "queue": max(0, len(self.running) - self.slots),
             "slots": self.slots,
-            "distinct_adapters": len({r.version for r, _ in list(self.running.values())}),
-            "residents": {"sha256:aa11": {"tier": "device", "bytes": 64}},
+            "residents": {"sha256:aa11": {"tier": "memory", "bytes": 64}},
         }
 
     def close(self):

@@ -580,20 +580,16 @@ def test_health_readiness_version_and_tokens(server):
 def test_a_server_that_still_reads_its_base_lives_but_is_not_ready():
     from veneer.serving.app import Late
 
-    may_open, made = threading.Event(), EchoEngine()
-
-    def opener():
-        may_open.wait(10)
-        return made
-
-    with running(create_app(Late(opener), shelf())) as server:
+    made, engine, names = EchoEngine(), Late(), Late()
+    with running(create_app(engine, names)) as server:
         assert httpx.get(server.url + "/health").status_code == 200
         assert httpx.get(server.url + "/ready").status_code == 503
         answer = httpx.post(server.url + "/v1/completions", json={"model": "support", "prompt": "a"})
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
         assert httpx.get(server.url + "/metrics").status_code == 200
-        may_open.set()
-        assert until(lambda: httpx.get(server.url + "/ready").status_code == 200)
+        engine.put(made)
+        names.put(shelf())
+        assert httpx.get(server.url + "/ready").status_code == 200
         answer = httpx.post(server.url + "/v1/completions", json={"model": "support", "prompt": "a"})
         assert answer.status_code == 200
     made.close()

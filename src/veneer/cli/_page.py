@@ -19,6 +19,7 @@ COMMANDS = {
     "predict": "labels, tags or texts from an adapter's folder",
     "generate": "text behind a prompt, as it is said",
     "chat": "a conversation with an adapter",
+    "serve": "many adapters on one base, behind OpenAI's routes",
     "merge": "base and adapter as one plain model",
     "export": "an adapter in another program's format",
     "laws": "run the laws that methods promise to hold",

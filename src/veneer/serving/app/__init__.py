@@ -14,7 +14,7 @@ from fastapi import FastAPI
 
 import veneer
 
-from . import chat, completions, health, models, tokens
+from . import adapters, chat, completions, health, models, tokens
 from .entry import Entry, authorise, describe
 from .errors import ApiError, install
 from .keys import Key, Keys, new_key
@@ -32,8 +32,8 @@ def create_app(
     """The application.
 
     Args:
-        engine: a `veneer.serving.Engine`, or a `Late` one that is opened when the server has begun to listen.
-        registry: what names mean, a `veneer.serving.Registry` or anything with its `resolve` and `versions`.
+        engine: a `veneer.serving.Engine`, or a `Late` one that is put there when the server listens.
+        registry: what names mean, a `veneer.serving.Registry`, or a `Late` one.
         settings: limits and strictness.
         keys: who may come in; without keys everybody may.
     """
@@ -47,13 +47,8 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
-        loop = asyncio.get_running_loop()
-        service.begin(loop)
-        opening = loop.run_in_executor(None, engine.open) if isinstance(engine, Late) else None
+        service.begin(asyncio.get_running_loop())
         yield
-        if opening is not None:
-            with contextlib.suppress(Exception):
-                await opening
         service.end()
 
     app = FastAPI(
@@ -62,6 +57,7 @@ def create_app(
     )  # fmt: skip
     app.state.service = service
     install(app)
+    app.include_router(adapters.router(engine, registry, authorise, largest_upload=settings.max_upload))
     for room in (models, completions, chat, tokens, health):
         app.include_router(room.router(service))
     app.add_middleware(Entry, keys=keys, settings=settings, observe=metrics.answered)

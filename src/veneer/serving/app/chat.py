@@ -30,7 +30,7 @@ def router(service: Service) -> APIRouter:
     async def chat(body: ChatRequest, http: Request, key: Key = Depends(use)) -> Any:  # noqa: B008
         body.refuse_what_is_not_there()
         warned = warnings_of(service, body)
-        target = service.target(body.asked, key)
+        target = await service.target(body.asked, key)
         prompt = await chat_prompt(service, body.messages, body.template_options())
         if service.settings.log_prompts:
             record_of(http).facts["messages"] = [m.plain(i) for i, m in enumerate(body.messages)]

@@ -29,7 +29,7 @@ def router(service: Service) -> APIRouter:
     async def completions(body: CompletionRequest, http: Request, key: Key = Depends(use)) -> Any:  # noqa: B008
         body.refuse_what_is_not_there()
         warned = warnings_of(service, body)
-        target = service.target(body.asked, key)
+        target = await service.target(body.asked, key)
         texts, prompts = await _prompts(service, body)
         if service.settings.log_prompts:
             record_of(http).facts["prompts"] = texts or prompts

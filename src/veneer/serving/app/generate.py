@@ -231,12 +231,12 @@ async def answer(
     for prompt in prompts:
         sampling = body.sampling(_room(prompt, max_tokens, engine.max_length), logprobs)
         rows += [_row(service, record, body, prompt, sampling, i, target) for i in range(n)]
-    record.facts |= {"model": target.name, "version": target.version, "stream": bool(body.stream)}
+    record.facts |= {"model": target.name, "version": target.shown, "stream": bool(body.stream)}
     call = service.call(rows, record.key, record, target)
     made = shape(f"{prefix}-{record.id[:64]}", int(time.time()), target.name, service.token_text)
     asked = Asked(
         call, made, n, [echoes[i // n] if echoes else "" for i in range(len(rows))],
-        {"x-veneer-adapter-version": target.version or "base", **warned},
+        {"x-veneer-adapter-version": target.shown, **warned},
         bool(body.stream_options and body.stream_options.include_usage), service.settings.log_prompts,
     )  # fmt: skip
     return EventStream(asked) if body.stream else Whole(asked)

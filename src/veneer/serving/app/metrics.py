@@ -21,6 +21,18 @@ FIRST = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 GAPS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 WHOLE = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 OTHER, BASE = "other", "base"
+GAUGES = (  # name, what it is, the engine's word for it
+    ("veneer_batch_rows", "Rows that share the running step", "rows"),
+    ("veneer_batch_distinct_adapters", "Adapters in the running step", "adapters_running"),
+    ("veneer_queue_length", "Requests that wait for a slot", "queue"),
+    ("veneer_slots", "Rows that can run together", "slots"),
+    ("veneer_cache_bytes", "Bytes of the rows' keys and values", "cache_bytes"),
+)
+COUNTERS = (
+    ("veneer_steps", "Steps of the engine", "steps"),
+    ("veneer_adapter_loads", "Adapters read into memory", "loads"),
+    ("veneer_adapter_evictions", "Adapters put out of memory for others", "evictions"),
+)
 
 
 class Metrics:
@@ -97,39 +109,34 @@ class Metrics:
     def collect(self) -> Iterator[Any]:
         """The engine's numbers. Also called once at registration, for the names."""
         stats = self._stats()
-        for name, about, key in (
-            ("veneer_batch_rows", "Rows that share the running step", "running"),
-            ("veneer_batch_distinct_adapters", "Adapters in the running step", "distinct_adapters"),
-            ("veneer_queue_length", "Requests that wait for a slot", "waiting"),
-            ("veneer_slots", "Rows that can run together", "slots"),
-        ):
+        for name, about, key in GAUGES:
             yield GaugeMetricFamily(name, about, stats.get(key, 0))
+        for name, about, key in COUNTERS:
+            yield CounterMetricFamily(name, about, stats.get(key, 0))
         yield from self._residents(stats.get("residents", {}))
-        for name, about, key in (
-            ("veneer_adapter_evictions", "Adapters put out of memory for others", "evictions"),
-            ("veneer_prefix_hits", "Prompt tokens found in the cache", "prefix_hits"),
-        ):
-            if key in stats:
-                yield CounterMetricFamily(name, about, stats[key])
         if self._vllm:
-            yield GaugeMetricFamily("vllm:num_requests_running", "Rows running", stats.get("running", 0))
-            yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests waiting", stats.get("waiting", 0))
+            yield GaugeMetricFamily("vllm:num_requests_running", "Rows running", stats.get("rows", 0))
+            yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests waiting", stats.get("queue", 0))
+            made = sum(c.get("generated", 0) for c in stats.get("tokens", {}).values())
+            read = sum(c.get("prompt", 0) for c in stats.get("tokens", {}).values())
+            yield CounterMetricFamily("vllm:generation_tokens", "Tokens made", made)
+            yield CounterMetricFamily("vllm:prompt_tokens", "Tokens of prompts", read)
 
     def _residents(self, residents: dict[str, Any]) -> Iterator[Any]:
-        here = GaugeMetricFamily(
+        size = GaugeMetricFamily(
             "veneer_adapter_resident_bytes", "Bytes of adapters by where they are", labels=["tier"]
         )
         count = GaugeMetricFamily("veneer_adapters_resident", "Adapters by where they are", labels=["tier"])
-        tiers: dict[str, list[int]] = {}
-        one = GaugeMetricFamily(
-            "veneer_adapter_resident", "1 where a version is", labels=["adapter", "version", "tier"]
+        each = GaugeMetricFamily(
+            "veneer_adapter_resident", "1 where a version is", labels=["version", "tier"]
         )
-        for i, (version, facts) in enumerate(residents.items()):
-            tier = str(facts.get("tier", "host"))
+        tiers: dict[str, list[int]] = {}
+        for version, facts in residents.items():
+            tier = str(facts.get("tier", ""))
             tiers.setdefault(tier, []).append(int(facts.get("bytes", 0)))
-            if i < self._most:
-                one.add_metric([str(facts.get("name", "")), version[:19], tier], 1)
+            if tier == "memory" and len(each.samples) < self._most:
+                each.add_metric([version[:12], tier], 1)
         for tier, sizes in tiers.items():
-            here.add_metric([tier], sum(sizes))
+            size.add_metric([tier], sum(sizes))
             count.add_metric([tier], len(sizes))
-        yield from (here, count, one)
+        yield from (size, count, each)

@@ -46,12 +46,12 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/models", response_model=Cards, responses=refusals, summary="The base and its adapters")
     async def models(key: Key = Depends(use)) -> Any:  # noqa: B008
-        return Json({"object": "list", "data": cards(service, key)})
+        return Json({"object": "list", "data": await cards(service, key)})
 
     @routes.get("/v1/models/{name:path}", response_model=Card, responses=refusals, summary="One of them")
     async def model(name: str, key: Key = Depends(use)) -> Any:  # noqa: B008
-        target = service.target(name, key)
-        for card in cards(service, key):
+        target = await service.target(name, key)
+        for card in await cards(service, key):
             if card["id"] == target.name:
                 return Json(card)
         raise ApiError(404, f"No model is called {name[:100]!r}.", param="model", code="model_not_found")
@@ -63,7 +63,7 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def cards(service: Service, key: Key) -> list[dict[str, Any]]:
+async def cards(service: Service, key: Key) -> list[dict[str, Any]]:
     base = {
         "id": service.base,
         "object": "model",
@@ -74,7 +74,7 @@ def cards(service: Service, key: Key) -> list[dict[str, Any]]:
         "max_model_len": service.engine.max_length,
         "permission": [],
     }
-    return [base, *(_card(service, version, base) for version in service.listed(key))]
+    return [base, *(_card(service, version, base) for version in await service.listed(key))]
 
 
 def _card(service: Service, version: Any, base: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _card(service: Service, version: Any, base: dict[str, Any]) -> dict[str, Any
         "parent": base["id"],
         "adapter": {
             "method": version.method,
-            "version": version.digest,
+            "version": f"sha256:{digest}",
             "state": version.state,
             "bytes": version.bytes,
             "score": version.score,
@@ -98,6 +98,7 @@ def _card(service: Service, version: Any, base: dict[str, Any]) -> dict[str, Any
 def busy(service: Service) -> dict[str, Any]:
     """Plain numbers of the engine; no name of an adapter or a key."""
     stats = service.engine.stats()
-    names = ("running", "waiting", "slots", "distinct_adapters", "tokens", "tokens_per_second")
-    found = {name: stats[name] for name in names if isinstance(stats.get(name), (int, float))}
-    return {**found, "residents": len(stats.get("residents", {})), "draining": service.draining}
+    tokens = sum(c.get("generated", 0) for c in stats.get("tokens", {}).values())
+    names = ("rows", "queue", "slots", "adapters_running", "steps", "resident_bytes", "cache_bytes")
+    in_memory = sum(r["bytes"] > 0 for r in stats.get("residents", {}).values())
+    return {**{n: stats.get(n, 0) for n in names}, "generated": tokens, "in_memory": in_memory}

@@ -63,33 +63,26 @@ class Engine(Protocol):
 
 
 class Late:
-    """An engine that is still being opened: until it is there, whoever asks for it is told to wait.
+    """An engine or a registry that is not there yet: whoever asks it for something is told to come again.
 
-    Args:
-        opener: makes the engine; run once, on a side thread, when the server has begun to listen.
+    Until `put` gives it what it stands for, every use raises a 503; then it is as good as the thing itself.
     """
 
-    def __init__(self, opener: Callable[[], Any]) -> None:
-        self._opener = opener
-        self._engine: Any = None
-        self.failure: BaseException | None = None
+    def __init__(self) -> None:
+        self._thing: Any = None
 
-    def open(self) -> None:
-        try:
-            self._engine = self._opener()
-        except BaseException as error:
-            self.failure = error
-            raise
+    def put(self, thing: Any) -> None:
+        self._thing = thing
 
     @property
     def is_open(self) -> bool:
-        return self._engine is not None
+        return self._thing is not None
 
     def __getattr__(self, name: str) -> Any:
-        engine = self.__dict__.get("_engine")
-        if engine is None:
+        thing = self.__dict__.get("_thing")
+        if thing is None:
             raise ApiError(503, "The base is being read: try again soon.", code="loading", retry_after=2)
-        return getattr(engine, name)
+        return getattr(thing, name)
 
 
 @dataclass(frozen=True)
@@ -99,6 +92,10 @@ class Target:
     name: str  # echoed to the client
     version: str | None
     method: str
+
+    @property
+    def shown(self) -> str:
+        return "base" if self.version is None else "sha256:" + self.version.removeprefix("sha256:")
 
 
 @dataclass
@@ -119,8 +116,12 @@ class Service:
         self.draining, self.mailbox = False, Mailbox(loop)
         self.texts = ThreadPoolExecutor(1, "veneer-texts")
 
-    def end(self) -> None:
+    def drain(self) -> None:
+        """Nothing new is let in; what runs is answered."""
         self.draining = True
+
+    def end(self) -> None:
+        self.drain()
         if self.texts is not None:
             self.texts.shutdown(wait=False)
 
@@ -143,13 +144,17 @@ class Service:
         is_folder = name.startswith(("/", ".", "~")) or "\\" in name or Path(name).is_dir()
         return Path(name).resolve().name if is_folder else name
 
-    def target(self, asked: str, key: Key) -> Target:
-        """Raises: ApiError 404 for a name that nothing has, with the nearest ones; 403 where the key may not."""
+    async def target(self, asked: str, key: Key) -> Target:
+        """The registry looks on the disk, so it is asked on another thread.
+
+        Raises:
+            ApiError: 404 for a name that nothing has, with the nearest ones, or that the key may not see.
+        """
         if asked in (self.base, self.engine.model_name):
             return Target(self.base, None, "")
         name = asked.removeprefix(self.base + ":")
         try:
-            version = self.registry.resolve(name)
+            version = await asyncio.to_thread(self.registry.resolve, name)
         except VeneerError as error:
             wrong = as_api_error(error)
             raise ApiError(404, wrong.message, param="model", code="model_not_found") from None
@@ -159,9 +164,10 @@ class Service:
             )
         return Target(version.name, version.digest, version.method)
 
-    def listed(self, key: Key) -> list[Any]:
-        """The versions that aliases point to, as far as this key may see them."""
-        return [v for v in self.registry.versions() if key.adapters is None or v.name in key.adapters]
+    async def listed(self, key: Key) -> list[Any]:
+        """The versions that names point to, as far as this key may see them."""
+        found = await asyncio.to_thread(self.registry.versions)
+        return [v for v in found if key.adapters is None or v.name in key.adapters]
 
     async def in_texts(self, work: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Do something with the tokenizer, off the loop."""
@@ -172,6 +178,8 @@ class Service:
         """Let the rows of a request in and start them."""
         if self.draining:
             raise ApiError(503, "The server is stopping.", code="draining", retry_after=5)
+        if not self.engine.alive:
+            raise ApiError(503, "The engine has stopped; the server's log says why.", code="engine_stopped")
         assert self.mailbox is not None
         self.limits.enter(key)
         self.limits.pay(key, sum(len(row.prompt) for row in rows))

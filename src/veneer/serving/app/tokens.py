@@ -36,7 +36,7 @@ def router(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "Either prompt or messages is needed.", param="prompt")
         if body.model is not None:
-            service.target(body.model, key)
+            await service.target(body.model, key)
         if body.messages is not None:
             wanted = body.add_generation_prompt is not False
             ids = await chat_prompt(service, body.messages, {"add_generation_prompt": wanted})
@@ -59,7 +59,7 @@ def router(service: Service) -> APIRouter:
     )
     async def detokenize(body: DetokenizeRequest, key: Key = Depends(use)) -> Any:  # noqa: B008
         if body.model is not None:
-            service.target(body.model, key)
+            await service.target(body.model, key)
         known = len(service.engine.tokenizer)
         if body.tokens and max(body.tokens) >= known:
             raise ApiError(
