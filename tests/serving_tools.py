@@ -53,6 +53,7 @@ class EchoEngine:
         self.sinks, self.cancelled, self.sink_calls, self.steps = {}, [], 0, 0
         self.hold, self.broken = threading.Event(), {"sha256:broken"}
         self.hold.set()
+        self.versions: set[str] = set()
         self.alive, self._lock = True, threading.Lock()
         self._thread = threading.Thread(target=self._run, name="echo", daemon=True)
         self._thread.start()
@@ -87,6 +88,12 @@ class EchoEngine:
             "slots": self.slots,
             "residents": {"sha256:aa11": {"tier": "memory", "bytes": 64}},
         }
+
+    def add(self, version, folder):
+        self.versions.add(version)
+
+    def remove(self, version, *, drain=True):
+        self.versions.discard(version)
 
     def close(self):
         self.alive = False

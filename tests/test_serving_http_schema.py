@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
+import tempfile
+from pathlib import Path
 
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
@@ -10,7 +14,9 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi import checks
 from starlette.testclient import TestClient
 
-from serving_tools import EchoEngine, shelf
+from registry_tiny import adapter
+from serving_tools import EchoEngine
+from veneer.serving import Registry
 from veneer.serving.app import Keys, Settings, create_app
 from veneer.serving.app.entry import OPEN
 
@@ -24,9 +30,12 @@ CHECKS = [
 
 @functools.cache
 def app():
-    return create_app(
-        EchoEngine(max_length=1 << 32, longest_answer=6), shelf(), Settings(hosts=None), Keys(["letmein"])
-    )
+    place = Path(tempfile.mkdtemp(prefix="veneer-schema-"))
+    atexit.register(shutil.rmtree, place)
+    registry = Registry(place / "registry", [place])
+    registry.register("support", adapter(place / "support"))
+    engine = EchoEngine(max_length=1 << 32, longest_answer=6)
+    return create_app(engine, registry, Settings(hosts=None), Keys(["letmein"]))
 
 
 schema = schemathesis.openapi.from_asgi("/openapi.json", app())

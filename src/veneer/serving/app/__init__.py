@@ -16,7 +16,7 @@ import veneer
 
 from . import adapters, chat, completions, health, models, tokens
 from .entry import Entry, authorise, describe
-from .errors import ApiError, install
+from .errors import REFUSALS, ApiError, install
 from .keys import Key, Keys, new_key
 from .limits import Limits
 from .metrics import Metrics
@@ -57,7 +57,8 @@ def create_app(
     )  # fmt: skip
     app.state.service = service
     install(app)
-    app.include_router(adapters.router(engine, registry, authorise, largest_upload=settings.max_upload))
+    lifecycle = adapters.router(engine, registry, authorise, largest_upload=settings.max_upload)
+    app.include_router(lifecycle, responses=REFUSALS)
     for room in (models, completions, chat, tokens, health):
         app.include_router(room.router(service))
     app.add_middleware(Entry, keys=keys, settings=settings, observe=metrics.answered)
