@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers as t
 
 import veneer
 from engine_tools import add
+from veneer.serving import Event, Request, Sampling
 
 WORDS = 97
 COMMON = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -81,3 +83,40 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
         ).tolist()
         for _ in range(count)
     ]
+
+
+class Inbox:
+    """A sink that keeps what it gets, call by call."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Event]] = []
+        self.by_id: dict[str, list[Event]] = {}
+        self.news = threading.Condition()
+
+    def __call__(self, events: list[Event]) -> None:
+        with self.news:
+            self.calls.append(events)
+            for event in events:
+                self.by_id.setdefault(event.id, []).append(event)
+            self.news.notify_all()
+
+    def last(self, request: Request, timeout: float = 30) -> Event:
+        def there() -> bool:
+            found = self.by_id.get(request.id)
+            return bool(found and found[-1].finish)
+
+        with self.news:
+            assert self.news.wait_for(there, timeout), "no finish came"
+        return self.by_id[request.id][-1]
+
+    def tokens(self, request: Request) -> list[int]:
+        self.last(request)
+        return [t for event in self.by_id[request.id] for t in event.tokens]
+
+
+def ask(
+    prompt: list[int], version: str | None = None, count: int = 8, key: str = "", **options: Any
+) -> Request:
+    """A greedy request that says `count` tokens, unless told otherwise."""
+    options.setdefault("ignore_eos", True)
+    return Request(tuple(prompt), Sampling(max_tokens=count, **options), version, key)

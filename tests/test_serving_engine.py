@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import veneer
-from serving_tiny import Alone, folders, model, prompts
+from serving_tiny import Alone, Inbox, ask, folders, model, prompts
 from veneer.errors import VeneerError
-from veneer.serving import Engine, Event, PromptTooLong, QueueFull, Request, Sampling, UnknownVersion
+from veneer.serving import Engine, PromptTooLong, QueueFull, UnknownVersion
 
 METHODS: dict[str, Any] = {
     "lora": "lora",
@@ -28,39 +28,6 @@ METHODS: dict[str, Any] = {
     "vera": "vera",
     "unipelt": "unipelt",
 }
-
-
-class Inbox:
-    """A sink that keeps what it gets, call by call."""
-
-    def __init__(self) -> None:
-        self.calls: list[list[Event]] = []
-        self.by_id: dict[str, list[Event]] = {}
-        self.news = threading.Condition()
-
-    def __call__(self, events: list[Event]) -> None:
-        with self.news:
-            self.calls.append(events)
-            for event in events:
-                self.by_id.setdefault(event.id, []).append(event)
-            self.news.notify_all()
-
-    def last(self, request: Request, timeout: float = 30) -> Event:
-        def there() -> bool:
-            found = self.by_id.get(request.id)
-            return bool(found and found[-1].finish)
-
-        with self.news:
-            assert self.news.wait_for(there, timeout), "no finish came"
-        return self.by_id[request.id][-1]
-
-    def tokens(self, request: Request) -> list[int]:
-        self.last(request)
-        return [t for event in self.by_id[request.id] for t in event.tokens]
-
-
-def ask(prompt: list[int], version: str | None = None, count: int = 8, **options: Any) -> Request:
-    return Request(tuple(prompt), Sampling(max_tokens=count, ignore_eos=True, **options), version)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from veneer.engine import begin, going_on, host_of, within
 from veneer.errors import VeneerError
 
+from ._prefix import BLOCK, Prefixes
 from ._row import Row
 from ._slots import Slots
 from ._traits import Traits
@@ -32,11 +33,14 @@ class NoNumbers(VeneerError):
 class Batch:
     """slots: rows at most. positions: of a row at most. budget: tokens of prompts that a step reads."""
 
-    def __init__(self, model: nn.Module, slots: int, positions: int, budget: int) -> None:
+    def __init__(
+        self, model: nn.Module, slots: int, positions: int, budget: int, prefixes: Prefixes | None = None
+    ) -> None:
         self.model, self.budget, self.positions = model, budget, positions
         self.host = host_of(model)
         self.device = self.host.device
         self.slots = Slots(slots, positions)
+        self.prefixes = prefixes or Prefixes("", 0)
         self.rows: list[Row] = []  # row i of those in slots has slot i
         self.alone: list[Row] = []
         self.accepts = frozenset(inspect.signature(type(model).forward).parameters)
@@ -63,6 +67,9 @@ class Batch:
             return
         row.slot = len(self.rows)
         self.rows.append(row)
+        if row.todo and not row.began and not row.traits.whole:
+            row.chain = self.prefixes.chain(row.request.prompt, row.name, row.request.key)
+            self.prefixes.asked += len(row.chain)
         if row.aside is not None:
             self.slots.write(row.slot, 0, row.aside)
             row.aside = None
@@ -83,6 +90,14 @@ class Batch:
             last.slot = hole
             self.rows[hole] = last
         row.slot = -1
+
+    def put_aside(self, row: Row) -> None:
+        """Take a row out with what it has computed; `join` puts it back."""
+        if row.slot >= 0:
+            row.aside = self.slots.read(row.slot, 0, row.length)
+        cache, session = row.cache, row.session
+        self.leave(row)
+        row.cache, row.session = cache, session
 
     def clear(self) -> None:
         self.rows, self.alone = [], []
@@ -127,7 +142,14 @@ class Batch:
 
     def _readers(self) -> list[Row]:
         """The rows whose prompts are read in this step: neighbours in time, alike in kind and length."""
-        waiting = [r for r in self.rows if r.todo]
+        waiting, being_read = [], set[bytes]()
+        for row in self.rows:
+            if row.todo:
+                self._take_known(row)
+                # A block that another row is reading will be there in a moment.
+                if row.began or not being_read.intersection(row.chain[row.kept : row.kept + 1]):
+                    waiting.append(row)
+                    being_read.update(row.chain[row.kept :])
         if not waiting:
             return []
         head = waiting[0]
@@ -159,7 +181,31 @@ class Batch:
         for row, count, positions in zip(rows, counts, taken):
             del row.todo[:count]
             row.length += int(positions)
+            row.began = True
+            self._keep_known(row)
         return [(row, logits[i, -1]) for i, row in enumerate(rows) if not row.todo]
+
+    def _take_known(self, row: Row) -> None:
+        """Blocks of the prompt that were computed before, into the row's slot."""
+        while not row.began and row.kept < len(row.chain):
+            values = self.prefixes.get(row.chain[row.kept])
+            if values is None:
+                return
+            self.slots.write(row.slot, row.length, values)
+            row.length += values[0].shape[1]
+            row.kept += 1
+            row.cached += BLOCK
+            self.prefixes.hits += 1
+            del row.todo[:BLOCK]
+
+    def _keep_known(self, row: Row) -> None:
+        """Blocks that the row has read, for others."""
+        added = row.length - (len(row.request.prompt) - len(row.todo))
+        while row.kept < len(row.chain) and added + (row.kept + 1) * BLOCK <= row.length:
+            start = added + row.kept * BLOCK if row.kept else 0
+            values = self.slots.read(row.slot, start, added + (row.kept + 1) * BLOCK)
+            self.prefixes.put(row.chain[row.kept], values, row.name)
+            row.kept += 1
 
     def _speak(self, rows: list[Row]) -> Said:
         """One token for every row: (rows, 1) -> logits of the next."""

@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from veneer.bases import fingerprint
 from veneer.errors import BadOption, Unsupported, VeneerError
 
 from ._batch import Batch
+from ._prefix import Prefixes
 from ._request import Answer, Event, PromptTooLong, Request, Sampling
 from ._residents import Residents, free
 from ._row import Row, Sink
@@ -42,6 +44,7 @@ class Engine:
     slots: rows that run together. max_length: positions of a row; the base's own by default. memory_budget: bytes that
     attached adapters may take. queue_limit: requests that may wait. weights: {key or version: share of the tokens}.
     prefill: tokens of prompts that one step reads, so that a long prompt does not hold up rows that speak.
+    prefix_budget: bytes of beginnings of prompts that are kept for others that begin alike; 0 for none.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Engine:
         weights: Mapping[str, float] | None = None,
         patience: float = 30.0,
         prefill: int | None = None,
+        prefix_budget: int = 256 << 20,
         same_base: bool = True,
     ) -> None:
         if slots < 1:
@@ -73,7 +77,11 @@ class Engine:
         self._schedule = Schedule(queue_limit, weights, patience)
         self._residents = Residents(model, memory_budget, self._wake, same_base)
         device = self._residents.host.device
-        self._batch = Batch(model, slots, self.max_length, prefill or (256 if device.type == "cpu" else 2048))
+        self._prefixes = Prefixes(fingerprint(model), prefix_budget)
+        self._batch = Batch(
+            model, slots, self.max_length, prefill or (256 if device.type == "cpu" else 2048), self._prefixes
+        )
+        self._aside: dict[str, Row] = {}  # rows that made way, by the id of their request
         self._counts: dict[str, Counter[str]] = {}
         self._seconds: deque[tuple[float, int]] = deque(maxlen=1024)
         self._done: deque[float] = deque(maxlen=64)
@@ -110,9 +118,10 @@ class Engine:
         self._check_alive()
         self._residents.add(version, Path(folder))
         if warm:
-            self._residents.begin(version)
-            self._residents.end(version)
-            self._command(lambda: self._residents.ready(version))
+            with self._news:
+                reading = self._residents.read(version)
+            if reading is not None:
+                reading.add_done_callback(lambda _: self._command(lambda: self._warm(version)))
 
     def remove(self, version: str, *, drain: bool = True) -> None:
         """No new requests for it; those that began with it finish, or (drain=False) are cancelled. Then its memory
@@ -214,7 +223,8 @@ class Engine:
         if isinstance(prompt, str):
             return self.words.encode(prompt)
         if prompt and isinstance(prompt[0], Mapping):
-            return self.words.encode_chat([dict(m) for m in prompt])  # type: ignore[call-overload]
+            messages: Sequence[Any] = prompt
+            return self.words.encode_chat(messages)
         return [int(i) for i in prompt]
 
     # -- words -----------------------------------------------------------------------------------------------------
@@ -265,6 +275,11 @@ class Engine:
                 "loads": self._residents.loads,
                 "evictions": self._residents.evictions,
                 "cache_bytes": self._batch.slots.bytes,
+                "prefix": {
+                    "asked": self._prefixes.asked,
+                    "hits": self._prefixes.hits,
+                    "bytes": self._prefixes.bytes,
+                },
                 "tokens": {v: dict(c) for v, c in self._counts.items()},
                 "steps": self._steps,
                 "step_seconds": [s for s, _ in self._seconds],
@@ -364,7 +379,8 @@ class Engine:
                     return True
                 if self._schedule.length and self._ready_soon():
                     return True
-                self._residents.sweep()
+                for version in self._residents.sweep():
+                    self._prefixes.drop(version)
                 # The reader wakes this thread; the timeout is for a wait on patience alone.
                 self._news.wait(1.0 if self._schedule.length else None)
             return False
@@ -387,7 +403,8 @@ class Engine:
             self._commands.popleft()()
         with self._news:
             self._end_cancelled(events)
-            self._admit(events)
+            self._end_failed(events)
+        self._admit(events)
         if self._batch.size:
             said, failed = self._batch.step()
             with self._news:
@@ -398,22 +415,68 @@ class Engine:
                 self._steps += 1
                 self._seconds.append((time.perf_counter() - began, len(said)))
         with self._news:
-            self._residents.sweep()
+            for version in self._residents.sweep():
+                self._prefixes.drop(version)
             self._news.notify_all()
         self._emit(events)
 
     def _admit(self, events: list[tuple[Sink, Event]]) -> None:
-        """Rows join while there are slots, whoever's turn it is."""
+        """Rows join while there are slots, whoever's turn it is. Attaching holds up no other thread."""
+        ways = self.slots
+        while True:
+            with self._news:
+                if self._batch.size >= self.slots:
+                    ways -= 1
+                    if ways < 0 or not self._make_way():
+                        return
+                chosen = self._schedule.pick(self._ready)
+            if chosen is None:
+                return
+            error = None if chosen.version is None else self._residents.attach(chosen.version)
+            with self._news:
+                if error is None:
+                    self._join(chosen)
+                else:
+                    self._schedule.done(chosen)
+                    self._end_failed_one(chosen, error, events)
+
+    def _end_failed(self, events: list[tuple[Sink, Event]]) -> None:
+        """Requests that wait for an adapter which cannot be used."""
         for request in self._schedule.waiting():
             error = None if request.version is None else self._residents.failure(request.version)
             if error is not None:
                 self._schedule.remove(request.id)
-                self._end_waiting(request, Event(request.id, finish="error", error=error), events)
-        while self._batch.size < self.slots:
-            chosen = self._schedule.pick(self._ready)
-            if chosen is None:
-                return
-            self._join(chosen)
+                self._end_failed_one(request, error, events)
+
+    def _end_failed_one(self, request: Request, error: Exception, events: list[tuple[Sink, Event]]) -> None:
+        aside = self._aside.pop(request.id, None)
+        event = Event(request.id, finish="error", error=error, prompt_tokens=len(request.prompt))
+        self._end_waiting(
+            request, event if aside is None else aside.event(finish="error", error=error), events
+        )
+
+    def _warm(self, version: str) -> None:
+        if not self._residents.gone(version):
+            with self._news:
+                ready = self._residents.ready(version)
+            if ready:
+                self._residents.attach(version)
+
+    def _make_way(self) -> bool:
+        """Put a row aside whose account has had far more than another that waits; it goes on later where it was."""
+        rows = {r.request.id: r for r in self._batch.everybody if not r.todo}
+        if len(self._aside) >= 2 * self.slots:
+            return False
+        owed = self._schedule.owed([r.request for r in rows.values()], self._ready)
+        if owed is None:
+            return False
+        row = rows[owed.id]
+        self._batch.put_aside(row)
+        self._aside[owed.id] = row
+        self._schedule.put_back(owed)
+        if owed.version is not None:
+            self._residents.versions[owed.version].running -= 1
+        return True
 
     def _ready(self, request: Request) -> bool | None:
         return True if request.version is None else self._residents.ready(request.version)
@@ -423,6 +486,11 @@ class Engine:
         traits = self._batch.bare
         if version is not None:
             self._residents.versions[version].running += 1
+        aside = self._aside.pop(request.id, None)
+        if aside is not None:
+            self._batch.join(aside)
+            return
+        if version is not None:
             traits = self._residents.versions[version].traits
         ends = tuple(sorted({*([] if s.ignore_eos else self.words.eos), *s.stop_tokens}))
         row = Row(
@@ -482,7 +550,10 @@ class Engine:
             request_id = self._cancelled.pop()
             waiting = self._schedule.remove(request_id)
             if waiting is not None:
-                self._end_waiting(waiting, Event(request_id, finish="cancelled"), events)
+                aside = self._aside.pop(request_id, None)
+                event = Event(request_id, finish="cancelled", prompt_tokens=len(waiting.prompt))
+                event = event if aside is None else aside.event(finish="cancelled")
+                self._end_waiting(waiting, event, events)
                 continue
             for row in self._batch.everybody:
                 if row.request.id == request_id:

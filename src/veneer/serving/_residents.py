@@ -28,7 +28,7 @@ from ._traits import Traits, traits_of
 _ticks = itertools.count(1)
 
 
-@dataclass
+@dataclass(eq=False)
 class Version:
     """One adapter, by the name that it never shares. state: known, reading, read, attached, failed."""
 
@@ -41,6 +41,7 @@ class Version:
     used: int = 0
     bytes: int = 0
     leaving: bool = False
+    warm: bool = False  # to be attached as soon as it has been read, asked for or not
     reading: Future[Read] | None = None
     error: Exception | None = None
     traits: Traits = field(default_factory=Traits)
@@ -99,6 +100,14 @@ class Residents:
                 )
             return found
 
+    def read(self, name: str) -> Future[Read] | None:
+        """Begin to read its files, if they are not in memory."""
+        with self.lock:
+            version = self.get(name)
+            version.warm = True
+            self._read(version)
+            return version.reading
+
     def begin(self, name: str) -> None:
         """A request for it was taken on; start reading it, if it is not in memory."""
         with self.lock:
@@ -126,7 +135,7 @@ class Residents:
     # -- on the model's thread ------------------------------------------------------------------------------------
 
     def ready(self, name: str) -> bool | None:
-        """Whether it can run now; attaches it where its file has been read. None: it could, were there room."""
+        """Whether `attach` can be called for it now. None: it could, were there room."""
         with self.lock:
             version = self.versions[name]
             if version.state == "known":
@@ -134,11 +143,41 @@ class Residents:
             if version.state == "reading" and version.reading is not None and version.reading.done():
                 version.state = "read"
             if version.state == "read":
-                self._attach(version)
-            if version.state == "attached":
-                version.used = next(_ticks)
-                return True
-            return None if version.state == "read" else False
+                return True if self._fits(version) else None
+            return version.state == "attached"
+
+    def attach(self, name: str) -> Exception | None:
+        """Put a version that is `ready` on the base, if it is not there; the failure, where it cannot be."""
+        with self.lock:
+            version = self.versions[name]
+            version.used = next(_ticks)
+            if version.state != "read":
+                return version.error
+            assert version.reading is not None
+            reading, version.reading, version.state = version.reading, None, "attaching"
+            version.warm = False
+        began = time.perf_counter()
+        try:
+            read = reading.result()
+            self._make_room(version, _size(read))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                adapter = load(self.model, read, name=name, activate=False)
+            adapter.eval()
+            traits = traits_of(self.model, name)
+        except Exception as e:
+            self._drop(name)
+            with self.lock:
+                version.state, version.error = "failed", e
+            return e
+        with self.lock:
+            version.bytes = sum(
+                x.numel() * x.element_size() for x in (*adapter.parameters(), *adapter.buffers())
+            )
+            version.traits, version.state = traits, "attached"
+            version.load_seconds = time.perf_counter() - began
+            self.loads += 1
+        return None
 
     def failure(self, name: str) -> Exception | None:
         with self.lock:
@@ -154,8 +193,12 @@ class Residents:
                     version.reading.cancel()
                 del self.versions[version.name]
             for version in self.versions.values():
-                if version.state == "failed" and not version.users:
+                if version.users:
+                    continue
+                if version.state == "failed":
                     version.state, version.error = "known", None  # its folder may have been mended
+                elif version.reading is not None and version.reading.done() and not version.warm:
+                    version.state, version.reading = "known", None  # nobody waits for it any more
             return [v.name for v in done]
 
     def stats(self) -> dict[str, Any]:
@@ -180,47 +223,31 @@ class Residents:
         if version.state == "known":
             version.state = "reading"
             version.reading = self.reader.submit(read_adapter, version.folder)
+            # Every caller holds the engine's lock, or `wake` would take the two in the other order.
             version.reading.add_done_callback(lambda _: self.wake())
 
-    def _attach(self, version: Version) -> None:
-        assert version.reading is not None
-        try:
-            read = version.reading.result()
-            wanted = version.bytes or sum(v.numel() * v.element_size() for v in read.values.values())
-            if not self._make_room(wanted):
-                return  # all that is there is in use: it waits its turn
-            began = time.perf_counter()
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                adapter = load(self.model, read, name=version.name, activate=False)
-            adapter.eval()
-            version.bytes = sum(
-                x.numel() * x.element_size() for x in (*adapter.parameters(), *adapter.buffers())
-            )
-            version.traits = traits_of(self.model, version.name)
-            version.load_seconds = time.perf_counter() - began
-            version.state = "attached"
-            self.loads += 1
-        except Exception as e:
-            self._drop(version.name)
-            version.state, version.error = "failed", e
-        version.reading = None
-
-    def _make_room(self, wanted: int) -> bool:
-        if self.budget is None:
+    def _fits(self, version: Version) -> bool:
+        """Whether there is room, once idle ones have gone; a failure to come is no want of room."""
+        reading = version.reading
+        if self.budget is None or reading is None or reading.exception() is not None:
             return True
+        in_use = sum(v.bytes for v in self.versions.values() if v.state == "attached" and v.running)
+        wanted = _size(reading.result())
+        return wanted > self.budget or in_use + wanted <= self.budget
+
+    def _make_room(self, version: Version, wanted: int) -> None:
+        if self.budget is None:
+            return
         if wanted > self.budget:
             raise Unsupported(
-                f"the adapter takes {wanted:,} bytes, and {self.budget:,} are set aside for all of them.",
+                f"adapter '{version.name}' takes {wanted:,} bytes, and {self.budget:,} are set aside for all of them.",
                 next_step="a larger memory_budget",
             )
-        while self.bytes + wanted > self.budget:
-            idle = [v for v in self.versions.values() if v.state == "attached" and not v.running]
-            if not idle:
-                return False
-            self._take_off(min(idle, key=lambda v: v.used))
-            self.evictions += 1
-        return True
+        with self.lock:
+            while self.bytes + wanted > self.budget:
+                idle = [v for v in self.versions.values() if v.state == "attached" and not v.running]
+                self._take_off(min(idle, key=lambda v: v.used))
+                self.evictions += 1
 
     def _take_off(self, version: Version) -> None:
         if version.state == "attached":
@@ -231,6 +258,10 @@ class Residents:
         """The host stays, so that the next adapter finds the base read already."""
         if name in self.host.names:
             self.host.drop(name)
+
+
+def _size(read: Read) -> int:
+    return sum(v.numel() * v.element_size() for v in read.values.values())
 
 
 def free(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from ._traits import Traits
 Sink = Callable[[list[Event]], None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """todo: tokens of the prompt that are still to be read. length: positions in its slot, added ones included."""
 
@@ -34,6 +34,8 @@ class Row:
     cache: Any = None  # of its own, where it runs alone
     session: Any = None  # of its own, where it runs alone
     chain: list[bytes] = field(default_factory=list)  # digests of the prompt's blocks
+    kept: int = 0  # blocks of it that are known to others
+    began: bool = False  # whether it has read anything itself
     aside: Any = None  # keys and values of a row that made way for another
     joined: float = field(default_factory=time.monotonic)
     ended: bool = False

@@ -10,12 +10,13 @@ After Sheng et al., 2024, arXiv:2401.00588 (virtual token counters).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ._request import QueueFull, Request
 
 PRICE = (1.0, 2.0)  # of a prompt's token, of a generated one
+QUANTUM = 64.0  # how far an account may be ahead of one that waits before a row of it makes way
 
 
 def account_of(request: Request) -> str:
@@ -49,6 +50,7 @@ class Schedule:
         self.weights = dict(weights or {})
         self.accounts: dict[str, Account] = {}
         self.length = 0
+        self._paid: set[str] = set()  # waiting requests that ran before: their prompts are not charged again
 
     def check(self, rate: float = 0.0) -> None:
         """Raise QueueFull where there is no room. rate: requests a second that have lately been done."""
@@ -94,12 +96,26 @@ class Schedule:
                 asked.add(request.version)
         return None
 
-    def least(self) -> float | None:
-        """What the waiting account that has had least has had."""
-        return min((a.served for a in self.accounts.values() if a.waiting), default=None)
+    def owed(self, running: Sequence[Request], ready: Callable[[Request], bool | None]) -> Request | None:
+        """Of running requests, one that should make way: its account has had more than somebody's who waits."""
+        if not running:
+            return None
+        most = max(running, key=lambda r: self._account(r).served)
+        ahead = self._account(most)
+        for account in self.accounts.values():
+            if account is ahead or not account.waiting or ahead.served <= account.served + QUANTUM:
+                continue
+            if any(ready(request) for request, _ in account.waiting[:1]):
+                return most
+        return None
 
-    def served(self, request: Request) -> float:
-        return self._account(request).served
+    def put_back(self, request: Request) -> None:
+        """A request that ran makes way for another; it is the first of its account to go on."""
+        account = self._account(request)
+        account.running -= 1
+        account.waiting.insert(0, (request, time.monotonic()))
+        self._paid.add(request.id)
+        self.length += 1
 
     def charge(self, request: Request, generated: int) -> None:
         account = self._account(request)
@@ -118,6 +134,7 @@ class Schedule:
                 if request.id == request_id:
                     del account.waiting[i]
                     self.length -= 1
+                    self._paid.discard(request_id)
                     self._forget(name)
                     return request
         return None
@@ -129,7 +146,9 @@ class Schedule:
         request, _ = account.waiting.pop(i)
         self.length -= 1
         account.running += 1
-        account.served += len(request.prompt) * PRICE[0] / account.weight
+        if request.id not in self._paid:
+            account.served += len(request.prompt) * PRICE[0] / account.weight
+        self._paid.discard(request.id)
         return request
 
     def _account(self, request: Request) -> Account:
