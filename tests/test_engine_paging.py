@@ -7,6 +7,7 @@ import torch
 
 import veneer
 from engine_tools import add, base, inputs, out
+from veneer.errors import BadOption
 
 DENSE = ("shira", "boft", "oft", "full")  # weight edits without a form beside the weight
 
@@ -163,3 +164,183 @@ def test_a_copy_and_the_model_keep_apart():
         other.veneer.adapter("a").leaves()[0].mul_(3.0)
         assert not torch.equal(out(other, given), expected)
         assert torch.equal(out(model, given), expected)
+
+
+# -- adapters beyond a budget ----------------------------------------------------------------------------------
+
+
+def populated(count=4, method="lora", family="llama"):
+    """A base with adapters that nobody trains, their outputs, and the bytes of one."""
+    model = base(family)
+    names = [f"a{i}" for i in range(count)]
+    for i, name in enumerate(names):
+        add(model, method, name, seed=i)
+    veneer.activate(model, None)
+    given = inputs(family, 4)
+    with torch.no_grad():
+        expected = {n: out(model, given, adapters=n) for n in names}
+    one = sum(p.numel() * p.element_size() for p in model.veneer.adapter("a0").leaves())
+    return model, names, given, expected, one
+
+
+@pytest.mark.parametrize("method", ["lora", "vera", "prefix_tuning", "shira"])
+def test_adapters_that_come_and_go_give_the_bits_of_those_that_stay(method):
+    model, names, given, expected, one = populated(method=method)
+    used = veneer.memory_budget(model, adapters=2 * one)
+    assert len(used.away) >= 2
+    assert used.adapters <= 2 * one
+    with torch.no_grad():
+        for name in [*names, *reversed(names), names[0], names[2]]:
+            assert torch.equal(out(model, given, adapters=name), expected[name])
+            assert name not in veneer.memory_budget(model).away
+            assert veneer.memory_budget(model).adapters <= 2 * one
+    back = veneer.memory_budget(model, adapters=None)
+    assert not back.away
+    assert back.adapters == used.adapters + used.disk
+    assert not list(model.veneer.pages._files)
+
+
+def test_the_one_used_longest_ago_leaves_first():
+    model, _, given, _, one = populated()
+    veneer.memory_budget(model, adapters=4 * one)
+    with torch.no_grad():
+        for name in ("a2", "a0", "a3", "a1"):
+            out(model, given, adapters=name)
+    assert veneer.memory_budget(model, adapters=2 * one).away == ("a0", "a2")
+
+
+def test_rows_of_one_batch_may_need_more_than_the_budget():
+    model, names, given, expected, one = populated()
+    veneer.memory_budget(model, adapters=one)
+    with torch.no_grad():
+        veneer.memory_budget(model, adapters=None)
+        mixed = out(model, given, adapters=names)
+        veneer.memory_budget(model, adapters=one)
+        assert torch.equal(out(model, given, adapters=names), mixed)
+    for i, name in enumerate(names):
+        torch.testing.assert_close(mixed[i], expected[name][i])
+    assert len(veneer.memory_budget(model, adapters=one).away) == 3
+
+
+@pytest.mark.parametrize("how", ["active", "trained", "running"])
+def test_an_adapter_in_use_stays(how):
+    model, _, given, _, _ = populated(2)
+    adapter = model.veneer.adapter("a0")
+    if how == "active":
+        veneer.activate(model, "a0")
+    elif how == "trained":
+        adapter.leaves()[0].requires_grad_(True)
+    seen = []
+    if how == "running":
+        handle = model.lm_head.register_forward_hook(
+            lambda *_: seen.append(veneer.memory_budget(model, adapters=0).away) and None
+        )
+        with torch.no_grad():
+            out(model, given, adapters="a0")
+        handle.remove()
+        assert seen == [("a1",)]
+        seen = [veneer.memory_budget(model).away]
+        assert seen == [("a1",)]
+        assert set(veneer.memory_budget(model, adapters=0).away) == {"a0", "a1"}
+    else:
+        assert veneer.memory_budget(model, adapters=0).away == ("a1",)
+
+
+def test_memory_of_adapters_that_left_the_device_is_given_back():
+    model, names, given, _, _ = populated(3)
+    held = [
+        torch.multiprocessing.reductions.StorageWeakRef(leaf.untyped_storage())
+        for n in names for leaf in model.veneer.adapter(n).leaves()
+    ]  # fmt: skip
+    with torch.no_grad():
+        out(model, given, adapters=["a0", "a1", "a2", None])
+    veneer.memory_budget(model, adapters=0)
+    assert all(h.expired() for h in held)
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_memory_of_a_removed_adapter_is_given_back(away, tmp_path):
+    model, _, given, _, _ = populated(3)
+    with torch.no_grad():
+        out(model, given, adapters=["a0", "a1", "a2", None])
+    if away:
+        veneer.memory_budget(model, adapters=0, folder=tmp_path)
+        assert len(list(tmp_path.iterdir())) == 3
+    storages = [
+        torch.multiprocessing.reductions.StorageWeakRef(leaf.untyped_storage())
+        for leaf in model.veneer.adapter("a1").leaves()
+    ]
+    veneer.detach(model, "a1")
+    assert all(s.expired() for s in storages)
+    if away:
+        assert len(list(tmp_path.iterdir())) == 2
+    with torch.no_grad():
+        out(model, given, adapters=["a0", "a2", None, None])
+
+
+def test_what_is_written_to_an_adapter_that_is_away_is_there_when_it_comes_back(tmp_path):
+    model, _, given, expected, _ = populated(2)
+    veneer.memory_budget(model, adapters=0)
+    leaf = model.veneer.adapter("a0").leaves()[0]
+    kept = leaf.detach().clone()
+    with torch.no_grad():
+        leaf.mul_(2.0)
+        moved = out(model, given, adapters="a0")
+        assert not torch.equal(moved, expected["a0"])
+        veneer.memory_budget(model, adapters=0)
+        leaf.data.mul_(0.5)  # past torch's versions
+        assert torch.equal(leaf, kept)
+        veneer.memory_budget(model, adapters=None)
+        veneer.memory_budget(model, adapters=0)
+        assert torch.equal(out(model, given, adapters="a0"), expected["a0"])
+
+
+def test_an_adapter_that_is_away_is_saved_merged_trained_and_copied_like_any_other(tmp_path):
+    model, _, given, expected, _ = populated(2)
+    veneer.memory_budget(model, adapters=0)
+    assert len(veneer.memory_budget(model).away) == 2
+    veneer.save(model, "a0", tmp_path / "a0")
+    other = copy.deepcopy(model)
+    veneer.memory_budget(model, adapters=None)
+    with torch.no_grad():
+        assert torch.equal(out(other, given, adapters="a1"), expected["a1"])
+    fresh = base("llama")
+    veneer.load(fresh, tmp_path / "a0")
+    with torch.no_grad():
+        assert torch.equal(out(fresh, given), expected["a0"])
+    veneer.memory_budget(other, adapters=0)
+    veneer.activate(other, "a0")
+    out(other, given).sum().backward()
+    assert other.veneer.adapter("a0").leaves()[0].grad.abs().sum() > 0
+    veneer.memory_budget(model, adapters=0)
+    veneer.merge(model, "a0")
+    with torch.no_grad():
+        torch.testing.assert_close(out(model, given), expected["a0"])
+
+
+def test_cpu_memory_lies_between_the_device_and_files(monkeypatch, tmp_path):
+    from veneer.engine._pages import Pages
+
+    monkeypatch.setattr(Pages, "_has_cpu_below", lambda self: True)  # as on a GPU
+    model, names, given, expected, one = populated()
+    used = veneer.memory_budget(model, adapters=one, cpu=2 * one, folder=tmp_path)
+    assert (used.adapters, used.cpu, used.disk) == (one, 2 * one, one)
+    assert len(list(tmp_path.iterdir())) == 1
+    with torch.no_grad():
+        for name in names * 2:
+            assert torch.equal(out(model, given, adapters=name), expected[name])
+            used = veneer.memory_budget(model)
+            assert (used.adapters, used.cpu, used.disk) == (one, 2 * one, one)
+
+
+@pytest.mark.parametrize("bad", [-1, "much", "1 XB", True, 1.5])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(bad):
+    model, *_ = populated(1)
+    with pytest.raises(BadOption, match="bytes"):
+        veneer.memory_budget(model, adapters=bad)
+
+
+def test_a_budget_may_be_written_with_its_unit():
+    model, *_ = populated(1)
+    assert veneer.memory_budget(model, adapters="1.5 KiB").adapters_limit == 1536
+    assert veneer.memory_budget(model, edits="2MB").edits_limit == 2_000_000

@@ -8,6 +8,7 @@ from ._begin import begin, going_on, within
 from ._cohort import alone, draws, is_still, put_draws, random_places, require_gradients, without_dropout
 from ._draws import dropout_seeds
 from ._host import Host, fingerprint
+from ._memory import MemoryUse, memory_budget
 from ._merge import MergeReport, merge, unmerge, why_not
 from ._plan import Plan
 from ._prefix import Prefix, frozen_prefix, playing, record_prefix
@@ -42,6 +43,7 @@ __all__ = [
     "FORMATS",
     "Adapter",
     "Host",
+    "MemoryUse",
     "MergeReport",
     "Plan",
     "Prefix",
@@ -69,6 +71,7 @@ __all__ = [
     "host_of",
     "is_still",
     "load",
+    "memory_budget",
     "merge",
     "parameters",
     "penalty",

@@ -100,6 +100,7 @@ def attach(
     name: str | None = None,
     *,
     activate: bool = True,
+    replace: bool = False,
     seed: int = 0,
     dtype: str = "float32",
     data: Iterable[Mapping[str, Any]] | None = None,
@@ -109,6 +110,8 @@ def attach(
     **options: Any,
 ) -> Adapter:
     """Put an adapter on `model`, in place; return it. It becomes the active one unless activate=False.
+
+    replace: one of this name leaves for it, at one moment; calls under way end with the one that they began with.
 
     method: a key, a method's class, or an instance; `options` are its hyperparameters (HF PEFT's names too), and
     exclude=, layers=, patterns=, rank_pattern=, alpha_pattern=, whole= (modules that are trained whole).
@@ -125,19 +128,21 @@ def attach(
         name = name if name is not None else _free_name(host, made.key)
         adapter = Adapter(name, found, seed, _dtype(host, dtype))
         adapter.of = tuple(of)
+        if replace and name in host.names:
+            check_free(host, name)
         _check_members(host, adapter)
-        _fill(host, adapter, values, data)
+        drawn = _fill(host, adapter, values, data)
         adapter.total_steps = total_steps
         _warn_of_size(found)
         adapter.train(model.training)
-        host.add(adapter)
+        adapter.to(host.device)
+        for leaf in adapter.leaves():
+            leaf.requires_grad_(replace and name in host.active)
+        host.add(adapter, drawn, replace)
     except Exception:
         if fresh:
             host.leave()
         raise
-    adapter.to(host.device)
-    for leaf in adapter.leaves():
-        leaf.requires_grad_(False)
     if activate:
         host.set_active((name,))
     return adapter
@@ -204,16 +209,19 @@ def _check_members(host: Host, adapter: Adapter) -> None:
             )
 
 
-def _fill(host: Host, adapter: Adapter, values: Mapping[str, Tensor] | None, data: Any) -> None:
-    """Starting values: given ones, drawn ones, those that need W, those that need data."""
+def _fill(host: Host, adapter: Adapter, values: Mapping[str, Tensor] | None, data: Any) -> dict[Any, Tensor]:
+    """Starting values: given ones, drawn ones, those that need W, those that need data. Returns the frozen tensors
+    that are shared with other adapters, by their key in the host's store."""
     found: dict[str, Tensor] = {}
+    shared: dict[Any, Tensor] = {}
     for e in adapter.plan.entries:
         if e.spec.seeded and not (values and e.key in values):
             seed = frozen_seed(adapter.method, adapter.seed)
             store = (adapter.method.key, e.key, e.shape, seed)
-            if store not in host.shared:
-                drawn = draw(e.spec, e.shape, seed, f"{adapter.method.key}:{e.key}")
-                host.shared[store] = drawn.to(host.device)
+            known = host.shared.get(store)
+            if known is None:
+                known = draw(e.spec, e.shape, seed, f"{adapter.method.key}:{e.key}").to(host.device)
+            shared[store] = known
             adapter.frozen_shared[e.key] = store
         elif values is not None and e.key in values:
             found[e.key] = values[e.key]
@@ -227,6 +235,7 @@ def _fill(host: Host, adapter: Adapter, values: Mapping[str, Tensor] | None, dat
             value = found[e.key]
             adapter.own_buffer(e.key, value.to(adapter.keep_dtype) if value.is_floating_point() else value)
     adapter.lay_out(found)
+    return shared
 
 
 def _from_base(host: Host, adapter: Adapter, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -293,6 +302,15 @@ class SiteData:
 def detach(model: nn.Module, name: str) -> None:
     """Take an adapter off. With the last one the base is what it was: classes, hooks, `requires_grad`, bits."""
     host = host_of(model)
+    with host.lock:
+        check_free(host, name)
+        host.drop(name)
+        if not host.names and not host.merged:
+            host.leave()
+
+
+def check_free(host: Host, name: str) -> None:
+    """Whether an adapter may leave: nothing else stands on it."""
     host.adapter(name)
     if name in host.merged:
         raise Unsupported(
@@ -305,9 +323,6 @@ def detach(model: nn.Module, name: str) -> None:
                 f"adapter '{name}' is combined by '{other.name}'.",
                 next_step=f"veneer.detach(model, '{other.name}') first",
             )
-    host.drop(name)
-    if not host.names and not host.merged:
-        host.leave()
 
 
 def relayout(

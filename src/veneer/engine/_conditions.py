@@ -10,7 +10,7 @@ from torch import Tensor
 
 from veneer.edits import At, call
 
-from ._frame import Frame, Session, entered
+from ._frame import Frame, Session, entered, names_in
 from ._program import PORTS, site_tensors
 from ._rows import Rows
 
@@ -24,8 +24,9 @@ def conditions(
             op.adapter.name for ops in frame.program.values() for port in PORTS for op in getattr(ops, port)
         }
     else:
-        used = {n for names in ([rows] if rows and isinstance(rows[0], str) else rows) for n in names}
-    wanted = [n for n in sorted(used) if "condition" in host.adapter(n).method.arguments]
+        used = names_in(rows)
+    adapters = {n: frame.adapters.get(n) or host.adapter(n) for n in used}
+    wanted = [n for n in sorted(used) if "condition" in adapters[n].method.arguments]
     if not wanted:
         return
     if frame.session is None:
@@ -33,7 +34,7 @@ def conditions(
     for name in wanted:
         if name in frame.session.conditions and frame.session.generating:
             continue
-        adapter = host.adapter(name)
+        adapter = adapters[name]
         mine = None if not rows or isinstance(rows[0], str) else [i for i, r in enumerate(rows) if name in r]
         chosen = None if mine is None or len(mine) == total else Rows(mine, total)
         inputs = {
@@ -68,7 +69,7 @@ def penalty_of(host: Any, frame: Frame) -> Tensor | None:
     total: Tensor | None = None
     used = {op.adapter for ops in frame.program.values() for port in PORTS for op in getattr(ops, port)}
     if frame.session is not None and frame.session.rows is not None:
-        used |= {host.adapter(n) for names in frame.session.rows for n in names}
+        used |= {frame.adapters.get(n) or host.adapter(n) for n in names_in(frame.session.rows)}
     for adapter in sorted(used, key=lambda a: a.name):
         if not any("penalty" in sp.method.arguments for sp in adapter.plan.sites):
             continue

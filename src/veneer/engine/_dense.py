@@ -167,7 +167,7 @@ def _made(op: Op, frame: Frame, what: str, make: Any) -> Tensor:
     found = host.dense.get(key, op.t, sources)
     if found is None:
         found = make()
-        host.dense.put(key, op.t, sources, found, frame.used())
+        host.dense.put(key, op.t, sources, found, set(frame.adapters))
     return found
 
 

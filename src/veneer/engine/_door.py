@@ -20,7 +20,7 @@ from ._conditions import conditions, penalty_of
 from ._frame import Frame, Session, current, entered, session_of
 from ._generate import generating, saving
 from ._host import keep_history
-from ._names import UNSET, any_names, session_for
+from ._names import UNSET, adapters_of, any_names, session_for
 from ._program import PORTS, Program, SiteOps, build_banked
 from ._prompts import cut_back, extend_for_cache, put_in, shift_positions, token_ops
 from ._swap import HOST, kind
@@ -117,15 +117,23 @@ def enter(
         return _run(
             host, module, run, names, Frame(host, program, session), named, extra, total, rows, args, kwargs
         )
-    rows = host.rows_for(session, total)
-    if module.training:
-        host.project()  # before any view of a leaf is taken
-    if session is not None and session.by_stack:
-        program = _program_by_stack(host, session, stack_totals, module.training)
-    else:
-        program = host.program(rows, module.training) if any_names(rows) else {}
-    frame = Frame(host, program, session, names=rows)
-    return _run(host, module, run, names, frame, named, extra, total, rows, args, kwargs)
+    with host.lock:  # what the call uses is settled at one moment; adapters may come and go after it
+        rows = host.rows_for(session, total)
+        if module.training:
+            host.project()  # before any view of a leaf is taken
+        if session is not None and session.by_stack:
+            program = _program_by_stack(host, session, stack_totals, module.training)
+        else:
+            own = None if session is None else session.adapters
+            program = host.program(rows, module.training, own) if any_names(rows) else {}
+        frame = Frame(host, program, session, names=rows)
+        frame.adapters = adapters_of(host, session, rows)
+        used = tuple(frame.adapters)
+        host.begin(used)
+    try:
+        return _run(host, module, run, names, frame, named, extra, total, rows, args, kwargs)
+    finally:
+        host.end(used)
 
 
 def _run(
@@ -156,7 +164,7 @@ def _program_by_stack(host: Any, session: Session, totals: dict[str, int], train
     merged: Program = {}
     for stack in session.by_stack or {}:
         rows = host.rows_for(session, totals.get(stack, len(session.by_stack[stack])), stack)  # type: ignore[index]
-        for module, ops in host.program(rows, training).items():
+        for module, ops in host.program(rows, training, session.adapters).items():
             for port in PORTS:
                 mine = [op for op in getattr(ops, port) if op.site.stack == stack]
                 if mine:

@@ -36,6 +36,7 @@ class Session:
     conditions: dict[Any, dict[str, Tensor]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)  # inputs for adapters, given when generation began
     banks: Any = None  # for compiled code: the live banks, each with its slots
+    adapters: dict[str, Any] | None = None  # those that a generation began with
 
 
 @dataclass
@@ -52,16 +53,21 @@ class Frame:
         default_factory=dict
     )  # stack -> (rows, keys): inserted padding, where a base has no mask
     inserted: Any = None
+    adapters: dict[str, Any] = field(default_factory=dict)  # by name, as they were when the call began
     names: Any = ()  # the names of the whole batch, or of each row
     seeds: Any = field(default_factory=lambda: _seeds())  # of adapters' dropout, where a loop gave some
     prefix: Any = field(
         default_factory=lambda: _prefix()
     )  # states recorded or played back, where a loop says so
 
-    def used(self) -> set[str]:
-        """The names of the adapters that act in this call."""
-        rows = [self.names] if self.names and isinstance(self.names[0], str) else self.names
-        return {n for names in rows or () for n in names}
+
+def names_in(*rows: Any) -> set[str]:
+    """All names in stacks of names, one for the whole batch or one for each row."""
+    found: set[str] = set()
+    for each in rows:
+        for names in [each] if each and isinstance(each[0], str) else each or ():
+            found.update(names)
+    return found
 
 
 class _Local(threading.local):

@@ -13,7 +13,7 @@ from ._collect import collect, taken
 from ._conditions import conditions
 from ._frame import Frame, Session, entered, opened, session_of
 from ._host import child_name
-from ._names import UNSET, any_names, session_for
+from ._names import UNSET, adapters_of, any_names, session_for
 from ._prompts import put_in
 from ._store import save
 from ._swap import HOST
@@ -33,11 +33,18 @@ def generating(base: type) -> Any:
         else:
             session = Session(host, names=host.active)
         session.generating = True
+        with host.lock:  # from the first token to the last, whatever comes and goes meanwhile
+            session.adapters = adapters_of(host, session, host.active)
+            used = tuple(session.adapters)
+            host.begin(used)
         if args:
             kwargs = {"inputs": args[0], **dict(zip(("generation_config",), args[1:])), **kwargs}
-        kwargs = _open_generation(host, self, session, kwargs)
-        with opened(session):
-            return plain(self, **kwargs)
+        try:
+            kwargs = _open_generation(host, self, session, kwargs)
+            with opened(session):
+                return plain(self, **kwargs)
+        finally:
+            host.end(used)
 
     return generate
 
@@ -87,7 +94,8 @@ def _open_generation(host: Any, model: Any, session: Session, kwargs: dict) -> d
     names = host.rows_for(session, rows)
     if not any_names(names):
         return named
-    frame = Frame(host, host.program(names, model.training), session, names=names)
+    frame = Frame(host, host.program(names, model.training, session.adapters), session, names=names)
+    frame.adapters = dict(session.adapters or {})
     collect(host, model, frame, {**named, "input_ids": ids}, extra, rows)
     with entered(frame):
         conditions(

@@ -1,14 +1,18 @@
 """The host: what a model that carries adapters knows about them. It is the model's child `veneer`.
 
-The base's own `state_dict` keys stay; all adapters sit under this one child.
+The base's own `state_dict` keys stay; all adapters sit under this one child. Its tables are replaced and not written
+to, under one lock, so that adapters come and go while other threads run the model: a call sees the adapters that there
+were when it began.
 """
 
 from __future__ import annotations
 
 import hashlib
 import inspect
+import threading
 import urllib.parse
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +23,9 @@ from veneer.errors import BadOption, UnknownAdapter, Unsupported, nearest
 
 from . import _attention, _residual
 from ._adapter import Adapter
-from ._frame import Frame, Names, Session
+from ._frame import Frame, Names, Session, names_in
 from ._kept import Kept
+from ._pages import Pages
 from ._plan import Plan
 from ._program import Op, Program, banks_of, build
 from ._swap import restore, swap
@@ -52,7 +57,12 @@ class Host(nn.Module):
         self.flags: dict[str, bool] = {n: p.requires_grad for n, p in root.named_parameters()}
         self.swapped: dict[str, nn.Module] = {}
         self._modules_by_name: dict[str, nn.Module] | None = None
-        self._programs: OrderedDict[Any, Program] = OrderedDict()
+        # composition -> its program, and the adapters whose tensors are in it
+        self._programs: OrderedDict[Any, tuple[Program, frozenset[str]]] = OrderedDict()
+        self.lock = threading.RLock()
+        self.calls = 0  # under way, in all threads
+        self._leaving = False
+        self.pages = Pages(self)
         self.dense = Kept(self.base_bytes)  # what settled weight edits made
         self._trained: set[str] = set()  # adapters that ran with gradients since programs were last kept
         for p in root.parameters():
@@ -70,31 +80,51 @@ class Host(nn.Module):
             )
         return self._modules[child]  # type: ignore[return-value]
 
-    def add(self, adapter: Adapter) -> None:
-        if adapter.name in self.names:
-            raise BadOption(
-                f"an adapter is already called '{adapter.name}'.",
-                next_step="choose another name, or veneer.detach(model, name) first",
-            )
-        child = child_name(adapter.name)
-        child = child + "%" if hasattr(self, child) else child  # "adapter" and the like are names of ours
-        self.add_module(child, adapter)
-        self.names[adapter.name] = child
-        bank = self.members.setdefault(id(adapter.plan), {})
-        bank[adapter.name] = len(bank) + 1
-        self.reach(adapter.plan)
+    def add(self, adapter: Adapter, drawn: Mapping[Any, Tensor], replace: bool = False) -> None:
+        """Put an adapter in. `drawn`: frozen tensors that it shares with others. `replace`: one of this name leaves."""
+        with self.lock:
+            child = child_name(adapter.name)
+            if adapter.name in self.names:
+                if not replace:
+                    raise BadOption(
+                        f"an adapter is already called '{adapter.name}'.",
+                        next_step="choose another name, or veneer.detach(model, name) first",
+                    )
+                child = self.names[adapter.name]
+                self._leave_tables(adapter.name)
+            elif hasattr(self, child):
+                child += "%"  # "adapter" and the like are names of ours
+            self.reach(adapter.plan)
+            bank = self.members.get(id(adapter.plan), {})
+            self.shared = {**drawn, **self.shared}
+            self.members = {**self.members, id(adapter.plan): {**bank, adapter.name: len(bank) + 1}}
+            self.__dict__["_modules"] = {**self._modules, child: adapter}
+            self.names = {**self.names, adapter.name: child}
+            self._leaving = False
+            self.pages.track(adapter)
 
     def drop(self, name: str) -> None:
+        with self.lock:
+            self._leave_tables(name)
+            self.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != self.names[name]}
+            self.names = {n: c for n, c in self.names.items() if n != name}
+            self.active = tuple(n for n in self.active if n != name)
+            self.banks = banks_of(self, self.active)
+            used = {store for a in self.adapters().values() for store in a.frozen_shared.values()}
+            self.shared = {k: v for k, v in self.shared.items() if k in used}
+
+    def _leave_tables(self, name: str) -> None:
         plan = id(self.adapter(name).plan)
         rest = [n for n in self.members[plan] if n != name]
-        self.members[plan] = {n: i + 1 for i, n in enumerate(rest)}
-        del self._modules[self.names.pop(name)]
-        self.active = tuple(n for n in self.active if n != name)
-        self.banks = banks_of(self, self.active)
-        self._programs.clear()
+        self.members = {**self.members, plan: {n: i + 1 for i, n in enumerate(rest)}}
+        self.pages.forget(name)
+        self.forget_made(name)
+
+    def forget_made(self, name: str) -> None:
+        """Let go of everything that was made of an adapter's tensors."""
+        for key in [k for k, (_, used) in self._programs.items() if name in used]:
+            del self._programs[key]
         self.dense.drop(name)
-        used = {store for a in self.adapters().values() for store in a.frozen_shared.values()}
-        self.shared = {k: v for k, v in self.shared.items() if k in used}
 
     def adapters(self) -> dict[str, Adapter]:
         return {n: self._modules[c] for n, c in self.names.items()}  # type: ignore[misc]
@@ -108,13 +138,15 @@ class Host(nn.Module):
                     f"adapter '{name}' is merged into the base, so it acts already.",
                     next_step="veneer.unmerge(model) takes it out again",
                 )
-        before = self.active
-        self.active = tuple(names)
-        self.banks = banks_of(self, self.active)
-        for name in {*before, *names}:
-            if name in self.names:
-                for leaf in self.adapter(name).leaves():
-                    leaf.requires_grad_(name in names)
+        with self.lock:
+            self.pages.use(self.adapter(name) for name in names)
+            before = self.active
+            self.active = tuple(names)
+            self.banks = banks_of(self, self.active)
+            for name in {*before, *names}:
+                if name in self.names:
+                    for leaf in self.adapter(name).leaves():
+                        leaf.requires_grad_(name in names)
 
     # -- reading the base -----------------------------------------------------------------------------------------
 
@@ -256,43 +288,77 @@ class Host(nn.Module):
         return any(s == stack for s, _ in self.anatomy.facts.token_embeddings)
 
     def leave(self) -> None:
-        """Give classes and `requires_grad` back: no adapter is left."""
-        for module in self.swapped.values():
-            restore(module)
-        for plan in self.plans.values():
-            plan.cache.clear()
-        for name, parameter in self.root.named_parameters():
-            if name in self.flags:
-                parameter.requires_grad_(self.flags[name])
-        del self.root._modules["veneer"]
+        """Give classes and `requires_grad` back: no adapter is left. Calls under way end first."""
+        with self.lock:
+            self._leaving = self.calls > 0
+            if self._leaving:
+                return
+            for module in self.swapped.values():
+                restore(module)
+            for plan in self.plans.values():
+                plan.cache.clear()
+            for name, parameter in self.root.named_parameters():
+                if name in self.flags:
+                    parameter.requires_grad_(self.flags[name])
+            self.root._modules.pop("veneer", None)
+
+    # -- calls --------------------------------------------------------------------------------------------------
+
+    def begin(self, names: Iterable[str]) -> None:
+        """A call starts that uses these adapters. Under the lock under which it found them."""
+        self.calls += 1
+        self.pages.pin(names)
+
+    def end(self, names: Iterable[str]) -> None:
+        with self.lock:
+            self.calls -= 1
+            self.pages.unpin(names)
+            if self._leaving and not self.names:
+                self.leave()
 
     # -- programs -------------------------------------------------------------------------------------------------
 
-    def program(self, rows: Any, training: bool) -> Program:
-        """The program for a composition. Without gradients it is kept, and found again at the next call."""
-        used = {n for names in ([rows] if _is_names(rows) else rows) for n in names}
-        if torch.is_grad_enabled() or training or not all(self.adapter(n).settled for n in used):
-            for n in used if torch.is_grad_enabled() else ():
-                self._trained.add(n)
-            return build(self, rows, training)
-        if not self._trained.isdisjoint(used):  # a step may have moved them since
-            self._programs.clear()
-            self.dense.drop()
-            self._trained.clear()
-        versions = tuple((n, self.adapter(n).version()) for n in sorted(used))
-        key = (rows if _is_names(rows) else tuple(rows), versions, self.dtype, len(self.kept))
-        found = self._programs.get(key)
-        if found is None:
-            found = self._programs[key] = build(self, rows, training)
-            while len(self._programs) > PROGRAMS_KEPT:
-                self._programs.popitem(last=False)
+    def program(self, rows: Any, training: bool, adapters: Mapping[str, Adapter] | None = None) -> Program:
+        """The program for a composition. Without gradients it is kept, and found again at the next call.
+
+        adapters: those that a generation began with, whatever is called so by now.
+        """
+        with self.lock:
+            names = names_in(rows)
+            find = self.adapter if adapters is None else _finder(self, adapters)
+            used = self._with_members({n: find(n) for n in names})
+            self.pages.use(used.values())
+            if torch.is_grad_enabled() or training or not all(a.settled for a in used.values()):
+                self._trained.update(names if torch.is_grad_enabled() else ())
+                return build(self, rows, training, find)
+            if not self._trained.isdisjoint(used):  # a step may have moved them since
+                self._programs.clear()
+                self.dense.drop()
+                self._trained.clear()
+            versions = tuple((n, id(used[n]), used[n].version()) for n in sorted(used))
+            key = (rows if _is_names(rows) else tuple(rows), versions, self.dtype, len(self.kept))
+            found = self._programs.get(key)
+            if found is None:
+                found = self._programs[key] = build(self, rows, training, find), frozenset(used)
+                while len(self._programs) > PROGRAMS_KEPT:
+                    self._programs.popitem(last=False)
+            return found[0]
+
+    def _with_members(self, adapters: dict[str, Adapter]) -> dict[str, Adapter]:
+        """With those that they combine."""
+        found = dict(adapters)
+        for adapter in adapters.values():
+            found.update({n: self.adapter(n) for n in adapter.of})
         return found
 
     def implicit_frame(self, training: bool) -> Frame:
         """For a module that is called by itself: the active adapters, and no facts about the rows."""
         from veneer.edits import At
 
-        return Frame(self, self.program(self.active, training), at={"": At(training=training)})
+        with self.lock:
+            made = Frame(self, self.program(self.active, training), at={"": At(training=training)})
+            made.adapters = {n: self.adapter(n) for n in self.active}
+        return made
 
     def rows_for(self, session: Session | None, total: int, stack: str = "") -> Any:
         """Names for this call: one stack of names for the whole batch, or one for each row."""
@@ -356,16 +422,23 @@ class Host(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
         state["_programs"] = OrderedDict()
-        return state
+        return {k: v for k, v in state.items() if k not in ("lock", "pages", "dense")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._own_tables()
         self.members = {}
         for name, adapter in self.adapters().items():
             bank = self.members.setdefault(id(adapter.plan), {})
             bank[name] = len(bank) + 1
         self.banks = banks_of(self, self.active)
-        self.dense = Kept(self.base_bytes, self.dense._limit)
+
+    def _own_tables(self) -> None:
+        """What a copy does not take over: the lock, what was made, what is where."""
+        self.__dict__.update(lock=threading.RLock(), calls=0, _leaving=False)
+        self.__dict__.update(dense=Kept(self.base_bytes), pages=Pages(self))
+        for adapter in self.adapters().values():
+            self.pages.track(adapter)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Host:
         import copy
@@ -373,13 +446,15 @@ class Host(nn.Module):
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
         for key, value in self.__dict__.items():
-            if key in ("_programs",):
+            if key == "_programs":
                 made.__dict__[key] = OrderedDict()
+            elif key in ("lock", "pages", "dense"):
+                continue
             elif key in ("anatomy", "plans"):
                 made.__dict__[key] = value if key == "anatomy" else dict(value)
             else:
                 made.__dict__[key] = copy.deepcopy(value, memo)
-        made.__dict__["dense"] = Kept(made.base_bytes, self.dense._limit)
+        made._own_tables()
         return made
 
     def extra_repr(self) -> str:
@@ -389,6 +464,11 @@ class Host(nn.Module):
 def _moved(fn: Any, value: Tensor) -> Tensor:
     moved = fn(value)
     return moved if moved.dtype == value.dtype else value.to(moved.device)
+
+
+def _finder(host: Host, adapters: Mapping[str, Adapter]) -> Callable[[str], Adapter]:
+    """Adapters by name, the given ones first."""
+    return lambda name: adapters[name] if name in adapters else host.adapter(name)
 
 
 def _is_names(rows: Any) -> bool:

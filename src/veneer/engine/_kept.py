@@ -115,16 +115,6 @@ class Kept:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Kept:
-        return Kept(self._base_bytes, self._limit)  # the copy's host gives it a base of its own
-
-    def __reduce__(self) -> Any:
-        return _empty, (self._limit,)
-
-
-def _empty(limit: int | None) -> Kept:
-    return Kept(lambda: 0, limit)
-
 
 def sources_of(module: nn.Module, parameter: str) -> list[Tensor]:
     """The stored tensors that a parameter is read from: itself, or those that it is computed from."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from veneer.errors import BadOption, Unsupported
 
-from ._frame import Names, Session
+from ._frame import Names, Session, names_in
 from ._program import banks_of
 
 UNSET: Any = object()  # no `adapters=` in the call; None is the bare base
@@ -48,3 +48,16 @@ def _known(host: Any, names: Sequence[str]) -> None:
 
 def any_names(rows: Any) -> bool:
     return any(bool(r) for r in rows)
+
+
+def adapters_of(host: Any, session: Session | None, rows: Any) -> dict[str, Any]:
+    """The adapters of a call by name: those that a generation began with, else those that there are.
+
+    rows: the names that the call came to; a session may have names of its own beside them.
+    """
+    own: dict[str, Any] = {}
+    every = [rows]
+    if session is not None:
+        own = session.adapters or {}
+        every += [session.rows, session.names, *(session.by_stack or {}).values()]
+    return {n: own[n] if n in own else host.adapter(n) for n in names_in(*every)}

@@ -7,7 +7,7 @@ stacked and read by a slot a row, slot 0 being the bare row, so that one graph s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -107,13 +107,17 @@ Program = dict[str, SiteOps]
 
 
 def build(
-    host: Any, rows: Sequence[Names] | Names, training: bool, stacks: dict[str, Sequence[Names]] | None = None
+    host: Any, rows: Sequence[Names] | Names, training: bool, find: Callable[[str], Adapter] | None = None
 ) -> Program:
-    """The program for a whole batch under one stack of names, or for a stack of names a row."""
+    """The program for a whole batch under one stack of names, or for a stack of names a row.
+
+    find: adapters by name; default: those of the host.
+    """
+    find = find or host.adapter
     program: Program = {}
     if isinstance(rows, tuple) and all(isinstance(n, str) for n in rows):
         for level, name in enumerate(rows):
-            _add(program, host, [(host.adapter(name), None)], training, level=level)
+            _add(program, host, [(find(name), None)], training, level=level)
         return program
     total = len(rows)
     for level in range(max((len(names) for names in rows), default=0)):
@@ -123,7 +127,7 @@ def build(
                 by_name.setdefault(names[level], []).append(i)
         banks: dict[Any, list[tuple[Adapter, Rows | None]]] = {}
         for name, indices in by_name.items():
-            adapter = host.adapter(name)
+            adapter = find(name)
             chosen: Rows | None = Rows(indices, total)
             if chosen is not None and chosen.whole:
                 chosen = None
@@ -307,6 +311,9 @@ def _members(host: Any, op: Op, training: bool) -> tuple[Op, ...]:
 def site_tensors(host: Any, adapter: Adapter, training: bool) -> list[Tensors]:
     """Tensors of each site plan, what `derive` makes included where it does not depend on the rows."""
     adapter.check_prepared()
+    if not torch.compiler.is_compiling() and host.pages.limit is not None:
+        with host.lock:
+            host.pages.use([adapter])
     made = adapter.site_tensors(host.shared, host.dtype, training)
     cached = not torch.compiler.is_compiling() and adapter._cached.get("tensors") is made
     if cached and "derived" in adapter._cached:

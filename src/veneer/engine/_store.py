@@ -211,11 +211,13 @@ def load(
     name: str | None = None,
     *,
     activate: bool = True,
+    replace: bool = False,
     strict: bool = True,
     **options: Any,
 ) -> Adapter:
     """Attach an adapter from a folder or a hub id: veneer's own form, HF PEFT's, or another registered format.
 
+    replace: one of the same name leaves for it, at one moment.
     Names, shapes and the base are compared first; nothing is half-loaded. Raises BadFile, ShapeDiffers, UnknownName.
     """  # fmt: skip
     fresh = "veneer" not in getattr(model, "_modules", ())
@@ -226,6 +228,7 @@ def load(
     if not (read.record if read is not None else (folder / RECORD).is_file()):
         for _, (module, marker) in FORMATS.items():
             if marker and (folder / marker).is_file():
+                options = {**options, "replace": True} if replace else options
                 return importlib.import_module(module).read(model, folder, name, activate=activate, **options)
         raise BadFile(
             f"'{folder}' holds no adapter: there is no {RECORD} and no file of another known format.",
@@ -244,7 +247,7 @@ def load(
         _compare(host, record, found, values, strict)
         dtype = "float32" if record.get("dtype") == "float32" else "base"
         adapter = attach(
-            model, method, name or record["name"], activate=activate, seed=record["seed"], dtype=dtype,
+            model, method, name or record["name"], activate=activate, replace=replace, seed=record["seed"], dtype=dtype,
             of=record.get("of", ()), values=values, whole=tuple(record.get("whole", ())), **record.get("plan", {}),
         )  # fmt: skip
     except Exception as e:

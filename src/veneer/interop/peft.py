@@ -59,10 +59,10 @@ def read(
 ) -> Adapter:
     """Attach the adapter of an HF PEFT folder; return it.
 
-    options: of `attach` (seed, dtype). Raises BadFile (unreadable), Unsupported (a type or an option that has no
-    form here), NoSiteFound (modules that this base has not), ShapeDiffers (missing, unexpected or other tensors).
+    options: of `attach` (seed, dtype, replace). Raises BadFile (unreadable), Unsupported (a type or an option that has
+    no form here), NoSiteFound (modules that this base has not), ShapeDiffers (missing, unexpected or other tensors).
     """
-    odd = sorted(set(options) - {"seed", "dtype"})
+    odd = sorted(set(options) - {"seed", "dtype", "replace"})
     if odd:
         raise UnknownOption(f"reading an HF PEFT folder has no option '{odd[0]}'; its config says the rest.",
                             nearest=("seed", "dtype"), next_step="veneer.load(model, folder, name)")  # fmt: skip
