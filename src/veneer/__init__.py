@@ -18,7 +18,7 @@ _WHERE = {
 }  # fmt: skip
 _NAMES = {name: module for module, names in _WHERE.items() for name in names}
 _ROOMS = ("engine", "edits", "anatomy", "bases", "data", "tasks", "training", "comparing", "testing", "interop",
-          "recipes", "errors", "methods")  # fmt: skip
+          "recipes", "errors", "methods", "serving")  # fmt: skip
 
 __version__ = "0.1.0"
 __all__ = sorted([*_NAMES, "anatomy", "testing"])

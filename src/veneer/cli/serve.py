@@ -110,7 +110,8 @@ def serve(
             next_step="veneer serve --new-key NAME --keys FILE    makes a key; then --keys FILE, or --allow-no-key",
         )
     settings = Settings(
-        served_name=served_name, strict=strict, log_prompts=log_prompts, vllm_names=vllm_metrics, in_flight=in_flight,
+        served_name=served_name,
+        also_named=(model,), strict=strict, log_prompts=log_prompts, vllm_names=vllm_metrics, in_flight=in_flight,
         tokens_per_minute=tokens_per_minute, drain_seconds=drain, allow_origins=tuple(allow_origin or ()),
         hosts=LOOPBACK if is_local and not known.required else None,
     )  # fmt: skip

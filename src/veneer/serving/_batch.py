@@ -68,7 +68,8 @@ class Batch:
         row.slot = len(self.rows)
         self.rows.append(row)
         if row.todo and not row.began and not row.traits.whole:
-            row.chain = self.prefixes.chain(row.request.prompt, row.name, row.request.key)
+            whose = "\0".join(filter(None, (row.request.key, row.request.salt)))
+            row.chain = self.prefixes.chain(row.request.prompt, row.name, whose)
             self.prefixes.asked += len(row.chain)
         if row.aside is not None:
             self.slots.write(row.slot, 0, row.aside)

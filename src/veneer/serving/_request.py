@@ -48,6 +48,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     version: str | None = None  # of an adapter; None is the bare base
     key: str = ""  # whose request this is, for fairness and for the prefix cache's separation
+    salt: str = ""  # separates the prefix cache once more, within one key
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     arrival: int = field(default_factory=lambda: next(_arrivals))
 

@@ -7,6 +7,7 @@ streams and the client's leaving pass through untouched.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import uuid
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from .record import LOGGER, PLACE, Record, record_of
 from .settings import Settings
 
 OPEN = {"/", "/health", "/live", "/ready", "/ping", "/startup", "/version", "/openapi.json"}
+POLLED = OPEN | {"/metrics", "/v1/load"}
 UPLOADS = {"/v1/adapters", "/v1/files"}
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -70,7 +72,9 @@ class Entry:
             await failed.response()(scope, receive, send_named)
         finally:
             self.observe(record)
-            record.log()
+            # Who asks every second whether the server lives would fill the log.
+            is_poll = record.path in POLLED and record.status in (200, 503)
+            record.log(logging.DEBUG if is_poll else logging.INFO)
 
     def _check_origin(self, headers: dict[bytes, str]) -> None:
         """A page of another site must not reach a server that is there for this machine alone."""

@@ -254,8 +254,8 @@ def _row(
     """The i-th of n answers: its own draw, the same one at every asking."""
     if sampling.seed is not None and i:
         sampling = Sampling(**{**vars(sampling), "seed": (sampling.seed + i) % (1 << 63)})
-    salt = f"#{body.cache_salt}" if body.cache_salt else ""
-    return Request(tuple(prompt), sampling, target.version, record.key.name + salt)
+    salt = body.cache_salt or ""
+    return Request(tuple(prompt), sampling, target.version, record.key.name, salt)
 
 
 def _room(prompt: Sequence[int], wanted: int | None, longest: int) -> int:

@@ -44,8 +44,9 @@ class Record:
         }
         return orjson.dumps({k: v for k, v in said.items() if v is not None}, default=str)
 
-    def log(self) -> None:
-        LOGGER.info("%s", self.line().decode())
+    def log(self, level: int) -> None:
+        if LOGGER.isEnabledFor(level):
+            LOGGER.log(level, "%s", self.line().decode())
 
 
 def record_of(request: Request) -> Record:

@@ -150,9 +150,11 @@ class Service:
         Raises:
             ApiError: 404 for a name that nothing has, with the nearest ones, or that the key may not see.
         """
-        if asked in (self.base, self.engine.model_name):
-            return Target(self.base, None, "")
-        name = asked.removeprefix(self.base + ":")
+        name = asked
+        for base in (self.base, self.engine.model_name, *self.settings.also_named):
+            if asked == base:
+                return Target(self.base, None, "")
+            name = name.removeprefix(f"{base}:") if name == asked else name
         try:
             version = await asyncio.to_thread(self.registry.resolve, name)
         except VeneerError as error:

@@ -12,6 +12,7 @@ class Settings:
     """Sizes are bytes, times are seconds. `None` for a limit per key means that there is none."""
 
     served_name: str | None = None  # how clients name the base; None: its own name, of a folder the last part
+    also_named: tuple[str, ...] = ()  # what clients may call it too; never sent back
     strict: bool = False  # unknown fields are refused, not passed over
     log_prompts: bool = False  # prompts and answers are written to the log
     vllm_names: bool = False  # metrics under vLLM's names too
