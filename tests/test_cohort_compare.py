@@ -135,3 +135,67 @@ def test_a_member_that_cannot_be_is_the_error_of_its_run_alone(folder, tmp_path,
     assert "not finite" in str(bad)
     assert good.metrics["validation"]["accuracy"] >= 0
     assert also.folder == str(tmp_path / "2")
+
+
+@pytest.mark.parametrize("control", ["random_direction", "duplicate", "broken_scale"])
+def test_a_control_in_a_cohort_is_what_it_is_by_itself(folder, tmp_path, cohorts, control):
+    import torch
+    from safetensors.torch import load_file
+
+    from veneer.comparing import parse_arm
+
+    options = {"base_dropout": False, "device": "cpu", "batch_size": 8}
+    runner = default_runner(
+        folder, opened(32, 16, 16), task=None, budget=parse_budget("demo"), options=options
+    )
+    # Beside its anchor: what a control does to itself must not reach the others.
+    arms = [("lora:rank=2", 1), (f"{control}:rank=2", 1), (f"{control}:rank=2", 2)]
+    runs = [
+        {"arm": parse_arm(arm), "seed": seed, "learning_rate": 2e-2, "splits": ("validation", "test")}
+        for arm, seed in arms
+    ]
+    mine = together_room.train_runs(runner, [r | {"output": tmp_path / f"a{i}"} for i, r in enumerate(runs)])
+    assert [len(c) for c in cohorts] == [3]
+    for i, run in enumerate(runs):
+        alone = runner(**run, output=tmp_path / f"b{i}")
+        assert mine[i].trainable_parameters == alone.trainable_parameters
+        one, two = (load_file(tmp_path / f"{x}{i}" / "adapter.safetensors") for x in "ab")
+        assert one.keys() == two.keys()
+        for key, value in two.items():
+            torch.testing.assert_close(one[key], value, rtol=1e-4, atol=1e-6, msg=f"{arms[i]} {key}")
+    assert mine[1].trainable_parameters == (
+        66 if control == "random_direction" else mine[0].trainable_parameters
+    )
+
+
+def test_a_random_direction_whose_anchor_cannot_be_trained_is_an_error_and_no_lora(folder, tmp_path, cohorts):
+    from veneer.comparing import parse_arm
+
+    runner = default_runner(
+        folder, opened(32, 16, 16), task=None, budget=parse_budget("demo"), options={"base_dropout": False}
+    )
+    runs = [
+        {"arm": parse_arm("random_direction:rank=2"), "seed": 0, "learning_rate": rate, "splits": ("validation",),
+         "output": tmp_path / str(i)} for i, rate in enumerate([1e30, 1e-3])
+    ]  # fmt: skip
+    bad, good = together_room.train_runs(runner, runs)
+    assert "not finite" in str(bad)
+    assert good.trainable_parameters == 66
+    assert not together_room.is_able(runner, parse_arm("random_direction:init=pissa,rank=2"))
+
+
+def test_the_base_is_opened_once_to_look_at_all_arms(folder, monkeypatch):
+    from veneer.comparing import parse_arm
+
+    runner = default_runner(
+        folder, opened(32, 16, 16), task=None, budget=parse_budget("demo"), options={"base_dropout": False}
+    )
+    opening, times = runner.open_base, []
+    monkeypatch.setattr(runner, "open_base", lambda: times.append(1) or opening())
+    arms = [
+        parse_arm(text) for text in ("untrained", "lora:rank=2", "ia3", "full", "random_direction:rank=2")
+    ]
+    together_room.look_at(runner, arms)
+    assert [together_room.is_able(runner, arm) for arm in arms] == [False, True, True, False, True]
+    assert len(times) == 1
+    assert runner._base is None

@@ -17,7 +17,7 @@ from typing import Any
 
 from veneer.comparing.planning.arms import Arm
 from veneer.comparing.running.ledger import Ledger
-from veneer.comparing.running.together import is_able, members_at_once, run_folder, train_runs
+from veneer.comparing.running.together import is_able, look_at, members_at_once, run_folder, train_runs
 
 # One thread each. Large blocks stay in the heap: the gradients of a whole base, given back to the system and
 # taken anew at every step, are a third of the time of `full` (glibc reads these).
@@ -71,6 +71,8 @@ class Ahead:
         }
         self.begun: dict[tuple[Any, ...], tuple[Future[Any], int]] = {}
         self.workers, self.together = workers, members_at_once(getattr(runner, "options", {}))
+        if self.together > 1:
+            look_at(runner, self.arms)
         self.tuned = 0
         self.environment = {name: os.environ.get(name) for name in WORKERS}
         os.environ |= WORKERS  # read by new processes alone

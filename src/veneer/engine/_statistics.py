@@ -52,7 +52,7 @@ def squared_gradients(
                     rows += 1
                     for p, g in zip(unique, grads):
                         if g is not None:
-                            sums[id(p)] += g.detach().to(sums[id(p)].dtype) ** 2
+                            sums[id(p)].addcmul_(g, g)
     finally:
         for p, flag in zip(unique, flags):
             p.requires_grad_(flag)

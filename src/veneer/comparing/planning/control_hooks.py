@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.comparing.planning.arms import Arm
+
 BROKEN = -8.0
 OTHER_DRAWS = 10_000
 """Added to the seed of a duplicate."""
@@ -68,10 +70,10 @@ class RandomDirection:
     def on_gradients(self, run: Any, step: int) -> None:
         from veneer import engine
 
-        for adapter in engine.adapters(run.model).values():
-            for key, gradient in adapter.gradients().items():
-                if key.rpartition("/")[2] in ("A", "B"):
-                    gradient.zero_()
+        adapter = engine.adapters(run.model)[run.subject.name]  # others may train beside it
+        for key, gradient in adapter.gradients().items():
+            if key.rpartition("/")[2] in ("A", "B"):
+                gradient.zero_()
 
     def between_steps(self, run: Any, step: int) -> None:
         self._put(run)  # weight decay and momentum have moved it
@@ -95,3 +97,23 @@ class BrokenScale:
     def _break(self, run: Any) -> None:
         for pair in _updates(run.model).values():
             pair["B"].mul_(BROKEN)
+
+
+def changes(arm: Arm, seed: int, norms: Norms | None = None) -> dict[str, Any]:
+    """What a run of a control has otherwise than one of its anchor, as options of training; nothing for other arms.
+
+    norms: of the anchor's run with this seed, for a random direction.
+    """
+    if arm.method == "duplicate":
+        return {"seed": seed + OTHER_DRAWS}
+    if arm.method == "broken_scale":
+        # Without early stopping, which would put back what was there before it broke.
+        return {"hooks": [BrokenScale()], "early_stopping": None}
+    if arm.method == "random_direction" and norms is not None:
+        return {"hooks": [RandomDirection(norms.of, seed)]}
+    return {}
+
+
+def fixed_numbers(changed: Mapping[str, Any]) -> int:
+    """Of a run with these options, numbers of its adapter that did not train."""
+    return sum(hook.size for hook in changed.get("hooks", ()) if isinstance(hook, RandomDirection))

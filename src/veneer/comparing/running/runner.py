@@ -164,23 +164,23 @@ class TrainingRunner:
         """A run of a control: see `veneer.comparing.planning.controls`."""
         from veneer.comparing.planning import control_hooks as controls
 
-        anchor, seed = arm.anchor, given["seed"]
-        if arm.method == "duplicate":
-            return self.train(anchor, splits, **given | {"seed": seed + controls.OTHER_DRAWS})
-        if arm.method == "broken_scale":
-            # Without early stopping, which would put back what was there before it broke.
-            return self.train(anchor, splits, **given, hooks=[controls.BrokenScale()], early_stopping=None)
+        norms = None
+        if arm.method == "random_direction":
+            self.check_norms(arm)
+            norms = controls.Norms()
+            self.train(arm.anchor, (), **given | {"output": None}, hooks=[norms])
+        changed = controls.changes(arm, given["seed"], norms)
+        found = self.train(arm.anchor, splits, **given | changed)
+        found.trainable_parameters -= controls.fixed_numbers(changed)
+        return found
+
+    def check_norms(self, arm: Arm) -> None:
+        """Raise Unsupported where the update of the arm's anchor is not B A."""
         if self.method_of(arm).start_reads_weight:
             raise Unsupported(
-                f"{anchor} starts from the weights, so that its update is not B A and has no norm to match.",
+                f"{arm.anchor} starts from the weights, so that its update is not B A and has no norm to match.",
                 next_step="an anchor with init='default'",
             )
-        norms = controls.Norms()
-        self.train(anchor, (), **given | {"output": None}, hooks=[norms])
-        fixed = controls.RandomDirection(norms.of, seed)
-        found = self.train(anchor, splits, **given, hooks=[fixed])
-        found.trainable_parameters -= fixed.size
-        return found
 
     def alone(self, arm: Arm, learning_rate: float | None) -> dict[str, Any] | None:
         """What another process needs to run this arm by itself; None where it could not open the base."""

@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.comparing.planning.arms import OPTIONAL_CONTROLS, Arm
+from veneer.comparing.planning.arms import Arm
+from veneer.comparing.planning.control_hooks import Norms, changes, fixed_numbers
 from veneer.comparing.planning.design import Comparison
 from veneer.errors import VeneerError
 
@@ -61,26 +62,44 @@ def _alone(runner: Any, run: Mapping[str, Any]) -> Any:
 
 def is_able(runner: Any, arm: Arm) -> bool:
     """Whether a run of this arm may be a member: a gradient of few parameters, over a base that draws nothing."""
-    if not arm.is_trained or arm.method in OPTIONAL_CONTROLS or not hasattr(runner, "open_base"):
-        return False
-    if not isinstance(runner.model, str | Path) or runner.options.get("mixed_precision") == "fp16":
+    if not arm.is_trained or not _opens(runner):
         return False
     known = runner.__dict__.setdefault("_together", {})
-    if "base" not in known:
-        known["base"] = _facts(runner)
-    still, parameters = known["base"]
-    if runner.options.get("base_dropout", True) and not still:
-        return False
     if str(arm) not in known:
-        known[str(arm)] = _is_small(runner, arm, parameters)
-    return known[str(arm)]
+        look_at(runner, [arm])
+    return bool(known[str(arm)])
+
+
+def look_at(runner: Any, arms: Sequence[Arm]) -> None:
+    """Find out which arms may be members, with one opening of the base for all of them."""
+    if not _opens(runner):
+        return
+    known = runner.__dict__.setdefault("_together", {})
+    try:
+        if "base" not in known:
+            known["base"] = _facts(runner)
+        still, parameters = known["base"]
+        draws = runner.options.get("base_dropout", True) and not still
+        for arm in arms:
+            if arm.is_trained and str(arm) not in known:
+                known[str(arm)] = not draws and _is_small(runner, arm, parameters)
+    finally:
+        runner.close_base()
+
+
+def _opens(runner: Any) -> bool:
+    if not hasattr(runner, "open_base") or runner.options.get("mixed_precision") == "fp16":
+        return False
+    return isinstance(runner.model, str | Path)
 
 
 def _facts(runner: Any) -> tuple[bool, int]:
     """(whether the base draws nothing in training, its parameters)."""
     from veneer import engine
 
-    model = runner.open_base().model
+    if runner._base is None:
+        runner._base = runner.open_base()
+    model = runner._base.model
     return engine.is_still(model), sum(p.numel() for p in model.parameters())
 
 
@@ -91,11 +110,11 @@ def _is_small(runner: Any, arm: Arm, parameters: int) -> bool:
         recipes = [parse(r.name, **dict(r.options)) for r in arm.recipes]
         if any(getattr(recipe, "backward", True) is False for recipe in recipes):
             return False
+        if arm.method == "random_direction":
+            runner.check_norms(arm)
         return runner.count(arm) <= SHARE * parameters
     except VeneerError:
         return False  # the run itself says why it cannot be
-    finally:
-        runner.close_base()
 
 
 def _cohort(runner: Any, runs: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -103,15 +122,18 @@ def _cohort(runner: Any, runs: Sequence[Mapping[str, Any]]) -> list[Any]:
     from veneer.training import train_cohort
 
     began = time.monotonic()
+    norms, failed = _norms_of_anchors(runner, runs)
+    changed = [changes(run["arm"], run["seed"], norms.get(i)) for i, run in enumerate(runs)]
     data: dict[Any, Any] = {}
     members = {}
     for i, run in enumerate(runs):
+        if i in failed:
+            continue
         inside = tuple(split for split in run["splits"] if split not in runner.beyond.off_task)
         if inside not in data:
             data[inside] = runner.beyond.beside(runner.data, inside)
         members[str(i)] = {
-            "method": str(run["arm"]), "seed": run["seed"], "learning_rate": run["learning_rate"],
-            "output": run["output"], "evaluate_on": inside, "data": data[inside],
+            **_options(run), "output": run["output"], "evaluate_on": inside, "data": data[inside], **changed[i],
         }  # fmt: skip
     found = train_cohort(members, model=runner.model, task=runner.data.task, progress=False, **runner.options)
     took = (time.monotonic() - began) / len(runs)
@@ -119,14 +141,35 @@ def _cohort(runner: Any, runs: Sequence[Mapping[str, Any]]) -> list[Any]:
     for i, run in enumerate(runs):
         result = found.results.get(str(i))
         if result is None:
-            results.append(found.failed[str(i)])
+            results.append(failed[i] if i in failed else found.failed[str(i)])
             continue
         result = runner.with_off_task(result, run["splits"], run["output"])
+        result.trainable_parameters -= fixed_numbers(changed[i])
         # Shares of a cohort are no costs; measured ones take their place where costs are measured.
         result.step_seconds = result.tokens_per_second = result.peak_memory_bytes = None
         result.run_seconds = took
         results.append(result)
     return results
+
+
+def _options(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {"method": str(run["arm"].anchor), "seed": run["seed"], "learning_rate": run["learning_rate"]}
+
+
+def _norms_of_anchors(
+    runner: Any, runs: Sequence[Mapping[str, Any]]
+) -> tuple[dict[int, Norms], dict[int, Exception]]:
+    """({place of a random direction: the norms that its anchor's update has after the same training}, errors)."""
+    from veneer.training import train_cohort
+
+    norms = {i: Norms() for i, run in enumerate(runs) if run["arm"].method == "random_direction"}
+    if not norms:
+        return {}, {}
+    members = {str(i): {**_options(runs[i]), "hooks": [kept], "evaluate_on": ()} for i, kept in norms.items()}
+    found = train_cohort(
+        members, model=runner.model, data=runner.data, task=runner.data.task, progress=False, **runner.options
+    )
+    return norms, {int(name): error for name, error in found.failed.items()}
 
 
 class Together:
@@ -135,6 +178,7 @@ class Together:
     def __init__(self, runner: Any, design: Comparison, folder: Path, done: set[Key]) -> None:
         self.runner, self.design, self.folder, self.done = runner, design, folder, done
         self.found: dict[Key, Any] = {}
+        look_at(runner, design.parsed_arms)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runner, name)
