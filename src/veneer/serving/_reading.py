@@ -62,7 +62,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class Found:
-    """One row's answer: a task's prediction, as `veneer.predict` gives it, or a vector; and the tokens that were read."""
+    """A row's answer: a task's prediction, as `veneer.predict` gives it, or a vector; and the tokens that were read."""
 
     tokens: int
     prediction: Mapping[str, Any] | None = None
