@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ._engine import Engine
+from ._reading import Found, ReadingEngine
 from ._registry import Registry
 from ._registry_check import check_on
-from ._registry_engine import gone_from, ready_on
+from ._registry_engine import Engines, gone_from, ready_on
 from ._registry_jobs import Job, JobEvent, Jobs
 from ._registry_rows import Move, Version
 from ._request import (
@@ -24,8 +25,10 @@ from ._watch import Watcher
 __all__ = [
     "Answer",
     "Engine",
+    "Engines",
     "Event",
     "Finish",
+    "Found",
     "Job",
     "JobEvent",
     "Jobs",
@@ -33,6 +36,7 @@ __all__ = [
     "Move",
     "PromptTooLong",
     "QueueFull",
+    "ReadingEngine",
     "Registry",
     "Request",
     "Sampling",

@@ -22,7 +22,7 @@ from veneer import engine
 from veneer.engine._store import Read
 from veneer.errors import BadOption, Unsupported, VeneerError, nearest
 from veneer.tasks import Task, task_from_dict
-from veneer.tasks._collate import text_inputs
+from veneer.tasks._collate import takes, text_inputs
 from veneer.tasks._text import logits_of
 from veneer.training._evaluate import evaluating
 
@@ -110,7 +110,7 @@ class ReadingEngine:
     def add(self, version: str, folder: str | Path) -> None:
         """Make a version known; its tensors are read when it is first asked for."""
         folder = Path(folder)
-        made = _Version(version, folder, _task_of(folder))
+        made = _Version(version, folder, task_of(folder))
         with self._news:
             there = self._versions.get(version)
             if there is not None and not there.leaving:
@@ -135,7 +135,7 @@ class ReadingEngine:
         read = engine.read_adapter(folder)
         with self._models:
             name = f"checked {folder.name}"
-            shell = fit(self._shells, _task_of(folder), read, name)
+            shell = fit(self._shells, task_of(folder), read, name)
             host = engine.host_of(shell.model)
             now = engine.fingerprint(host.anatomy, shell.model, host.adapter(name).plan)
             engine.detach(shell.model, name)
@@ -182,10 +182,14 @@ class ReadingEngine:
         return self._ask(version, "read", rows, "auto")
 
     def embed(
-        self, version: str | None, texts: Sequence[str], *, pooling: Pooling = "auto"
+        self, version: str | None, texts: Sequence[str | Sequence[int]], *, pooling: Pooling = "auto"
     ) -> Future[list[Found]]:
-        """Vectors of unit length. pooling: of the last states; "auto" is the last token of a decoder, else the mean."""
-        return self._ask(version, "embed", [{"text": t} for t in texts], pooling)
+        """Vectors of unit length of texts, or of token ids.
+
+        pooling: of the last states; "auto" is the last token of a decoder, else the mean.
+        """
+        rows = [{"text": t} if isinstance(t, str) else {"ids": list(t)} for t in texts]
+        return self._ask(version, "embed", rows, pooling)
 
     def _ask(
         self, version: str | None, kind: str, rows: Sequence[Row], pooling: Pooling
@@ -466,12 +470,23 @@ def _encoded(job: _Job, shell: Shell) -> list[dict[str, Any]]:
     if job.kind == "read":
         return job.version.task.encode(job.rows, shell.feeder, shell.model).features  # type: ignore[union-attr]
     longest = Task(max_length=1 << 30).longest(shell.feeder, shell.model)
-    encoded = shell.feeder([r["text"] for r in job.rows], truncation=True, max_length=longest)
-    kinds = [k for k in ("input_ids", "token_type_ids") if k in encoded]
-    return [
-        {**{k: encoded[k][i] for k in kinds}, "length": len(encoded["input_ids"][i])}
-        for i in range(len(job.rows))
-    ]
+    typed, features = takes(shell.model, "token_type_ids"), []
+    for row in job.rows:
+        encoded: Any = {"input_ids": row.get("ids", [])[:longest]}
+        if "ids" not in row:
+            encoded = shell.feeder(row["text"], truncation=True, max_length=longest)
+        _check_ids(encoded["input_ids"], len(shell.feeder))
+        feature = {"input_ids": encoded["input_ids"], "length": len(encoded["input_ids"])}
+        if typed:
+            feature["token_type_ids"] = encoded.get("token_type_ids", [0] * feature["length"])
+        features.append(feature)
+    return features
+
+
+def _check_ids(ids: Sequence[int], known: int) -> None:
+    if not ids or not all(0 <= i < known for i in ids):
+        raise BadOption(f"an input has no token, or one outside of the {known:,} that this base knows.",
+                        next_step="a text with words, or ids from /tokenize")  # fmt: skip
 
 
 def _generates(job: _Job) -> bool:
@@ -505,7 +520,7 @@ def _columns(task: Task) -> tuple[str, ...]:
     return {"tag": ("tokens",), "seq2seq": ("source",)}.get(task.name, ("text",))
 
 
-def _task_of(folder: Path) -> Task | None:
+def task_of(folder: Path) -> Task | None:
     """The task that a folder says its adapter was trained for."""
     if not (folder / "veneer.json").is_file():
         return None

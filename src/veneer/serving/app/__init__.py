@@ -13,8 +13,10 @@ from typing import Any
 from fastapi import FastAPI
 
 import veneer
+from veneer.serving import Engines
 
 from . import adapters, chat, completions, health, models, tokens
+from . import reading as reading_room
 from .entry import Entry, authorise, describe
 from .errors import REFUSALS, ApiError, install
 from .keys import Key, Keys, new_key
@@ -27,7 +29,12 @@ __all__ = ["ApiError", "Key", "Keys", "Late", "Settings", "authorise", "create_a
 
 
 def create_app(
-    engine: Any, registry: Any, settings: Settings | None = None, keys: Keys | None = None
+    engine: Any,
+    registry: Any,
+    settings: Settings | None = None,
+    keys: Keys | None = None,
+    *,
+    reading: Any = None,
 ) -> FastAPI:
     """The application.
 
@@ -36,6 +43,7 @@ def create_app(
         registry: what names mean, a `veneer.serving.Registry`, or a `Late` one.
         settings: limits and strictness.
         keys: who may come in; without keys everybody may.
+        reading: a `veneer.serving.ReadingEngine`, or a `Late` one; without it nothing is classified or embedded.
     """
     settings, keys = settings or Settings(), keys or Keys()
 
@@ -57,10 +65,13 @@ def create_app(
     )  # fmt: skip
     app.state.service = service
     install(app)
-    lifecycle = adapters.router(engine, registry, authorise, largest_upload=settings.max_upload)
+    served = engine if reading is None else Engines(engine, reading)
+    lifecycle = adapters.router(served, registry, authorise, largest_upload=settings.max_upload)
     app.include_router(lifecycle, responses=REFUSALS)
     for room in (models, completions, chat, tokens, health):
         app.include_router(room.router(service))
+    if reading is not None:
+        app.include_router(reading_room.router(service, reading))
     app.add_middleware(Entry, keys=keys, settings=settings, observe=metrics.answered)
     describe(app, keys.required)
     return app
