@@ -344,3 +344,31 @@ def test_a_budget_may_be_written_with_its_unit():
     model, *_ = populated(1)
     assert veneer.memory_budget(model, adapters="1.5 KiB").adapters_limit == 1536
     assert veneer.memory_budget(model, edits="2MB").edits_limit == 2_000_000
+
+
+def test_slots_are_kept_by_those_that_stay_and_used_again():
+    model, names, _, _, _ = populated(4)
+    (slots,) = model.veneer.members.values()
+    assert slots == {"a0": 1, "a1": 2, "a2": 3, "a3": 4}
+    veneer.detach(model, "a1")
+    veneer.detach(model, "a0")
+    add(model, "lora", "new", seed=7)
+    (slots,) = model.veneer.members.values()
+    assert {n: slots[n] for n in names[2:]} == {"a2": 3, "a3": 4}
+    assert slots["new"] in (1, 2)
+    add(model, "lora", "newer", seed=8)
+    assert sorted(model.veneer.members[id(model.veneer.adapter("a2").plan)].values()) == [1, 2, 3, 4]
+
+
+def test_compiled_code_reads_the_right_adapter_where_slots_were_left_and_used_again():
+    model, _, given, expected, _ = populated(4)
+    veneer.detach(model, "a0")
+    veneer.detach(model, "a2")
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for name in ("a3", "a1", None):
+            veneer.activate(model, name)
+            y = out(compiled, given)
+            torch.testing.assert_close(y, expected[name] if name else out(model, given, adapters=None))
+        add(model, "lora", "new", seed=9)
+        torch.testing.assert_close(out(compiled, given), out(model, given, adapters="new"))

@@ -317,12 +317,11 @@ def check_free(host: Host, name: str) -> None:
             f"adapter '{name}' is merged into the base; taking it off would leave its change behind.",
             next_step="veneer.unmerge(model) first, or veneer.merge(model, name, keep=False) to make it final",
         )
-    for other in host.adapters().values():
-        if name in other.of:
-            raise Unsupported(
-                f"adapter '{name}' is combined by '{other.name}'.",
-                next_step=f"veneer.detach(model, '{other.name}') first",
-            )
+    for other in host.combiners_of(name):
+        raise Unsupported(
+            f"adapter '{name}' is combined by '{other}'.",
+            next_step=f"veneer.detach(model, '{other}') first",
+        )
 
 
 def relayout(

@@ -47,7 +47,11 @@ class Host(nn.Module):
         self.active: Names = ()
         self.merged: list[str] = []
         self.update_statistics = False  # whether running statistics of the base move in training
-        self.members: dict[int, dict[str, int]] = {}  # plan -> {adapter: slot}, in the order of the slots
+        self.members: dict[
+            int, dict[str, int]
+        ] = {}  # plan -> {adapter: slot}, from 1; a slot that is left is used again
+        self._free: dict[int, list[int]] = {}  # plan -> slots that adapters left
+        self._combining: tuple[str, ...] = ()  # adapters that combine others
         self.banks: Any = ()  # for compiled code: the active adapters as banks
         # While something is merged: (module, parameter) -> the bare weight; of quantised modules, their own buffers.
         self.kept: dict[tuple[str, str], Tensor] = {}
@@ -96,8 +100,11 @@ class Host(nn.Module):
                 child += "%"  # "adapter" and the like are names of ours
             self.reach(adapter.plan)
             bank = self.members.get(id(adapter.plan), {})
-            self.shared = {**drawn, **self.shared}
-            self.members = {**self.members, id(adapter.plan): {**bank, adapter.name: len(bank) + 1}}
+            free = self._free.get(id(adapter.plan))
+            slot = free.pop() if free else len(bank) + 1
+            self.shared = {**drawn, **self.shared} if drawn else self.shared
+            self.members = {**self.members, id(adapter.plan): {**bank, adapter.name: slot}}
+            self._combining += (adapter.name,) if adapter.of else ()
             self.__dict__["_modules"] = {**self._modules, child: adapter}
             self.names = {**self.names, adapter.name: child}
             self._leaving = False
@@ -106,19 +113,30 @@ class Host(nn.Module):
     def drop(self, name: str) -> None:
         with self.lock:
             self._leave_tables(name)
-            self.__dict__["_modules"] = {k: v for k, v in self._modules.items() if k != self.names[name]}
-            self.names = {n: c for n, c in self.names.items() if n != name}
+            self.__dict__["_modules"] = _without(self._modules, self.names[name])
+            self.names = _without(self.names, name)
             self.active = tuple(n for n in self.active if n != name)
             self.banks = banks_of(self, self.active)
-            used = {store for a in self.adapters().values() for store in a.frozen_shared.values()}
-            self.shared = {k: v for k, v in self.shared.items() if k in used}
 
     def _leave_tables(self, name: str) -> None:
-        plan = id(self.adapter(name).plan)
-        rest = [n for n in self.members[plan] if n != name]
-        self.members = {**self.members, plan: {n: i + 1 for i, n in enumerate(rest)}}
+        """Out of every table but the names. Its slot is the next adapter's; nobody else's changes."""
+        adapter = self.adapter(name)
+        plan = id(adapter.plan)
+        self._free.setdefault(plan, []).append(self.members[plan][name])
+        self.members = {**self.members, plan: _without(self.members[plan], name)}
+        if not self.members[plan]:
+            self._free.pop(plan)
+        self._combining = tuple(n for n in self._combining if n != name)
+        if adapter.frozen_shared:
+            others = (a for n, a in self.adapters().items() if n != name)
+            used = {store for a in others for store in a.frozen_shared.values()}
+            self.shared = {k: v for k, v in self.shared.items() if k in used}
         self.pages.forget(name)
         self.forget_made(name)
+
+    def combiners_of(self, name: str) -> list[str]:
+        """Adapters that combine this one."""
+        return [n for n in self._combining if name in self.adapter(n).of]
 
     def forget_made(self, name: str) -> None:
         """Let go of everything that was made of an adapter's tensors."""
@@ -427,7 +445,7 @@ class Host(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._own_tables()
-        self.members = {}
+        self.members, self._free = {}, {}
         for name, adapter in self.adapters().items():
             bank = self.members.setdefault(id(adapter.plan), {})
             bank[name] = len(bank) + 1
@@ -469,6 +487,12 @@ def _moved(fn: Any, value: Tensor) -> Tensor:
 def _finder(host: Host, adapters: Mapping[str, Adapter]) -> Callable[[str], Adapter]:
     """Adapters by name, the given ones first."""
     return lambda name: adapters[name] if name in adapters else host.adapter(name)
+
+
+def _without(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+    made = dict(table)
+    del made[name]
+    return made
 
 
 def _is_names(rows: Any) -> bool:

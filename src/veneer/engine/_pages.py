@@ -133,7 +133,7 @@ class Pages:
         """Whether nobody uses or trains it, and no other tensor shares its memory."""
         if self._pins[adapter.name] or adapter.name in self.host.active:
             return False
-        if any(adapter.name in a.of and self._pins[a.name] for a in self.host.adapters().values()):
+        if any(self._pins[n] for n in self.host.combiners_of(adapter.name)):
             return False
         if any(leaf.requires_grad or leaf.grad is not None for leaf in adapter.leaves()):
             return False

@@ -204,23 +204,28 @@ def build_banked(
     read = []
     for members, slots in banks:
         adapters = [host.adapter(n) for n in members]
-        read.append((adapters, [site_tensors(host, a, training) for a in adapters], slots))
+        tensors = [site_tensors(host, a, training) for a in adapters]
+        # By slot; where an adapter left, another one's fill the place that no row names.
+        by_slot = [tensors[0]] * max(members.values())
+        for slot, made in zip(members.values(), tensors):
+            by_slot[slot - 1] = made
+        read.append((list(zip(members.values(), adapters)), by_slot, slots))
     for level in range(levels):
         for adapters, tensors, slots in read:
             mine = slots[level]
             mine = (
                 mine.expand(total) if mine.shape[0] == 1 else mine.repeat_interleave(total // mine.shape[0])
             )
-            for i, sp in enumerate(adapters[0].plan.sites):
+            for i, sp in enumerate(adapters[0][1].plan.sites):
                 if _broadcasts_at(sp):
                     t = gather([t[i] for t in tensors], (mine - 1).clamp(min=0))
-                    op = Op(sp, t, None, True, adapters[0], mine.shape[0])
+                    op = Op(sp, t, None, True, adapters[0][1], mine.shape[0])
                     op.live, op.level = mine > 0, level
                     place(program, op)
                     continue
-                for j, adapter in enumerate(adapters):
-                    op = Op(sp, tensors[j][i], None, False, adapter)
-                    op.live, op.level = mine == j + 1, level
+                for slot, adapter in adapters:
+                    op = Op(sp, tensors[slot - 1][i], None, False, adapter)
+                    op.live, op.level = mine == slot, level
                     op.members = _members(host, op, training) if adapter.of else ()
                     place(program, op)
     return program
