@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +25,7 @@ import torch
 import veneer
 from engine_tools import add
 from serving_tools import running, until
+from test_docs import ROOT, blocks_of
 from training_tiny import llama, word_tokenizer
 from veneer.serving import Engine, Registry, check_on, ready_on
 from veneer.serving.app import Settings, create_app
@@ -186,29 +190,45 @@ def test_a_client_that_leaves_frees_its_row_in_the_engine(server):
     assert until(lambda: counts()["rows"] == 0 and counts()["tokens"][version]["cancelled"] == 2)
 
 
-@pytest.mark.slow
-def test_the_command_serves_a_real_base_and_finishes_what_runs_on_sigterm(tmp_path):
+def saved_support(folder):
+    """A small adapter of the real base, and the base opened."""
     opened = veneer.open_base("builtin:smollm2")
     add(opened.model, "lora", "support", seed=1, size=0.02)
-    veneer.save(opened.model, "support", tmp_path / "adapters" / "support")
-    veneer.detach(opened.model, "support")
+    veneer.save(opened.model, "support", folder)
+    return opened
+
+
+@contextlib.contextmanager
+def child(command, folder):
+    """The command in a process of its own; what it says on standard error, line by line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder)
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(iter(process.stderr.readline, "")), daemon=True)
+    reader.start()
+    try:
+        assert until(lambda: any(line.startswith("ready:") for line in lines), 120), lines
+        yield SimpleNamespace(process=process, lines=lines)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, lines
+        reader.join(10)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_the_command_serves_a_real_base_and_finishes_what_runs_on_sigterm(tmp_path):
+    opened = saved_support(tmp_path / "adapters" / "support")
     ids = opened.tokenizer("The sky is", return_tensors="pt")
-    veneer.load(opened.model, tmp_path / "adapters" / "support", name="support")
     made = opened.model.generate(**ids, max_new_tokens=40, do_sample=False, eos_token_id=None)
     expected = opened.tokenizer.decode(made[0, ids["input_ids"].shape[1] :])
     command = [
         sys.executable, "-m", "veneer", "serve", "--model", "builtin:smollm2", "--port", "0",
-        "--adapters", str(tmp_path / "adapters"), "--api-key", "letmein", "--state", str(tmp_path / "state"),
+        "--adapters", "adapters", "--api-key", "letmein", "--state", "state",
     ]  # fmt: skip
-    child = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    lines: list[str] = []
-    reader = threading.Thread(target=lambda: lines.extend(iter(child.stderr.readline, "")), daemon=True)
-    reader.start()
-    try:
-        assert until(lambda: any(line.startswith("ready:") for line in lines), 120), lines
-        url = next(line.split()[2].rstrip(",") for line in lines if line.startswith("listening on"))
+    with child(command, tmp_path) as server:
+        url = next(line.split()[2].rstrip(",") for line in server.lines if line.startswith("listening on"))
         client = openai.OpenAI(base_url=url + "/v1", api_key="letmein", max_retries=0)
         assert "support" in {m.id for m in client.models.list()}
         stream = client.completions.create(
@@ -216,13 +236,28 @@ def test_the_command_serves_a_real_base_and_finishes_what_runs_on_sigterm(tmp_pa
             extra_body={"ignore_eos": True},
         )  # fmt: skip
         text = next(stream).choices[0].text
-        child.send_signal(signal.SIGTERM)
-        text += "".join(chunk.choices[0].text for chunk in stream)
-        assert text == expected
-        assert child.wait(30) == 0, lines
-        reader.join(10)
-    finally:
-        child.kill()
-    logged = [json.loads(line) for line in lines if line.startswith("{")]
+        server.process.send_signal(signal.SIGTERM)
+        assert text + "".join(chunk.choices[0].text for chunk in stream) == expected
+    logged = [json.loads(line) for line in server.lines if line.startswith("{")]
     assert logged[-1]["outcome"] == "done"
-    assert "sky" not in "".join(lines)
+    assert "sky" not in "".join(server.lines)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_server_lines_of_the_readme_do_what_they_say(tmp_path):
+    saved_support(tmp_path / "adapters" / "support")
+    blocks = [b.text for b in blocks_of(ROOT / "README.md")]
+    (serve,) = [text for text in blocks if text.startswith("veneer serve")]
+    (ask,) = [text for text in blocks if text.startswith("curl ")]
+    with socket.socket() as found:  # 8000 may be somebody's
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    words = shlex.split(serve.replace("8000", port), comments=True)
+    with child([sys.executable, "-m", *words], tmp_path):
+        answer = subprocess.run(
+            ask.replace("8000", port), shell=True, capture_output=True, check=True, timeout=120
+        )
+    found = json.loads(answer.stdout)
+    assert found["model"] == "support"
+    assert found["choices"][0]["message"]["content"]
