@@ -19,12 +19,14 @@ COMMON = {"vocab_size": WORDS, "hidden_size": 32, "num_hidden_layers": 2, "num_a
           "eos_token_id": 2}  # fmt: skip
 
 
-def model(family: str = "llama") -> Any:
+def model(family: str = "llama", words: int = WORDS) -> Any:
     """A tiny causal base; logits far enough apart that the likeliest token is never in doubt."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if family == "llama":
-            made: Any = t.LlamaForCausalLM(t.LlamaConfig(**COMMON, num_key_value_heads=2))
+            made: Any = t.LlamaForCausalLM(
+                t.LlamaConfig(**{**COMMON, "vocab_size": words}, num_key_value_heads=2)
+            )
         elif family == "qwen3":
             made = t.Qwen3ForCausalLM(t.Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=8))
         elif family == "gpt2":
@@ -37,6 +39,17 @@ def model(family: str = "llama") -> Any:
             if p.dim() > 1:
                 p.data.normal_(0, 0.3)
     return made.eval()
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are bytes, so that characters and stop texts lie over borders of tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return t.PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def folders(family: str, methods: dict[str, Any], where: Path) -> dict[str, Path]:

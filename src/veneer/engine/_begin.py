@@ -10,11 +10,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ._attach import host_of
-from ._frame import Session, opened
+from ._frame import Session, local, opened
 from ._generate import _open_generation
 from ._names import session_for
 
@@ -30,8 +29,11 @@ def begin(model: nn.Module, names: Sequence[Any], inputs: dict[str, Any]) -> tup
     host = host_of(model)
     session = session_for(host, list(names))
     session.generating = True
-    with torch.no_grad():
+    watched, local.read = local.read, None  # what is read to begin is no sign of a method's needs
+    try:
         made = _open_generation(host, model, session, dict(inputs))
+    finally:
+        local.read = watched
     if "inputs_embeds" in made and not host.anatomy.facts.encoder_decoder:
         made.pop("input_ids", None)
     return session, made

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from veneer.engine import begin, going_on, host_of, within
 from veneer.errors import VeneerError
 
+from ._alone import Alone
 from ._prefix import BLOCK, Prefixes
 from ._row import Row
 from ._slots import Slots
@@ -47,6 +48,7 @@ class Batch:
         config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.windows = _windows(config)
+        self.adds_masks = getattr(config, "_attn_implementation", None) == "eager"  # others take them as bool
         self.in_slots = self.windows is not None and self._fits_slots()
 
         self.bare = Traits()
@@ -79,7 +81,7 @@ class Batch:
         """Free the row's slot; the last row takes it, so that rows stay neighbours."""
         if row in self.alone:
             self.alone.remove(row)
-            row.cache = row.session = None
+            row.own = None
             return
         hole, last = row.slot, self.rows.pop()
         if spoilt:
@@ -96,9 +98,9 @@ class Batch:
         """Take a row out with what it has computed; `join` puts it back."""
         if row.slot >= 0:
             row.aside = self.slots.read(row.slot, 0, row.length)
-        cache, session = row.cache, row.session
+        own = row.own
         self.leave(row)
-        row.cache, row.session = cache, session
+        row.own = own
 
     def clear(self) -> None:
         self.rows, self.alone = [], []
@@ -236,6 +238,12 @@ class Batch:
         """What the base's forward takes as a ready mask: one, or one for each kind of layer."""
         assert self.windows is not None
         made = {kind: self.slots.mask(window) for kind, window in self.windows.items()}
+        if self.adds_masks:
+            lowest = torch.finfo(self.host.dtype).min if self.host.dtype is not None else -1e9
+            made = {
+                kind: torch.zeros(m.shape, dtype=self.host.dtype, device=m.device).masked_fill_(~m, lowest)
+                for kind, m in made.items()
+            }
         return made if len(made) > 1 else next(iter(made.values()))
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -251,31 +259,14 @@ class Batch:
     # -- rows by themselves ----------------------------------------------------------------------------------------
 
     def _by_itself(self, rows: list[Row]) -> Said:
-        """A row with a cache of its own: the base's own cache, as `generate` would use it."""
         row = rows[0]
-        device = self.device
-        if row.todo:
-            ids = torch.tensor([row.todo], device=device)
-            row.session, inputs = begin(
-                self.model, [row.name], {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            )
-            row.length = inputs["attention_mask"].shape[1]
-        else:
-            row.length += 1
-            mask = torch.ones(1, row.length, dtype=torch.long, device=device)
-            inputs = {"input_ids": torch.tensor([[row.last]], device=device), "attention_mask": mask}
-            if row.cache is None:  # a base without a cache reads everything again
-                prompt = row.request.prompt
-                ids = torch.tensor([[*prompt, *row.said]], device=device)
-                inputs = {"input_ids": ids}
-                if row.name is not None:
-                    inputs["prompt_mask"] = (torch.arange(ids.shape[1], device=device) < len(prompt))[None]
-                row.session = going_on(self.model, [row.name], False)
-        with within(row.session):
-            out = self.model(**inputs, past_key_values=row.cache, use_cache=True)
-        row.cache = out.get("past_key_values")
+        if row.own is None:
+            row.own = Alone(self.model, row.name)
+        if not row.todo:
+            return [(row, row.own.say(row.last))]
+        logits = row.own.read(row.todo)
         row.todo.clear()
-        return [(row, out.logits[0, -1])]
+        return [(row, logits)]
 
     # -- what the base can do --------------------------------------------------------------------------------------
 

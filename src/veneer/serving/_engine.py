@@ -93,13 +93,25 @@ class Engine:
 
     @classmethod
     def open(
-        cls, model: str, *, dtype: Any = None, quantise: str | None = None, device: Any = None, **options: Any
+        cls,
+        model: str,
+        *,
+        dtype: Any = None,
+        quantise: str | None = None,
+        matmul: str | None = None,
+        device: Any = None,
+        **options: Any,
     ) -> Engine:
-        """An engine over the base that `model` names: builtin:NAME, a folder, a hub id. options: as for the class."""
+        """An engine over the base that `model` names: builtin:NAME, a folder, a hub id. options: as for the class.
+
+        matmul: how frozen weights multiply (see `veneer.bases.matmul`); prepacked float32 where nothing is said.
+        """
         from veneer.bases import open_base
 
         task = None if model.startswith(("builtin:", "module:")) else "lm"
-        base = open_base(model, dtype=dtype, device=device, task=task, quantise=quantise)
+        if matmul is None and quantise is None:
+            matmul = "packed"
+        base = open_base(model, dtype=dtype, device=device, task=task, quantise=quantise, matmul=matmul)
         if not hasattr(base.model, "generate"):
             raise Unsupported(
                 f"'{model}' is a {type(base.model).__name__}, which does not write text.",

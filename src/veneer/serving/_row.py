@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ._alone import Alone
 from ._request import Event, Finish, Request
 from ._sampling import Chooser
 from ._text import Text
@@ -31,8 +32,7 @@ class Row:
     length: int = 0
     said: list[int] = field(default_factory=list)
     cached: int = 0
-    cache: Any = None  # of its own, where it runs alone
-    session: Any = None  # of its own, where it runs alone
+    own: Alone | None = None  # its own cache, where it does not run in a slot
     chain: list[bytes] = field(default_factory=list)  # digests of the prompt's blocks
     kept: int = 0  # blocks of it that are known to others
     began: bool = False  # whether it has read anything itself

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from veneer.engine import begin, facts_read, host_of, within
+from veneer.engine import facts_read, host_of
 from veneer.errors import BadFile
+
+from ._alone import Alone
 
 PROBE = 6  # tokens
 
@@ -36,21 +38,18 @@ def traits_of(model: nn.Module, name: str) -> Traits:
     known = adapter.plan.cache.get("traits")
     if known is not None:
         return known
-    ids = torch.arange(3, 3 + PROBE, device=host.device)[None] % _vocabulary(model)
-    session, inputs = begin(model, [name], {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-    with facts_read() as read, within(session):
-        out = model(**inputs, use_cache=True)
-        cache = out.get("past_key_values")
-        if cache is not None:
-            mask = torch.ones(1, inputs["attention_mask"].shape[1] + 1, dtype=torch.long, device=host.device)
-            out = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
-    if not torch.isfinite(out.logits).all():
+    prompt = [i % _vocabulary(model) for i in range(3, 3 + PROBE)]
+    row = Alone(model, name)
+    with facts_read() as read:
+        logits = [row.read(prompt)]
+        added = row.length - len(prompt)
+        logits.append(row.say(prompt[0]))
+    if any(bool(torch.isnan(x).any()) for x in logits):
         raise BadFile(
             f"adapter '{name}' gives logits that are no numbers.", next_step="save the adapter again"
         )
     conditional = any("condition" in sp.method.arguments for sp in adapter.plan.sites)
     alone = "history" in read or conditional
-    added = inputs["attention_mask"].shape[1] - ids.shape[1]
     adapter.plan.cache["traits"] = made = Traits(bool(read), alone, added)
     return made
 
