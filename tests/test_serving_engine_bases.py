@@ -32,7 +32,10 @@ BASES: dict[str, tuple[Callable[[], Any], bool]] = {  # and whether its rows run
         True,
     ),
     "experts": (lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=4)), True),
-    "biases by distance": (lambda: t.BloomForCausalLM(t.BloomConfig(WORDS, 32, 2, 4)), False),
+    "biases by distance": (
+        lambda: t.BloomForCausalLM(t.BloomConfig(vocab_size=WORDS, hidden_size=32, n_layer=2, n_head=4)),
+        False,
+    ),
     "no attention": (lambda: t.MambaForCausalLM(t.MambaConfig(**SMALL, state_size=4)), False),
     "two stacks": (
         lambda: t.T5ForConditionalGeneration(
@@ -44,7 +47,7 @@ BASES: dict[str, tuple[Callable[[], Any], bool]] = {  # and whether its rows run
                 num_layers=2,
                 num_heads=4,
                 decoder_start_token_id=0,
-            )  # fmt: skip
+            )
         ),
         False,
     ),
