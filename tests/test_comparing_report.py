@@ -66,7 +66,9 @@ def test_the_page_fetches_nothing(page):
         assert not {"srcset", "style", "onload", "onclick", "action"} & set(attributes)
     assert "url(" not in page
     assert "@import" not in page
-    assert not re.search(r"\b(?:https?:)?//(?!\s)[\w-]+\.\w", page.split("<script>")[0])
+    assert not re.search(
+        r"\b(?:https?:)?//(?!\s)[\w-]+\.\w", re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    )
 
 
 def test_the_policy_allows_this_pages_script_and_style_alone(page):
@@ -75,7 +77,9 @@ def test_the_policy_allows_this_pages_script_and_style_alone(page):
     )
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     assert rules["default-src"] == "'none'"
-    assert rules["script-src"] == digest(re.search(r"<script>(.*?)</script>", page, re.S)[1])
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.S)
+    assert rules["script-src"] == " ".join(map(digest, scripts))
+    assert len(scripts) == 2  # the theme, before anything is painted, and the rest
     assert rules["style-src"] == digest(re.search(r"<style>(.*?)</style>", page, re.S)[1])
     assert "unsafe" not in policy
     assert "http" not in policy
@@ -141,7 +145,7 @@ def test_names_from_outside_are_text_and_never_markup(tmp_path):
     path.write_text("".join(json.dumps({**line, "score": float(line["score"])}) + "\n" for line in lines))
     page = from_results(path).report.read_text()
     tags = Tags(page)
-    assert sum(tag == "script" for tag, _ in tags.found) == 2  # the data and the script
+    assert sum(tag == "script" for tag, _ in tags.found) == 3  # the theme, the data and the script
     assert not any("onload" in attributes for _, attributes in tags.found)
     assert not any(tag in ("img", "b") and "onerror" in attributes for tag, attributes in tags.found)
     assert "alert(2)" not in re.sub(r'<script type="application/json".*?</script>', "", html_of_scripts(page))
@@ -320,3 +324,39 @@ def test_the_conclusion_says_how_sure_it_is(result):
     tied = sum(arm.tied_with_best for arm in result.analysis.arms)
     assert tied > 1
     assert f"The best arm is one of those {tied}, with 95 % confidence." in result.sentence
+
+
+THEMES = """(() => {
+    const w = d.defaultView, b = d.querySelector(".theme"), said = [b.hidden];
+    const paper = () => w.getComputedStyle(d.body).backgroundColor;
+    b.focus(); said.push(d.activeElement === b);
+    for (let i = 0; i < 4; i++) { said.push([b.textContent, paper()]); b.click(); }
+    return said})()"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_colours_are_the_systems_until_a_button_chooses_others(tmp_path, page):
+    hidden, focused, *shown = in_browser(tmp_path, page, THEMES, 1000)
+    assert not hidden
+    assert focused
+    light, dark = "rgb(255, 255, 255)", "rgb(20, 24, 28)"
+    assert [text for text, _ in shown] == [
+        f"Colours: {t}" for t in ("automatic", "light", "dark", "automatic")
+    ]
+    assert [paper for _, paper in shown] == [light, light, dark, light]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_chosen_theme_is_there_when_the_file_is_opened_again(tmp_path, page):
+    path = tmp_path / "page.html"
+    path.write_text(page)
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        f'<iframe src="{path.as_uri()}"></iframe><script>localStorage.setItem("veneer-theme", "dark")</script>'
+    )
+    chromium(tmp_path, outer.as_uri())  # files share one storage in this browser
+    shown = chromium(tmp_path, path.as_uri())
+    assert '<html lang="en" data-theme="dark">' in shown
+    assert "Colours: dark" in shown

@@ -19,13 +19,13 @@ def fill(template: str, **given: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters["breakable"] = _breakable
-    css, js = part("report.css"), part("report.js")
+    css, js, theme = part("report.css"), part("report.js"), part("theme.js")
     policy = (
-        f"default-src 'none'; script-src {digest(js)}; style-src {digest(css)}; img-src data:; "
+        f"default-src 'none'; script-src {digest(theme)} {digest(js)}; style-src {digest(css)}; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
     return environment.get_template(template).render(
-        css=Markup(css), js=Markup(js), policy=Markup(policy), chart=Markup, **given
+        css=Markup(css), js=Markup(js), theme=Markup(theme), policy=Markup(policy), chart=Markup, **given
     )
 
 
