@@ -13,7 +13,8 @@ from veneer import bench
 from veneer.bench import _clock, _training
 from veneer.errors import UnknownName, VeneerError
 
-QUICK = [case for case in bench.CASES if case != "memory"]
+QUICK = [*bench.GROUPS["residents"], "forward", "decode", *bench.GROUPS["training"], "bare"]
+SLOW = ("bare_decode", "matmul", "tokens", "cohort", "many", "methods", "import")
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,40 @@ def test_every_case_runs_and_gives_rows(report, case):
     for row in rows:
         assert 0 < row.ratio.low <= row.ratio.median <= row.ratio.high
         assert row.error <= _clock.TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW)
+def test_the_longer_cases_run_and_give_rows(case):
+    rows = bench.run([case], size=bench.Size.small(), quiet=True).rows
+    assert rows
+    assert all(row.case == case and row.ratio.low > 0 for row in rows)
+
+
+def test_every_case_is_tested_or_needs_files_that_are_fetched():
+    assert set(bench.CASES) - {*QUICK, *SLOW} <= {"memory", "kept", "scores", "mixed", "uneven"}
+
+
+def test_a_run_is_kept_and_a_page_is_written_of_all_that_are_kept(tmp_path):
+    facts = {"machine": "m", "instructions": "i", "versions": "v", "load at the start": "1.0 (x)", "threads": 1,
+             "repeats": "3, in turn", "commit": "c"}  # fmt: skip
+    missed = bench.Row.of("bare", "far <off>", [3.0, 3.1], [1.0, 1.0], reference="bare base",
+                          expected=bench.Expectation.at_most(1.1, "Its products."))  # fmt: skip
+    met = bench.Row.of("lora", "near", [0.5, 0.5], [1.0, 1.0], expected=bench.Expectation.at_most(0.95))
+    for name, row in (("one", missed), ("two", met)):
+        bench.write(
+            bench.Report(facts, [row]), tmp_path / "results" / f"{name}.json", tmp_path / "benchmarks.md"
+        )
+    page = (tmp_path / "benchmarks.md").read_text()
+    assert "**1 of 2 expectations are met.**" in page
+    assert "- bare, far <off> / bare base: 3.05, at most 1.1 expected. Its products." in page
+    assert "`veneer bench lora --repeats 3`, commit c" in page
+    assert "| near | HF PEFT | 500 ms | 1 s | 0.5 |" in page
+    picture = (tmp_path / "benchmarks" / "bare.svg").read_text()
+    assert picture.startswith("<svg")
+    assert "far &lt;off&gt;" in picture
+    with pytest.raises(VeneerError, match="saved runs"):
+        bench.write(bench.Report(facts, [met]), None, tmp_path / "benchmarks.md")
 
 
 def test_a_report_prints_and_is_a_json_document(report):

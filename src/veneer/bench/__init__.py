@@ -1,15 +1,18 @@
 """Benchmarks: speed and memory side by side with HF PEFT, in one run, on this machine.
 
-The outputs of both libraries are compared before anything is timed. A row says veneer's cost over HF PEFT's, and
-whether what the project expects of it is met; a miss is printed as a miss. Benchmarks never gate tests.
+The outputs of both libraries are compared before anything is timed. A row says veneer's cost over HF PEFT's (or, where
+it is named, over the bare base's), and whether what the project expects of it is met; a miss is printed as a miss.
+Benchmarks never gate tests.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import json as json_module
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from veneer.errors import UnknownName, nearest
@@ -28,10 +31,21 @@ CASES: dict[str, tuple[str, str, tuple[Any, ...]]] = {  # case -> module, functi
     "ia3": ("_training", "step", ("ia3",)),
     "prefix_tuning": ("_training", "step", ("prefix_tuning",)),
     "memory": ("_training", "memory", ()),
+    "bare": ("_bare", "forward", ()),
+    "bare_decode": ("_bare", "decode", ()),
+    "matmul": ("_matmul", "training", ()),
+    "tokens": ("_tokens", "decode", ()),
+    "cohort": ("_cohorts", "cohort", ()),
+    "kept": ("_kept", "kept", ()),
+    "many": ("_many", "many", ()),
+    "methods": ("_methods", "methods", ()),
+    "import": ("_imports", "imports", ()),
+    "scores": ("_scores", "scores", ()),
 }
 GROUPS = {
     "residents": ("attach", "load", "activate"),
-    "rows": ("forward", "decode"),
+    "rows": ("forward", "decode", "bare", "bare_decode"),
+    "forms": ("matmul", "tokens", "scores"),
     "training": ("lora", "dora", "ia3", "prefix_tuning"),
 }
 
@@ -44,12 +58,13 @@ def run(
     size: Size | None = None,
     quiet: bool = False,
     device: str | None = None,
+    threads: int = 1,
 ) -> Any:
-    """Run cases (default: all of them) on one thread; a Report, or with `json` the same as a plain dict.
+    """Run cases (default: all of them); a Report, or with `json` the same as a plain dict.
 
     cases: names of CASES, or of GROUPS. seed: of weights, batches and adapters. size: how large (`Size.small()` only
-    shows that everything runs). Progress goes to standard error. Raises UnknownName, MissingPackage, and VeneerError
-    where the two libraries compute different things.
+    shows that everything runs). threads: of torch; the expectations are about one. Progress goes to standard error.
+    Raises UnknownName, MissingPackage, and VeneerError where the two libraries compute different things.
     """
     chosen = _chosen(cases)
     if device not in (None, "cpu"):
@@ -64,8 +79,8 @@ def run(
 
     _peer.check()
     size = size or Size(seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         report = Report(_facts.facts(size.seed, size.repeats), [])
         for case in chosen:
@@ -76,8 +91,27 @@ def run(
             with _peer.undisturbed():
                 report.rows += functools.partial(measure, *arguments)(size)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
     return report.to_dict() if json else report
+
+
+def write(report: Report, save: str | Path | None = None, page: str | Path | None = None) -> None:
+    """Keep a run as JSON, and write the page of all runs that lie beside it (docs/benchmarks.md is one)."""
+    from veneer.errors import BadOption
+
+    from ._page import write_page
+
+    if save is not None:
+        place = Path(save)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json_module.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    if page is not None:
+        if save is None:
+            raise BadOption(
+                "a page is written from saved runs.",
+                next_step="--save benchmarks/results/RUN.json beside --page",
+            )
+        write_page(Path(save).parent, Path(page))
 
 
 def _chosen(cases: Sequence[str] | None) -> list[str]:
@@ -94,4 +128,4 @@ def _chosen(cases: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
-__all__ = ["CASES", "GROUPS", "Expectation", "Report", "Row", "Size", "run"]
+__all__ = ["CASES", "GROUPS", "Expectation", "Report", "Row", "Size", "run", "write"]

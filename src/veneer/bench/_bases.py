@@ -48,6 +48,30 @@ def make(shape: str, seed: int = 0, toy: bool = False) -> nn.Module:
     return transformers.LlamaModel(transformers.LlamaConfig(**decoder, rope_theta=100000.0)).eval()  # type: ignore[call-arg]
 
 
+def make_like(base: nn.Module) -> nn.Module:
+    """Another model of the same class over the same tensors: what is wrapped around one leaves the other alone."""
+    import copy
+
+    shared = {id(p): p for p in (*base.parameters(), *base.buffers())}
+    return copy.deepcopy(base, shared)
+
+
+def causal(seed: int = 0, toy: bool = False) -> Any:
+    """All 30 layers of SmolLM2-135M's shape, with its tied head: a causal LM in evaluation mode."""
+    import transformers
+
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = (
+        {"vocab_size": TOY_VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "intermediate_size": 64}
+        if toy
+        else {"vocab_size": VOCABULARY["smollm2"], "hidden_size": 576, "num_hidden_layers": 30,
+              "num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 1536}
+    )  # fmt: skip
+    config = transformers.LlamaConfig(**sizes, rope_theta=100000.0, tie_word_embeddings=True)  # type: ignore[call-arg]
+    return transformers.LlamaForCausalLM(config).eval()
+
+
 def batch(shape: str, rows: int, tokens: int, seed: int = 0, toy: bool = False) -> dict[str, Tensor]:
     """Token ids (rows, tokens), all of them real, and their mask."""
     generator = torch.Generator().manual_seed(seed)
