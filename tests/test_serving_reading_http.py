@@ -164,3 +164,75 @@ def test_an_adapter_of_another_base_is_not_registered(world, tmp_path):
     other = saved(tmp_path / "other", saved_bert(tmp_path / "base", seed=7), "lora", "classify", ("a", "b"))
     with pytest.raises(VeneerError, match="other weights"):
         registry.register("other", other, trusted=True)
+
+
+def test_a_base_that_writes_no_text_is_served_for_reading_alone(tmp_path):
+    from veneer.serving import ReadingOnly, check_for
+
+    spec = saved_bert(tmp_path / "base")
+    reading = ReadingEngine.open(spec)
+    engine = ReadingOnly(reading, "tiny")
+    registry = Registry(tmp_path / "registry", check=check_for(engine, reading))
+    folder = saved(tmp_path / "mood", spec, "lora", "classify", ("bad", "good"))
+    registry.register("mood", folder, trusted=True, ready=ready_on(Engines(engine, reading)))
+    with TestClient(create_app(engine, registry, Settings(hosts=None), Keys(), reading=reading)) as client:
+        assert [m["id"] for m in client.get("/v1/models").json()["data"]] == ["tiny", "mood"]
+        assert client.post("/v1/classify", json={"model": "mood", "input": "good film"}).status_code == 200
+        assert client.post("/v1/embeddings", json={"model": "tiny", "input": "good film"}).status_code == 200
+        tokens = client.post("/tokenize", json={"prompt": "good film"}).json()["tokens"]
+        assert len(tokens) == 4
+        refused = client.post("/v1/completions", json={"model": "mood", "prompt": "good film"})
+        assert refused.status_code == 400
+        assert "does not write text" in refused.json()["error"]["message"]
+        assert client.get("/ready").status_code == client.get("/metrics").status_code == 200
+    registry.close()
+    reading.close()
+
+
+def test_adapters_that_write_and_adapters_that_read_are_served_over_one_base(tmp_path):
+    import veneer
+    from training_tiny import saved_llama
+    from veneer.serving import check_for, open_engines
+    from veneer.tasks import make_task
+
+    spec = saved_llama(tmp_path / "base")
+    folders = {"mood": saved(tmp_path / "mood", spec, "lora", "classify", ("bad", "good", "fine"))}
+    model = veneer.open_base(spec, task="lm").model
+    adapter = veneer.attach(model, "lora", "made", rank=2)
+    for leaf in adapter.leaves():
+        leaf.data.normal_(0, 0.3)
+    folders["says"] = veneer.save(model, "made", tmp_path / "says", extra={"task": make_task("lm").to_dict()})
+    engine, reading = open_engines(spec, slots=2)
+    registry = Registry(tmp_path / "registry", check=check_for(engine, reading))
+    for name, folder in folders.items():
+        registry.register(name, folder, trusted=True, ready=ready_on(Engines(engine, reading)))
+    with TestClient(create_app(engine, registry, Settings(hosts=None), Keys(), reading=reading)) as client:
+        said = client.post("/v1/completions", json={"model": "says", "prompt": "the film", "max_tokens": 4})
+        assert said.json()["usage"]["completion_tokens"] == 4
+        read = client.post("/v1/classify", json={"model": "mood", "input": texts(3)}).json()["data"]
+        wanted = Predictor.open(folders["mood"], device="cpu").predict(texts(3))
+        assert [r["label"] for r in read] == [w["prediction"] for w in wanted]
+        for f, w in zip(read, wanted, strict=True):
+            assert f["scores"] == pytest.approx(w["probabilities"], abs=1e-5)
+        vectors = {
+            m: client.post("/v1/embeddings", json={"model": m, "input": "the film"}).json()["data"][0][
+                "embedding"
+            ]
+            for m in ("says", "mood", engine.model_name)
+        }
+        assert not np.allclose(vectors["says"], vectors[engine.model_name], atol=1e-3)
+        assert not np.allclose(vectors["mood"], vectors[engine.model_name], atol=1e-3)
+        wrong = client.post("/v1/completions", json={"model": "mood", "prompt": "the film", "max_tokens": 4})
+        assert wrong.status_code in (400, 404)
+        assert "mood" in wrong.json()["error"]["message"] or "version" in wrong.json()["error"]["message"]
+        assert (
+            client.delete("/v1/adapters/mood").status_code
+            == client.delete("/v1/adapters/says").status_code
+            == 200
+        )
+        assert engine.versions == reading.versions == ()
+    places = {s.model.model.layers[1].mlp.up_proj.weight.data_ptr() for s in reading._shells._open.values()}
+    assert places == {engine.model.model.layers[1].mlp.up_proj.weight.data_ptr()}
+    registry.close()
+    reading.close()
+    engine.close()

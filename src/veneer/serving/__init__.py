@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._both import ReadingOnly, check_for, open_engines
 from ._engine import Engine
 from ._reading import Found, ReadingEngine
 from ._registry import Registry
@@ -37,13 +38,16 @@ __all__ = [
     "PromptTooLong",
     "QueueFull",
     "ReadingEngine",
+    "ReadingOnly",
     "Registry",
     "Request",
     "Sampling",
     "UnknownVersion",
     "Version",
     "Watcher",
+    "check_for",
     "check_on",
     "gone_from",
+    "open_engines",
     "ready_on",
 ]

@@ -98,7 +98,10 @@ class ReadingEngine:
         cls, spec: str, *, dtype: Any = None, quantise: str | None = None, model: Any = None, **limits: Any
     ) -> ReadingEngine:
         """For the base that `spec` names. model: (an open causal model of it, its tokenizer), to be shared."""
-        return cls(spec_opener(spec, dtype=dtype, quantise=quantise, model=model), **limits)
+        made = cls(spec_opener(spec, dtype=dtype, quantise=quantise, model=model), **limits)
+        if model is not None:
+            made._shells.share(model[0])
+        return made
 
     # -- versions -------------------------------------------------------------------------------------------------
 
@@ -214,6 +217,12 @@ class ReadingEngine:
         if found.shell is None and found.reading is None:
             found.reading = self._reader.submit(engine.read_adapter, found.folder)
             found.reading.add_done_callback(lambda _: self._wake())
+
+    def feeder(self) -> tuple[Any, int]:
+        """The base's tokenizer, and how many tokens it reads at once. Opens the base, if nothing was read yet."""
+        with self._models:
+            shell = self._shells.any()
+            return shell.feeder, Task(max_length=1 << 30).longest(shell.feeder, shell.model)
 
     def stats(self) -> dict[str, Any]:
         with self._news:

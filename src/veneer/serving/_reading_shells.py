@@ -83,12 +83,12 @@ class Shells:
             base.model.eval()
             if base.tokenizer is None:
                 raise Unsupported(f"{base.name} has no tokenizer, so no text can be read with it.")
-            self._share(base.model)
+            self.share(base.model)
             output = _output_of(base.model, labels)
             found = self._open[key] = Shell(base.model, base.tokenizer, labels, output, wide)
         return found
 
-    def _share(self, model: nn.Module) -> None:
+    def share(self, model: nn.Module) -> None:
         """Put the tensors that another shell has already in place of equal ones."""
         prefix = getattr(model, "base_model_prefix", "") + "."
         for name, own in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
@@ -181,9 +181,11 @@ def spec_opener(spec: str, *, dtype: Any = None, quantise: str | None = None, mo
     """
     from veneer.bases import Base, open_base
 
+    ghost = None if model is None else shadow(model[0])  # now: later its adapters may be changing
+
     def open_shell(task: str | None, labels: int | None) -> Any:
-        if model is not None and task in (None, "lm", "instruct"):
-            return Base(shadow(model[0]), spec, spec, "transformers", tokenizer=model[1])
+        if ghost is not None and task in (None, "lm", "instruct"):
+            return Base(ghost, spec, spec, "transformers", tokenizer=model[1])
         with _OPENING:
             return open_base(spec, task=task, num_labels=labels, dtype=dtype, quantise=quantise, seed=0)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
-from veneer.errors import UnknownAdapter, Unsupported
+from veneer.errors import UnknownAdapter
 
 
 class Adapters(Protocol):
@@ -25,11 +25,11 @@ class Adapters(Protocol):
 class Engines:
     """Two engines behind one door: an adapter goes to the one that answers its task.
 
-    generating: answers prompts; None where the base does not generate. reading: answers texts with a head. Embeddings
-    are read with adapters of either, so that the reading engine knows all of them.
+    generating: answers prompts. reading: answers texts with a head. Embeddings are read with adapters of either, so
+    that the reading engine knows all of them.
     """
 
-    def __init__(self, generating: Adapters | None, reading: Adapters) -> None:
+    def __init__(self, generating: Adapters, reading: Adapters) -> None:
         self.generating, self.reading = generating, reading
 
     @property
@@ -37,19 +37,13 @@ class Engines:
         return self.reading.versions
 
     def add(self, version: str, folder: Path) -> None:
-        if not reads(folder):
-            if self.generating is None:
-                raise Unsupported(
-                    "this adapter is for a base that generates, and the one that is served does not.",
-                    next_step="an adapter that was trained to classify, tag or translate on this base",
-                )
-            if version not in self.generating.versions:
-                self.generating.add(version, folder)
+        if not reads(folder) and version not in self.generating.versions:
+            self.generating.add(version, folder)
         self.reading.add(version, folder)
 
     def remove(self, version: str, *, drain: bool = True) -> None:
         for each in (self.generating, self.reading):
-            if each is not None and version in each.versions:
+            if version in each.versions:
                 each.remove(version, drain=drain)
 
 

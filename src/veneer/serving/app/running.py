@@ -19,7 +19,7 @@ from typing import Any
 import uvicorn
 
 from veneer.errors import BadOption
-from veneer.serving import Engine, Registry, Watcher, check_on, ready_on
+from veneer.serving import Engines, Registry, Watcher, check_for, open_engines, ready_on
 
 from . import create_app
 from .keys import Keys
@@ -61,8 +61,8 @@ class Server(uvicorn.Server):
 class Opening:
     """The base, the engine and the registry, made on a side thread; all that is to be given back at the end."""
 
-    def __init__(self, plan: Plan, engine: Late, registry: Late) -> None:
-        self.plan, self.engine, self.registry = plan, engine, registry
+    def __init__(self, plan: Plan, engine: Late, registry: Late, reading: Late) -> None:
+        self.plan, self.engine, self.registry, self.reading = plan, engine, registry, reading
         self.failure: BaseException | None = None
         self._stack = contextlib.ExitStack()
         self._closing, self._lock = False, threading.Lock()
@@ -70,8 +70,8 @@ class Opening:
     def open(self) -> None:
         """Everything of the plan, or the first thing that is wrong with it."""
         plan = self.plan
-        engine = Engine.open(plan.model, **plan.engine)
-        if not self._keep(engine.close):
+        engine, reading = open_engines(plan.model, **plan.engine)
+        if not self._keep(engine.close) or not self._keep(reading.close):
             return
         place = plan.state
         if place is None:
@@ -79,10 +79,10 @@ class Opening:
             self._keep(kept.cleanup)
             place = Path(kept.name)
         roots = [*plan.allowed, *([plan.watched] if plan.watched is not None else [])]
-        registry = Registry(place, roots, check=check_on(engine.model), base=engine.model_name)
+        registry = Registry(place, roots, check=check_for(engine, reading), base=engine.model_name)
         if not self._keep(registry.close):
             return
-        ready = ready_on(engine)
+        ready = ready_on(Engines(engine, reading))
         registry.serve(ready)
         for name, folder in plan.adapters.items():
             registry.register(name, folder, trusted=True, ready=ready)
@@ -92,6 +92,7 @@ class Opening:
             watcher.start()
             self._keep(watcher.stop)
         self.registry.put(registry)
+        self.reading.put(reading)
         self.engine.put(engine)
 
     def _keep(self, close: Callable[[], Any]) -> bool:
@@ -115,9 +116,9 @@ def run(plan: Plan, settings: Settings, keys: Keys, say: Callable[[str], None] =
     Raises:
         VeneerError: the port is taken, the base cannot be read, an adapter does not fit it.
     """
-    engine, registry = Late(), Late()
-    opening = Opening(plan, engine, registry)
-    app = create_app(engine, registry, settings, keys)
+    engine, registry, reading = Late(), Late(), Late()
+    opening = Opening(plan, engine, registry, reading)
+    app = create_app(engine, registry, settings, keys, reading=reading)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
