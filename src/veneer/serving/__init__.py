@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ._both import ReadingOnly, check_for, open_engines
 from ._engine import Engine
+from ._jobs import FineTuning, Wish
+from ._jobs_files import Files, TrainingFile
 from ._reading import Found, ReadingEngine
 from ._registry import Registry
 from ._registry_check import check_on
@@ -28,6 +30,8 @@ __all__ = [
     "Engine",
     "Engines",
     "Event",
+    "Files",
+    "FineTuning",
     "Finish",
     "Found",
     "Job",
@@ -42,9 +46,11 @@ __all__ = [
     "Registry",
     "Request",
     "Sampling",
+    "TrainingFile",
     "UnknownVersion",
     "Version",
     "Watcher",
+    "Wish",
     "check_for",
     "check_on",
     "gone_from",

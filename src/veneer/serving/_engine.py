@@ -87,6 +87,7 @@ class Engine:
         self._done: deque[float] = deque(maxlen=64)
         self._steps = 0
         self._closing = self._draining = False
+        self.spare: Any = None  # a `Spare`: what is done in the time that requests leave
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
         self._thread.start()
@@ -376,11 +377,17 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._wait():
+                began = time.perf_counter()
                 self._step()
+                if self.spare is not None:
+                    busy = bool(self._batch.size or self._schedule.length)
+                    self.spare.turn(busy, time.perf_counter() - began)
         except BaseException as e:  # the loop itself: nothing that a request can cause comes here
             self._error = e
             log.exception("the engine has stopped")
         finally:
+            if self.spare is not None:
+                self.spare.close()
             self._end()
 
     def _wait(self) -> bool:
@@ -390,6 +397,8 @@ class Engine:
                 if self._commands or self._cancelled or self._batch.size:
                     return True
                 if self._schedule.length and self._ready_soon():
+                    return True
+                if self.spare is not None and self.spare.wanted:
                     return True
                 for version in self._residents.sweep():
                     self._prefixes.drop(version)

@@ -100,11 +100,13 @@ class Jobs:
             at.execute("UPDATE jobs SET state = ?, changed = ? WHERE id = ?", (to, time.time(), row["id"]))
         return self.job(row["id"])
 
-    def note(self, id: str, body: Mapping[str, Any]) -> None:
-        """Add an event to a job."""
+    def note(self, id: str, *bodies: Mapping[str, Any]) -> None:
+        """Add events to a job, all of them by one write."""
+        now = time.time()
         with self._tables.change() as at:
-            at.execute(
-                "INSERT INTO job_events (job, at, body) VALUES (?, ?, ?)", (id, time.time(), json.dumps(body))
+            at.executemany(
+                "INSERT INTO job_events (job, at, body) VALUES (?, ?, ?)",
+                [(id, now, json.dumps(body)) for body in bodies],
             )
 
     def events(self, id: str, after: int = 0, limit: int = 100) -> list[JobEvent]:

@@ -2,8 +2,9 @@
 
 Public: `train` and `TrainResult`; `Cohort`, `train_cohort` and `read_cohort` for several adapters at once;
 `predict`, `evaluate`, `generate`, `stream`, `Chat` and the `Predictor` that they open; `Hooks`, `Phase` and `Run`
-for those that take part in training; `Callback` for transformers' Trainer; `Job`, which reads an arm;
-`progress_for`, which chooses who is told how far a run is.
+for those that take part in training; `Sliced`, a run that another loop takes further, with what `wanted` read;
+`Callback` for transformers' Trainer; `Job`, which reads an arm; `progress_for`, which chooses who is told how far a
+run is.
 """
 
 from typing import Any
@@ -15,8 +16,10 @@ from veneer.training._predict import Evaluation, Predictor, evaluate, predict
 from veneer.training._progress import Progress, progress_for
 from veneer.training._result import TrainResult
 from veneer.training._settings import Settings
+from veneer.training._sliced import Slice, Sliced
 from veneer.training._subject import Adapted, Subject
 from veneer.training._train import train
+from veneer.training._wanted import Wanted, wanted
 from veneer.training.cohorts.cohort import Cohort
 from veneer.training.cohorts.file import read_cohort
 from veneer.training.cohorts.rounds import CohortResult
@@ -37,8 +40,11 @@ __all__ = [
     "Progress",
     "Run",
     "Settings",
+    "Slice",
+    "Sliced",
     "Subject",
     "TrainResult",
+    "Wanted",
     "evaluate",
     "generate",
     "predict",
@@ -47,6 +53,7 @@ __all__ = [
     "stream",
     "train",
     "train_cohort",
+    "wanted",
 ]
 
 

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 import veneer
 from veneer.serving import Engines
 
-from . import adapters, chat, completions, health, models, tokens
+from . import adapters, chat, completions, health, jobs, models, tokens
 from . import reading as reading_room
 from .entry import Entry, authorise, describe
 from .errors import REFUSALS, ApiError, install
@@ -35,6 +35,7 @@ def create_app(
     keys: Keys | None = None,
     *,
     reading: Any = None,
+    tuning: Any = None,
 ) -> FastAPI:
     """The application.
 
@@ -44,6 +45,7 @@ def create_app(
         settings: limits and strictness.
         keys: who may come in; without keys everybody may.
         reading: a `veneer.serving.ReadingEngine`, or a `Late` one; without it nothing is classified or embedded.
+        tuning: a `veneer.serving.FineTuning`, or a `Late` one; without it there are no routes for jobs.
     """
     settings, keys = settings or Settings(), keys or Keys()
 
@@ -72,6 +74,8 @@ def create_app(
         app.include_router(room.router(service))
     if reading is not None:
         app.include_router(reading_room.router(service, reading))
+    if tuning is not None:
+        app.include_router(jobs.router(service, tuning))
     app.add_middleware(Entry, keys=keys, settings=settings, observe=metrics.answered)
     describe(app, keys.required)
     return app

@@ -19,7 +19,7 @@ from typing import Any
 import uvicorn
 
 from veneer.errors import BadOption
-from veneer.serving import Engines, Registry, Watcher, check_for, open_engines, ready_on
+from veneer.serving import Engines, FineTuning, Registry, Watcher, check_for, open_engines, ready_on
 
 from . import create_app
 from .keys import Keys
@@ -61,8 +61,9 @@ class Server(uvicorn.Server):
 class Opening:
     """The base, the engine and the registry, made on a side thread; all that is to be given back at the end."""
 
-    def __init__(self, plan: Plan, engine: Late, registry: Late, reading: Late) -> None:
-        self.plan, self.engine, self.registry, self.reading = plan, engine, registry, reading
+    def __init__(self, plan: Plan, engine: Late, registry: Late, reading: Late, tuning: Late) -> None:
+        self.plan, self.engine, self.registry = plan, engine, registry
+        self.reading, self.tuning = reading, tuning
         self.failure: BaseException | None = None
         self._stack = contextlib.ExitStack()
         self._closing, self._lock = False, threading.Lock()
@@ -91,6 +92,11 @@ class Opening:
             watcher.look(patient=False)
             watcher.start()
             self._keep(watcher.stop)
+        tuning = FineTuning(engine, registry, ready=ready)
+        tuning.start()
+        if not self._keep(tuning.stop):
+            return
+        self.tuning.put(tuning)
         self.registry.put(registry)
         self.reading.put(reading)
         self.engine.put(engine)
@@ -116,9 +122,9 @@ def run(plan: Plan, settings: Settings, keys: Keys, say: Callable[[str], None] =
     Raises:
         VeneerError: the port is taken, the base cannot be read, an adapter does not fit it.
     """
-    engine, registry, reading = Late(), Late(), Late()
-    opening = Opening(plan, engine, registry, reading)
-    app = create_app(engine, registry, settings, keys, reading=reading)
+    engine, registry, reading, tuning = Late(), Late(), Late(), Late()
+    opening = Opening(plan, engine, registry, reading, tuning)
+    app = create_app(engine, registry, settings, keys, reading=reading, tuning=tuning)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
         timeout_graceful_shutdown=max(1, round(settings.drain_seconds)),
