@@ -15,7 +15,7 @@ import numpy as np
 from veneer.comparing.inference.analysis import Analysis, Scores, analyse
 from veneer.comparing.inference.cells import Cell
 from veneer.comparing.inference.claims import decide
-from veneer.comparing.inference.corpus import of_records
+from veneer.comparing.inference.corpus import Anew, of_records
 from veneer.comparing.inference.scores import RunScores
 from veneer.comparing.measures.sections import sections
 from veneer.comparing.planning.arms import OPTIONAL_CONTROLS, Arm
@@ -31,7 +31,7 @@ from veneer.errors import BadData
 
 PARTS_NOTE = (
     "The metric is no mean over items: intervals and tests are of the metric itself, computed anew without each item "
-    "in turn. Groups, shifted sets, calibration and fronts are of the mean item score.",
+    "in turn, and for each group and further set. Calibration is of single answers, as with every metric.",
 )
 
 
@@ -143,7 +143,8 @@ def publish(
     summary["controls"] = judged(oriented, [arm.arm for arm in analysis.arms]) if made_here else []
     summary |= {"notes": [*notes, *(PARTS_NOTE if corpus is not None else ())]}
     risen = of_items if scores_rise else of_items.turned()
-    summary |= sections(design, records, oriented, risen, scores_of, scores_rise)
+    anew = None if corpus is None else Anew(design.metric)
+    summary |= sections(design, records, oriented, risen, scores_of, scores_rise, anew)
     if expected is not None:  # without the time, which depends on what has ended
         summary["forecast"] = str(forecast(design, design.sizes))
     write_atomic(folder / "trials.jsonl", "".join(_line(trial) for trial in trials_of(records)))

@@ -226,9 +226,13 @@ def spearman_parts(x: Array, y: Array, block: int = 256) -> Array:
 # -- from the records of runs ------------------------------------------------------------------------
 
 
-def of_records(metric: str, records: Sequence[Record], scores: Scores) -> Scores | None:
+def of_records(
+    metric: str, records: Sequence[Record], scores: Scores, is_whole: bool = True
+) -> Scores | None:
     """`corpus_scores` of the runs on record. None too where a run recorded another value than its parts give: then
     the metric was computed in another way, and the item scores are what is known.
+
+    is_whole: False where `scores` has some of the items alone, for which no run recorded a value.
     """
     if metric not in KNOWN:
         return None
@@ -251,12 +255,45 @@ def of_records(metric: str, records: Sequence[Record], scores: Scores) -> Scores
         ImportError,
     ):  # labels of another kind; a package that is not there
         return None
-    for arm, record in measured.items() if found is not None else ():
+    for arm, record in measured.items() if found is not None and is_whole else ():
         for opened, of in zip(record.opened, found.of[arm], strict=True):  # type: ignore[union-attr]
             value = (opened or {}).get("metrics", {}).get(metric)
             if value is not None and abs(value - of.mean()) > 1e-6 * max(1.0, abs(value)):
                 return None
     return found
+
+
+@dataclass(frozen=True)
+class Anew:
+    """A metric that is computed anew on any items of the runs on record; higher is better in what it gives."""
+
+    metric: str
+
+    def of(self, records: Sequence[Record], scores: Scores, is_whole: bool = False) -> Scores | None:
+        """Its parts on the items of `scores`, or None where they cannot be had."""
+        from veneer.tasks import find_metric
+
+        found = of_records(self.metric, records, scores, is_whole)
+        return found if found is None or find_metric(self.metric).greater_is_better else found.turned()
+
+    def by_group(
+        self, records: Sequence[Record], scores: Scores, groups: Sequence[str]
+    ) -> tuple[Scores, list[str]] | None:
+        """Parts whose mean within a group is the metric of that group, and their groups.
+
+        None where they cannot be had; so too where the items of one query are in several groups.
+        """
+        each = {}
+        for name in dict.fromkeys(groups):
+            found = self.of(records, scores.only([i for i, g in zip(scores.items, groups) if g == name]))
+            if found is None:
+                return None
+            each[name] = found
+        items = tuple(item for one in each.values() for item in one.items)
+        if len(set(items)) < len(items):
+            return None
+        of = {arm: np.concatenate([one.of[arm] for one in each.values()], axis=1) for arm in scores.of}
+        return replace(scores, of=of, items=items), [name for name, one in each.items() for _ in one.items]
 
 
 def corpus_scores(metric: str, scores: Scores, lines: Mapping[str, Sequence[Sequence[Any]]]) -> Scores | None:

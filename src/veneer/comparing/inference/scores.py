@@ -52,6 +52,12 @@ class Scores:
         """With the sign of all scores changed, where lower is better."""
         return replace(self, of={arm: -of for arm, of in self.of.items()})
 
+    def only(self, items: Sequence[str]) -> Scores:
+        """Some of the items, in the order given."""
+        place = {item: number for number, item in enumerate(self.items)}
+        columns = np.array([place[item] for item in items])
+        return replace(self, of={arm: of[:, columns] for arm, of in self.of.items()}, items=tuple(items))
+
     def resampled(self, arms: Sequence[str], resamples: int) -> Array:
         """Means of (arm, resample). One draw of items serves all arms and seeds; seeds are drawn S - 1 at a
         time, which keeps the variance of their mean unbiased."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from veneer.comparing.inference.analysis import Scores
+from veneer.comparing.inference.corpus import Anew
 from veneer.comparing.measures.calibration import calibration, over_seeds, stability
 from veneer.comparing.measures.costs import MEASURED, REPLACED, TIMED, busy
 from veneer.comparing.measures.fronts import fronts
@@ -23,6 +24,8 @@ BUSY_NOTE = (
     "the machine was busy with other programs: steps took {:.1f} times as long by the clock as on the processor, so "
     "that the seconds of the processor are the fairer comparison"
 )
+NOT_BY_GROUP = "{} is no mean over items, and cannot be computed for each group of '{}' from what was kept"
+NOT_ON_SET = "{} is no mean over items, and cannot be computed on this set from what was kept"
 NO_TRAINING = ("trainable_parameters", "bytes_on_disk", "peak_memory_bytes", "step_seconds", "cpu_seconds",
                "flops_per_step")  # fmt: skip
 
@@ -34,18 +37,20 @@ def sections(
     scores: Scores,
     scores_of: Callable[[Sequence[Record]], Scores],
     scores_rise: bool = True,
+    anew: Anew | None = None,
 ) -> dict[str, Any]:
     """What summary.json says beyond the primary metric.
 
     primary: scores of the primary metric, scores: of the items; higher is better in both. scores_of: reads item
-    scores off records. scores_rise: False where the items' own scores were turned to make higher better.
+    scores off records. scores_rise: False where the items' own scores were turned to make higher better. anew: the
+    primary metric where it is no mean of item scores, so that it is computed for each group and set.
     """
     costs = costs_section(records)
     measured = [record for record in records if str(record.arm) in scores.of]
     # A control is no choice, so that it drives nobody off a front: one has no trials of its own, for instance.
     priced = {str(r.arm): costs["arms"][str(r.arm)] for r in measured if r.arm.anchor == r.arm}
     found: dict[str, Any] = {"costs": costs, "fronts": fronts(primary, priced)}
-    found["stability"] = {str(record.arm): _stability(record, scores) for record in measured}
+    found["stability"] = {str(record.arm): _stability(record, primary) for record in measured}
     with_items = [record for record in measured if all(run is None or run["items"] for run in record.opened)]
     calibrated = {str(record.arm): calibration(record.opened, record.arm.is_trained) for record in with_items}
     if any(calibrated.values()):
@@ -53,10 +58,13 @@ def sections(
     groups = _groups(measured, scores)
     if groups:
         column = str(design.beyond.get("groups", "group"))
-        shown = {arm: by_group(of, groups) for arm, of in scores.of.items()}
+        known = (scores, groups) if anew is None else anew.by_group(measured, scores, groups)
+        shown = {} if known is None else {arm: by_group(of, known[1]) for arm, of in known[0].of.items()}
         arms = shown if scores_rise else {arm: turned_back(of) for arm, of in shown.items()}
         found["by_group"] = {"column": column, "small_below": SMALL, "arms": arms}
-    return found | _further(design, records, scores, scores_of)
+        if known is None:
+            found["by_group"]["not_applicable"] = NOT_BY_GROUP.format(design.metric, column)
+    return found | _further(design, records, scores if anew is None else primary, scores, scores_of, anew)
 
 
 def _stability(record: Record, scores: Scores) -> dict[str, Any]:
@@ -81,12 +89,15 @@ def _groups(records: Sequence[Record], scores: Scores) -> list[str]:
 def _further(
     design: Comparison,
     records: Sequence[Record],
+    primary: Scores,
     scores: Scores,
     scores_of: Callable[[Sequence[Record]], Scores],
+    anew: Anew | None,
 ) -> dict[str, Any]:
     """{"shifted", "corrupted", "forgetting"}: {set: what the design says of it, with "arms"}."""
     found: dict[str, Any] = {}
     spoiled: list[Scores] = []
+    clean = primary
     for name, about in design.beyond.get("sets", {}).items():
         of_kind = found.setdefault(about["kind"], {})
         of_kind[name] = dict(about)
@@ -99,15 +110,21 @@ def _further(
         if about["kind"] == "forgetting":
             ended = [one for record in inside if (one := _without_diverged(record)) is not None]
             opened = {str(record.arm): record.opened for record in ended}
-            arms = forgotten(scores_of(ended), opened, about["measure"]) if ended else {}
-        else:
-            of_set = scores_of(inside)
-            arms = shifted(scores, of_set) if about["kind"] == "shifted" else corrupted(scores, of_set)
-            spoiled += [of_set] if about["kind"] == "corrupted" else []
-        of_kind[name]["arms"] = arms
+            of_kind[name]["arms"] = forgotten(scores_of(ended), opened, about["measure"]) if ended else {}
+            continue
+        of_items = scores_of(inside)
+        of_set = of_items if anew is None else anew.of(inside, of_items, is_whole=True)
+        if about["kind"] == "corrupted" and anew is not None:  # of some test rows, perhaps
+            clean = anew.of(records, scores.only(of_items.items)) or primary
+        if of_set is None:
+            of_kind[name]["not_applicable"] = NOT_ON_SET.format(design.metric)
+            continue
+        is_shifted = about["kind"] == "shifted"
+        of_kind[name]["arms"] = shifted(primary, of_set) if is_shifted else corrupted(clean, of_set)
+        spoiled += [] if is_shifted else [of_set]
     together = mean_of_sets(spoiled)
     if together is not None and len(spoiled) > 1:
-        arms = corrupted(scores, together)
+        arms = corrupted(clean, together)
         found["corrupted"]["all"] = {"kind": "corrupted", "name": "mean of all", "arms": arms}
     return found
 

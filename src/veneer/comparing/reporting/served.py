@@ -15,6 +15,8 @@ def groups(page: Published) -> Part | None:
     found = page.summary.get("by_group")
     if not found:
         return None
+    if found.get("not_applicable"):
+        return part("groups-of-items", "Groups", "Who is served worst", f"{found['not_applicable']}.")
     shown, arms = Oriented(page.scale), found["arms"]
     names = arms_of(page, arms)
     if not names:
