@@ -484,7 +484,13 @@ def test_a_whole_comparison_leaves_a_winner_that_predicts(bert, reviews, tmp_pat
         "--budget", "examples=64", "--seeds", 2, "--trials", 1, "--output", tmp_path / "c", "--json",
     )  # fmt: skip
     found = document(result)
-    assert {arm["arm"] for arm in found["arms"]} == {"untrained", "linear_probe", "full", "lora:rank=2"}
+    assert {arm["arm"] for arm in found["arms"]} == {
+        "untrained",
+        "linear_probe",
+        "full",
+        "lora:rank=2",
+        "random_direction:rank=2",
+    }
     if (tmp_path / "c" / "best" / "veneer.json").is_file():
         assert (tmp_path / "c" / "best" / "README.md").is_file()
         assert run("predict", "--adapter", tmp_path / "c" / "best", "a good film").exit_code == 0

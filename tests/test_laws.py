@@ -118,9 +118,14 @@ PLACES = {
 # ---- the laws
 
 
-def check(key, law, bases):
+# The convolution has 27 inputs, which a butterfly of two factors cannot cut.
+ON_BASE = {("boft", "conv"): {"factors": 1}}
+
+
+def check(key, law, bases, options=None):
+    options = OPTIONS.get(key) if options is None else options
     return testing.check_method(
-        key, laws=law, bases=bases, options=OPTIONS.get(key), references=references, place=PLACES.get(key)
+        key, laws=law, bases=bases, options=options, references=references, place=PLACES.get(key)
     )
 
 
@@ -152,7 +157,10 @@ def test_law_of_compiling(key):
 @pytest.mark.slow
 @pytest.mark.parametrize(("key", "law"), [pytest.param(k, n, id=f"{k}-{n}") for k in METHODS for n in FAST])
 def test_law_on_every_base(key, law):
-    check(key, law, testing.bases.names()).check()
+    apart = [base for base in testing.bases.names() if (key, base) in ON_BASE]
+    check(key, law, [base for base in testing.bases.names() if base not in apart]).check()
+    for base in apart:
+        check(key, law, [base], ON_BASE[key, base]).check()
 
 
 def test_the_equation_of_every_layer_is_held_against_its_reference():

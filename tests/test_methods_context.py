@@ -371,6 +371,52 @@ def test_a_decoder_s_ladder_is_given_the_encoder_of_every_kind_of_base(family):
     assert all(float(g.abs().max()) > 0 for g in read.values())
 
 
+def test_the_ladder_begins_as_the_base_s_blocks_pruned_where_their_shapes_map():
+    model, _ = zoo()["gpt2"]()
+    plan = veneer.plan(model, "ladder_side_tuning", reduction=2)
+    assert "note: the rungs begin as pruned blocks" in str(plan)
+    t = veneer.attach(model, "ladder_side_tuning", reduction=2).named()
+    d, heads = model.config.n_embd, model.config.n_head
+    w, hidden = d // 2, 2 * d
+    blocks = [b.attn.c_attn.weight.mT.split(d) for b in model.transformer.h]  # q, k, v: (out, in)
+    outs = [b.attn.c_proj.weight.mT for b in model.transformer.h]
+    ups, downs = ([getattr(b.mlp, n).weight.mT for b in model.transformer.h] for n in ("c_fc", "c_proj"))
+
+    def best(score, count):
+        return sorted(sorted(range(len(score)), key=lambda i: -float(score[i]))[:count])
+
+    size = sum(W.abs().sum(0) for b in blocks for W in b) + sum(W.abs().sum(0) for W in ups)
+    size = size + sum(W.abs().sum(1) for W in (*outs, *downs))
+    kept = best(size, w)
+    for i, (q, k, v) in enumerate(blocks):
+        rows = []
+        for h in range(heads):
+            own = slice(h * d // heads, (h + 1) * d // heads)
+            inside = best(q[own].abs().sum(1) + k[own].abs().sum(1), w // heads)
+            rows += [own.start + j for j in inside]
+        assert torch.equal(t["final/query"][i], q[rows][:, kept].detach())
+        assert torch.equal(t["final/key"][i], k[rows][:, kept].detach())
+        chosen = best(ups[i].abs().sum(1) + downs[i].abs().sum(0), hidden)
+        assert torch.equal(t["final/mlp_up"][i], ups[i][chosen][:, kept].detach())
+        assert torch.equal(t["final/mlp_down"][i], downs[i][kept][:, chosen].detach())
+        assert v.shape == (d, d)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "said"),
+    [
+        ("llama", {}, "no square matrices"),
+        ("gpt2", {"begin": "new"}, "begin new"),
+        ("t5", {"reduction": 2}, "narrower"),
+    ],
+)
+def test_the_plan_says_where_a_ladder_begins_new(family, options, said):
+    model, kwargs = zoo()[family]()
+    assert said in str(veneer.plan(model, "ladder_side_tuning", **options))
+    veneer.attach(model, "ladder_side_tuning", **options)
+    model(**kwargs)
+
+
 def test_the_ladder_step_by_step_equals_the_ladder_at_once():
     method = build("ladder_side_tuning", reduction=2, heads=2)
     where = ladder_site()

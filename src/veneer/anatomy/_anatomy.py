@@ -110,6 +110,12 @@ class Anatomy:
         fields = self._places.fields(name)
         return Site(name, "", name, "other", "", n_in=width, n_out=width, width=width, **fields)
 
+    def by_block(self, stack: str, role: str) -> list[Site]:
+        """The weights with a role in the blocks of a stack, in order; [] where a block has none, or several."""
+        found = [s for s in self.sites if s.role == role and s.stack == stack and len(s.shape) == 2]
+        depth = len(self.stacks.get(stack, ()))
+        return found if [s.block for s in found] == list(range(depth)) else []
+
     def order_of(self, module: str) -> int:
         """Place of a module in the order of `named_modules`."""
         return self._order.get(module, -1)

@@ -32,7 +32,7 @@ PORTS: dict[str, tuple[str, ...]] = {  # port -> functions that may define it
     "around": ("around",),
 }
 FUNCTIONS = tuple(f for functions in PORTS.values() for f in functions) + (
-    "derive", "penalty", "condition", "affine", "start", "prepare",
+    "derive", "penalty", "condition", "affine", "start", "prepare", "remark",
 )  # fmt: skip
 
 
@@ -59,7 +59,8 @@ class Method:
     | function | at | gives |
     |---|---|---|
     | tensors(site) | plan | the declared tensors of one site |
-    | start(site, W, t) | attach | starts that need the base's weight: {name: tensor} |
+    | start(site, W, t[, blocks]) | attach | starts that need the base's weight: {name: tensor} |
+    | remark(site[, blocks]) | a printed plan | how it starts on this base, in words; "" for nothing |
     | prepare(sites) | attach with `data=` | starts that need data: {site name: {name: tensor}} |
     | also() | plan | other methods that belong to the same adapter |
     | condition(t, inputs) | once a call, before the first block | {name: (rows, ...)} |

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -264,9 +265,16 @@ def _from_base(host: Host, adapter: Adapter, drawn: dict[str, Tensor]) -> dict[s
             ]  # fmt: skip
             made = {n: torch.stack([m[n] for m in each]) for n in each[0]}
         else:
-            made = call(sp.method, "start", t, {"site": sp.site, "W": W})
+            given = {"site": sp.site, "W": W, "blocks": functools.partial(_of_blocks, host, sp.site.stack)}
+            made = call(sp.method, "start", t, given)
         found.update({keys[n]: v.clone() for n, v in made.items()})
     return found
+
+
+def _of_blocks(host: Host, stack: str, role: str) -> list[Tensor]:
+    """What the blocks of a stack hold at a role, in order: a start that is cut from the base reads it."""
+    sites = (dataclasses.replace(s, port="weight") for s in host.anatomy.by_block(stack, role))
+    return [W.detach().float() for s in sites if (W := host.weight(s)) is not None]
 
 
 def frozen_seed(method: Method, seed: int) -> int:

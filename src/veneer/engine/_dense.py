@@ -50,9 +50,13 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
     if segments:
         args, kwargs = _spread_rows(segments[0][0].total, args, kwargs)
     y = twin(module, replaced).forward(*args, **kwargs) if replaced else plain(*args, **kwargs)
+    # A table of positions that counts for the whole batch gives one row to all: each adapter's rows get its own.
+    shared = bool(segments) and first(y).shape[0] == 1 < segments[0][0].total
+    if shared:
+        y = with_first(y, first(y).expand(segments[0][0].total, *first(y).shape[1:]))
     for rows, members in segments:
-        chosen = [_take(rows, v) for v in args]
-        named = {k: _take(rows, v) for k, v in kwargs.items()}
+        chosen = list(args) if shared else [_take(rows, v) for v in args]
+        named = kwargs if shared else {k: _take(rows, v) for k, v in kwargs.items()}
         swapped = _replaced(module, [*whole, *members], frame)
         if bias is not None:
             swapped["bias"] = torch.zeros_like(bias)
@@ -62,6 +66,8 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
                 part = stand_in.forward(*chosen, **named)
         else:
             part = stand_in.forward(*chosen, **named)
+        if shared:
+            part = with_first(part, first(part).expand(len(rows.indices), *first(part).shape[1:]))
         y = _put(rows, y, part)
     for op in chosen_later:  # banked form: every row runs, `live` chooses
         swapped = _replaced(module, [op], frame)
@@ -286,7 +292,7 @@ def _add_branches(
             if "at" in m.arguments["branch"]:
                 have["at"] = facts(op, frame)
             dy = apply(op, frame, "branch", have)
-            dy = dy.reshape(*mine.shape[:-1], dy.shape[-1]) if op.rowed else dy
+            dy = dy.reshape(*mine.shape[:-1], dy.shape[-1]) if op.by_row else dy
         if op.live is not None:
             dy = torch.where(
                 op.live.view(-1, *[1] * (dy.dim() - 1)), dy, torch.zeros((), dtype=dy.dtype, device=dy.device)
@@ -333,4 +339,4 @@ def _shift_like(y: Tensor, dy: Tensor, op: Op, frame: Frame) -> Tensor:
 
 
 def _as_rows(value: Tensor, op: Op) -> Tensor:
-    return value.reshape(op.count, -1, value.shape[-1]) if op.rowed else value
+    return value.reshape(op.count or value.shape[0], -1, value.shape[-1]) if op.by_row else value

@@ -12,8 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from veneer.anatomy import Anatomy, Site
-from veneer.edits import Method, Spec, TrainedCopy
+from veneer.edits import Method, Spec, TrainedCopy, call
 from veneer.errors import BadOption, NoSiteFound, Unsupported, nearest
 
 
@@ -120,7 +122,22 @@ class Plan:
         for (role, port), members in groups.items():
             shapes = ", ".join(f"{n} {tuple(s.shape)}" for n, s in members[0].specs.items())
             lines.append(f"  {role:24} {port:10} x {len(members):<4} {members[0].site.module:40} {shapes}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  note: {text}" for text in self.remarks())])
+
+    def remarks(self) -> list[str]:
+        """What the method says of its start on this base, from shapes alone; each once."""
+        if "remark" not in self.method.arguments:
+            return []
+
+        def have(sp: SitePlan) -> dict[str, Any]:
+            def blocks(role: str) -> list[torch.Tensor]:
+                found = self.anatomy.by_block(sp.site.stack, role)
+                return [torch.empty(s.shape, device="meta") for s in found]
+
+            return {"site": sp.site, "blocks": blocks}
+
+        said = (call(sp.method, "remark", None, have(sp)) for sp in self.sites if sp.part == 0)
+        return list(dict.fromkeys(text for text in said if text))
 
 
 def _size(shape: Sequence[int]) -> int:

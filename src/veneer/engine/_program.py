@@ -60,6 +60,11 @@ class Op:
         self.still = False  # its tensors are the adapter's kept ones: no step is about to move them
         self.adds_alone = adds_alone(plan)
 
+    @property
+    def by_row(self) -> bool:
+        """Whether tensors have a row axis: several adapters, or one that makes them from facts of the rows."""
+        return self.rowed or "at" in self.method.arguments.get("derive", ())
+
     def for_rows(self, rows: Rows, kept: Sequence[tuple[int, int]]) -> Op:
         """The op on some of its rows. kept: (place among the new rows, place among its own)."""
         t = self.t

@@ -148,8 +148,8 @@ def _last_axis(value: Tensor, op: Op, frame: Frame) -> Tensor:
     """Channels last for convolutions; (rows, tokens, width) where tensors have a row axis."""
     if _channels_first(op, frame, value):
         value = value.movedim(1, -1).flatten(1, 2)  # places of an image are its tokens
-    if op.rowed:
-        value = value.reshape(op.count, -1, value.shape[-1])
+    if op.by_row:
+        value = value.reshape(op.count or value.shape[0], -1, value.shape[-1])
     return value
 
 
@@ -168,4 +168,4 @@ def _back(new: Tensor, mine: Tensor, like: Tensor, op: Op, frame: Frame) -> Tens
     if _channels_first(op, frame, like):
         last = like.movedim(1, -1)
         return new.reshape(last.shape).movedim(-1, 1)
-    return new.reshape(like.shape) if op.rowed else new
+    return new.reshape(like.shape) if op.by_row else new

@@ -156,5 +156,7 @@ def twin(module: nn.Module, replaced: dict[str, Tensor | None], **facts: Any) ->
         state.pop(key, None)
     if "_flat_weights_names" in state:  # recurrent modules keep a second list of their parameters
         state["_flat_weights"] = [own.get(n, module._parameters.get(n)) for n in state["_flat_weights_names"]]
+    if "statistics" in kinds_of(module) and module.track_running_stats and not state[HOST].update_statistics:
+        state["training"] = False  # what the module itself does (see `_blocks`), its stand-in does too
     made.__dict__.update({**state, **facts})
     return made

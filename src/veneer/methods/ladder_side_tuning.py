@@ -11,10 +11,12 @@ for; the price is its own forward and, in generation, a cache of its own. h' tak
 hidden state, so the model does not begin as its base; with `merge_base` (an option of the published code)
 it is mu U LN(s) + (1 - mu) h.
 
-About 12 w^2 + width w numbers a rung, and 2 w^2 + 2 width w more where it reads an encoder. The paper prunes
-the base's own blocks into the B_i to begin with; here they start as new ones, since a start sees the weight
-of its own site alone. In an encoder-decoder the ladder stands beside the decoder; the paper gives the encoder
-one too. The blocks have no position embedding: positions are in the h_i.
+About 12 w^2 + width w numbers a rung, and 2 w^2 + 2 width w more where it reads an encoder. As in the paper
+(section 3.2) the B_i begin as the base's own blocks, pruned to width w: the same features of the stream in
+every rung, equally many of each head. They are chosen by magnitude, where the paper weighs by Fisher
+information and so needs data. Where the shapes do not map (fewer keys than queries, gated MLPs) the rungs
+begin new, and the plan says so. In an encoder-decoder the ladder stands beside the decoder; the paper gives
+the encoder one too. The blocks have no position embedding: positions are in the h_i.
 """
 
 import functools
@@ -45,6 +47,23 @@ from veneer.edits import (
     zeros,
 )
 
+Blocks = Callable[[str], list[Tensor]]  # role -> the weights (out, in) of the base's blocks
+
+
+def shape(W: Tensor) -> tuple[int, ...]:
+    return tuple(W.shape)
+
+
+def strength(W: Tensor, axis: int) -> Tensor:
+    """(out, in) -> the sum of magnitudes over an axis"""
+    return W.abs().sum(axis)
+
+
+def strongest(score: Tensor, count: int, groups: int = 1) -> Tensor:
+    """(n,) -> (count,) indices in order, equally many from each of the groups of neighbours."""
+    each = score.view(groups, -1).topk(count // groups, dim=1).indices.sort(1).values
+    return (each + torch.arange(groups, device=score.device)[:, None] * (len(score) // groups)).flatten()
+
 
 @method(
     "ladder_side_tuning",
@@ -60,6 +79,7 @@ class LadderSideTuning(ExitMethod):
     rungs: tuple[int, ...] = hyper((), "blocks that the ladder reads; all of them when empty")
     activation: str = hyper("gelu", "inside the MLPs", choices=tuple(ACTIVATIONS))
     temperature: float = hyper(0.1, "of the gates mu", more_than=0)
+    begin: str = hyper("pruned", "the rungs: cut from the base's blocks, or new", choices=("pruned", "new"))
     merge_base: bool = hyper(False, "mix the base's last hidden state into the output")
     sites: Sites = "final"
 
@@ -106,6 +126,49 @@ class LadderSideTuning(ExitMethod):
         specs |= {"norm": ones(w, decay=False), "norm_bias": zeros(w, decay=False)}
         specs |= {"U": kaiming(d, w), "U_bias": zeros(d, decay=False)}
         return {**specs, "gate_last": zeros(1, decay=False)} if self.merge_base else specs
+
+    start_reads_weight = False
+
+    def start(self, site: Site, blocks: Blocks) -> dict[str, Tensor]:
+        """Rungs cut out of the base's blocks, the strongest rows and columns, where the shapes map."""
+        return self.cut(site, blocks) if self.remark(site, blocks).endswith("blocks") else {}
+
+    def remark(self, site: Site, blocks: Blocks) -> str:
+        """How the rungs begin, for the plan."""
+        if site.stack == "encoder":
+            return ""
+        if self.begin == "new":
+            return "the rungs begin new"
+        d, w = site.width, self.width(site)
+        square = [blocks(f"attention.{part}") for part in ("query", "key", "value", "output")]
+        up, down = blocks("mlp.up"), blocks("mlp.down")
+        if self.heads_at(site) != (site.heads or 1) or any(
+            not W or {*map(shape, W)} != {(d, d)} for W in square
+        ):
+            return "the rungs begin new: the base's attentions are no square matrices with as many heads"
+        if not up or not down or blocks("mlp.gate") or min(len(W) for W in up) < 4 * w:
+            return "the rungs begin new: the base's MLPs are gated, or narrower than the rungs'"
+        return "the rungs begin as pruned blocks"
+
+    def cut(self, site: Site, blocks: Blocks) -> dict[str, Tensor]:
+        w, heads = self.width(site), self.heads_at(site)
+        q, k, v, o = (blocks(f"attention.{part}") for part in ("query", "key", "value", "output"))
+        up, down = blocks("mlp.up"), blocks("mlp.down")
+        # The stream's features are the same ones in every rung: what reads them and what writes them counts.
+        stream = [*(strength(W, 0) for W in (*q, *k, *v, *up)), *(strength(W, 1) for W in (*o, *down))]
+        kept = strongest(torch.stack(stream).sum(0), w)
+        found: dict[str, list[Tensor]] = {}
+        for i in self.rungs or range(site.blocks):
+            scores = strongest(strength(q[i], 1) + strength(k[i], 1), w, heads)
+            values = strongest(strength(v[i], 1) + strength(o[i], 0), w, heads)
+            hidden = strongest(strength(up[i], 1) + strength(down[i], 0), 4 * w)
+            made = {
+                "query": q[i][scores][:, kept], "key": k[i][scores][:, kept], "value": v[i][values][:, kept],
+                "out": o[i][kept][:, values], "mlp_up": up[i][hidden][:, kept], "mlp_down": down[i][kept][:, hidden],
+            }  # fmt: skip
+            for name, W in made.items():
+                found.setdefault(name, []).append(W)
+        return {name: torch.stack(W) for name, W in found.items()}
 
     def exit(self, t: Tensors, taps: dict[int, Tensor], h: Tensor, at: At) -> Tensor:
         """taps: {block: (rows, tokens, width)}, -1 the embeddings; h: (rows, tokens, width) -> like h"""

@@ -220,7 +220,11 @@ class Subject:
         side: str = "right", extra: int = 0, states: bool = True,
     ) -> list[Tensor]:  # fmt: skip
         """What each row gives, padding left out; states=False reads an encoder's logits alone."""
-        inputs = self.inputs(contents, dtype, side, extra)
+        inputs: dict[str, Any] = self.base.inputs(contents, dtype, side, extra)
+        if (
+            "veneer" in model._modules
+        ):  # a base that nothing is attached to knows nothing of an adapter's inputs
+            inputs |= self.asked(contents)
         return self.base.read(model(**inputs, **(self.base.flags if states else {})), inputs)
 
     def evaluated(self, model: nn.Module, contents: Sequence[Content], **layout: Any) -> list[Tensor]:
