@@ -15,7 +15,7 @@ from fastapi import FastAPI
 import veneer
 from veneer.serving import Engines
 
-from . import adapters, chat, completions, health, jobs, models, tokens
+from . import adapters, chat, completions, front, health, jobs, models, tokens
 from . import reading as reading_room
 from .entry import Entry, authorise, describe
 from .errors import REFUSALS, ApiError, install
@@ -76,6 +76,7 @@ def create_app(
         app.include_router(reading_room.router(service, reading))
     if tuning is not None:
         app.include_router(jobs.router(service, tuning))
+    app.include_router(front.router())
     app.add_middleware(Entry, keys=keys, settings=settings, observe=metrics.answered)
     describe(app, keys.required)
     return app
