@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -12,6 +13,7 @@ import pytest
 
 from serving_tools import EchoEngine, running, shelf, until
 from veneer.serving.app import Keys, Settings, create_app, new_key
+from veneer.serving.app.pieces import Pieces
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,36 @@ def test_the_models_are_the_base_and_its_adapters_without_a_path(client):
     assert client.models.retrieve("shout").id == "shout"
     assert client.models.retrieve("builtin:echo").id == "builtin:echo"
     assert "/" not in json.dumps(card)
+
+
+def test_a_token_that_is_a_part_of_a_character_is_shown_as_its_bytes_and_a_special_one_by_its_name():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+    engine = SimpleNamespace(
+        tokenizer=tokenizer, decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+    )
+    pieces = Pieces(engine)
+    for text in ("a é \n", "日本"):
+        ids = tokenizer(text)["input_ids"]
+        assert b"".join(pieces.get(i).bytes for i in ids) == text.encode()
+    first, second = (pieces.get(i) for i in tokenizer("é")["input_ids"])
+    assert (first.text, second.text) == ("bytes:\\xc3", "bytes:\\xa9")
+    assert pieces.get(tokenizer.eos_token_id).text == "<end>"
+    assert pieces.get(tokenizer.eos_token_id).length == 0
+
+
+def test_the_space_before_a_word_belongs_to_its_token_in_vocabularies_that_mark_it():
+    words = {0: "▁the", 1: "<0xE4>", 2: "re"}
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda ids: [words[i] for i in ids])
+    engine = SimpleNamespace(tokenizer=tokenizer, decode=lambda ids: {0: "the", 1: "\ufffd", 2: "re"}[ids[0]])
+    found = [Pieces(engine).get(i) for i in words]
+    assert [f.text for f in found] == [" the", "bytes:\\xe4", "re"]
+    assert [f.bytes for f in found] == [b" the", b"\xe4", b"re"]
 
 
 # -- streams -------------------------------------------------------------------------------------------------
@@ -435,6 +467,8 @@ def test_a_full_queue_is_429_with_the_seconds_to_wait_and_none_of_its_rows_stay(
     assert answer.json()["error"]["type"] == "rate_limit_error"
     assert answer.headers["retry-after"] == "3"
     assert not engine.running
+    text = httpx.get(server.url + "/metrics").text
+    assert 'veneer_requests_total{adapter="support",method="lora",outcome="refused"} 1.0' in text
 
 
 def test_limits_of_a_key_hold_and_end(engine):
@@ -469,6 +503,13 @@ def test_a_body_that_is_too_large_or_too_slow_is_refused(engine):
             yield body[10:20]
 
         assert httpx.post(url, content=slow(), headers=kind).status_code == 408
+
+        def drips():
+            for i in range(8):
+                yield body[i : i + 1]
+                threading.Event().wait(0.08)
+
+        assert httpx.post(url, content=drips(), headers=kind).status_code == 408
 
 
 def test_pages_of_other_sites_and_other_hosts_are_kept_out(server):
@@ -567,6 +608,7 @@ def test_health_readiness_version_and_tokens(server):
     for path in ("/health", "/live", "/ready", "/ping", "/startup"):
         answer = httpx.get(server.url + path)
         assert (answer.status_code, answer.content) == (200, b"")
+        assert httpx.head(server.url + path).status_code == 200
     assert set(httpx.get(server.url + "/version").json()) == {"version"}
     found = httpx.post(server.url + "/tokenize", json={"prompt": "ab", "return_token_strs": True}).json()
     assert found == {"count": 2, "max_model_len": 512, "tokens": [97, 98], "token_strs": ["a", "b"]}

@@ -47,7 +47,7 @@ def test_classes_are_answered_as_predict_gives_them(world):
     client, folders, registry = world
     given = texts(5)
     answer = client.post("/v1/classify", json={"model": "mood", "input": given})
-    assert answer.headers["x-veneer-adapter-version"] == registry.resolve("mood").digest
+    assert answer.headers["x-veneer-adapter-version"] == "sha256:" + registry.resolve("mood").digest
     body = answer.json()
     assert body["object"] == "list"
     assert body["model"] == "mood"

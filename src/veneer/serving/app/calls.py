@@ -95,6 +95,7 @@ class Call:
                 self._engine.submit(row, self._mailbox)
                 self.running.add(row.id)
         except BaseException:
+            self.record.outcome = "refused"
             self.close()
             raise
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -110,13 +111,14 @@ class Entry:
         if not said.isdigit() or int(said) > most:
             raise ApiError(413, f"The body is larger than {most:,} bytes.")
         got, is_whole = 0, False
+        until = time.monotonic() + self.settings.body_seconds
 
         async def counted() -> Message:
             nonlocal got, is_whole
             if is_whole:  # what comes now is the client's leaving
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self.settings.body_seconds)
+                message = await asyncio.wait_for(receive(), max(0.0, until - time.monotonic()))
             except TimeoutError:
                 raise ApiError(408, "The body took too long to arrive.") from None
             if message["type"] == "http.request":

@@ -67,7 +67,7 @@ class Rows:
             return None
         shape = self.asked.shape
         made = shape.logprobs(found, self.offsets[place])
-        self.offsets[place] += sum(len(shape.text(one.token)) for one in found)
+        self.offsets[place] += sum(shape.pieces.get(one.token).length for one in found)
         return made
 
 
@@ -233,7 +233,7 @@ async def answer(
         rows += [_row(service, record, body, prompt, sampling, i, target) for i in range(n)]
     record.facts |= {"model": target.name, "version": target.shown, "stream": bool(body.stream)}
     call = service.call(rows, record.key, record, target)
-    made = shape(f"{prefix}-{record.id[:64]}", int(time.time()), target.name, service.token_text)
+    made = shape(f"{prefix}-{record.id[:64]}", int(time.time()), target.name, service.pieces)
     asked = Asked(
         call, made, n, [echoes[i // n] if echoes else "" for i in range(len(rows))],
         {"x-veneer-adapter-version": target.shown, **warned},

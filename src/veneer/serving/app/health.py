@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -23,7 +24,6 @@ class VersionBody(BaseModel):
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter()
-    not_yet: dict[int | str, dict[str, Any]] = {503: {"description": "Not now"}}
 
     async def health() -> Response:
         """The process and its engine live. Reading the base counts as living."""
@@ -35,9 +35,9 @@ def router(service: Service) -> APIRouter:
         return Response(status_code=200 if service.is_ready else 503)
 
     for path in ("/health", "/live"):
-        routes.add_api_route(path, health, response_class=Response, responses=not_yet, name=path[1:])
+        _looked_at(routes, path, health)
     for path in ("/ready", "/ping", "/startup"):
-        routes.add_api_route(path, ready, response_class=Response, responses=not_yet, name=path[1:])
+        _looked_at(routes, path, ready)
 
     @routes.get("/version", response_model=VersionBody)
     async def version() -> Any:
@@ -51,3 +51,10 @@ def router(service: Service) -> APIRouter:
         return Response(body, headers={"content-type": kind})
 
     return routes
+
+
+def _looked_at(routes: APIRouter, path: str, answer: Callable[..., Any]) -> None:
+    """GET, and HEAD as some balancers do."""
+    not_yet: dict[int | str, dict[str, Any]] = {503: {"description": "Not now"}}
+    routes.add_api_route(path, answer, response_class=Response, responses=not_yet, name=path[1:])
+    routes.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False, name=path[1:] + "-head")

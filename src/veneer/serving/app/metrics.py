@@ -71,6 +71,14 @@ class Metrics:
             "veneer_request_seconds", "Until the last token", ["adapter"], buckets=WHOLE, registry=registry
         )
         self.http = Counter("veneer_http_responses", "Answers by status", ["status"], registry=registry)
+        self._steps = Histogram(
+            "veneer_step_seconds", "Of one step of the engine", buckets=GAPS, registry=registry
+        )
+        self._loads = Histogram(
+            "veneer_adapter_load_seconds", "Reading one adapter into memory", buckets=FIRST, registry=registry
+        )
+        self._seen = 0  # steps that were observed
+        self._read: dict[str, float] = {}  # of versions, the reading that was observed
         registry.register(self)  # type: ignore[arg-type]
 
     def label(self, adapter: str) -> str:
@@ -103,8 +111,21 @@ class Metrics:
 
     def text(self, accept: str) -> tuple[bytes, str]:
         """(body, content type), OpenMetrics where it is asked for."""
+        self._observe(self._stats())
         encoder, kind = choose_encoder(accept)
         return encoder(self.registry), kind
+
+    def _observe(self, stats: dict[str, Any]) -> None:
+        """What the engine remembers of its last steps and readings goes into histograms once."""
+        steps, ring = stats.get("steps", 0), stats.get("step_seconds", ())
+        for seconds in list(ring)[-(steps - self._seen) :] if steps > self._seen else ():
+            self._steps.observe(seconds)
+        self._seen = steps
+        for version, facts in stats.get("residents", {}).items():
+            seconds = facts.get("load_seconds")
+            if seconds and self._read.get(version) != seconds:
+                self._read[version] = seconds
+                self._loads.observe(seconds)
 
     def collect(self) -> Iterator[Any]:
         """The engine's numbers. Also called once at registration, for the names."""
@@ -114,6 +135,7 @@ class Metrics:
         for name, about, key in COUNTERS:
             yield CounterMetricFamily(name, about, stats.get(key, 0))
         yield from self._residents(stats.get("residents", {}))
+        yield from _shares(stats, self._most)
         if self._vllm:
             yield GaugeMetricFamily("vllm:num_requests_running", "Rows running", stats.get("rows", 0))
             yield GaugeMetricFamily("vllm:num_requests_waiting", "Requests waiting", stats.get("queue", 0))
@@ -121,6 +143,11 @@ class Metrics:
             read = sum(c.get("prompt", 0) for c in stats.get("tokens", {}).values())
             yield CounterMetricFamily("vllm:generation_tokens", "Tokens made", made)
             yield CounterMetricFamily("vllm:prompt_tokens", "Tokens of prompts", read)
+            prefix = stats.get("prefix", {})
+            yield CounterMetricFamily(
+                "vllm:prefix_cache_queries", "Blocks looked for", prefix.get("asked", 0)
+            )
+            yield CounterMetricFamily("vllm:prefix_cache_hits", "Blocks found", prefix.get("hits", 0))
 
     def _residents(self, residents: dict[str, Any]) -> Iterator[Any]:
         size = GaugeMetricFamily(
@@ -140,3 +167,22 @@ class Metrics:
             size.add_metric([tier], sum(sizes))
             count.add_metric([tier], len(sizes))
         yield from (size, count, each)
+
+
+def _shares(stats: dict[str, Any], most: int) -> Iterator[Any]:
+    """What the prefix cache found, and how far each tenant is behind the one that was served most."""
+    prefix = stats.get("prefix", {})
+    yield CounterMetricFamily(
+        "veneer_prefix_blocks", "Blocks of prompts that were looked for", prefix.get("asked", 0)
+    )
+    yield CounterMetricFamily(
+        "veneer_prefix_hits", "Blocks of prompts that were there already", prefix.get("hits", 0)
+    )
+    behind = GaugeMetricFamily(
+        "veneer_service_deficit", "Weighted tokens behind the most served", labels=["tenant"]
+    )
+    served = stats.get("served", {})
+    first = max(served.values(), default=0.0)
+    for tenant, tokens in sorted(served.items(), key=lambda item: item[1])[:most]:
+        behind.add_metric([tenant], first - tokens)
+    yield behind

@@ -204,7 +204,7 @@ def _sent(target: Target, data: list[dict[str, Any]], found: Sequence[Found]) ->
     counts = {"prompt_tokens": tokens, "total_tokens": tokens}
     answer = Json({"object": "list", "model": target.name, "data": data, "usage": counts})
     if target.version is not None:
-        answer.headers["x-veneer-adapter-version"] = target.version
+        answer.headers["x-veneer-adapter-version"] = target.shown
     return answer
 
 

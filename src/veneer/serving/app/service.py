@@ -19,6 +19,7 @@ from .errors import ApiError, as_api_error
 from .keys import Key, Keys
 from .limits import Limits
 from .metrics import Metrics
+from .pieces import Pieces
 from .record import Record
 from .settings import Settings
 
@@ -131,9 +132,8 @@ class Service:
         return bool(is_open and not self.draining and self.engine.alive)
 
     @functools.cached_property
-    def token_text(self) -> Callable[[int], str]:
-        """Texts of single tokens, remembered: a stream asks for the same ones again and again."""
-        return functools.lru_cache(50_000)(lambda token: self.engine.decode([token]))
+    def pieces(self) -> Pieces:
+        return Pieces(self.engine)
 
     @functools.cached_property
     def base(self) -> str:
@@ -184,7 +184,6 @@ class Service:
             raise ApiError(503, "The engine has stopped; the server's log says why.", code="engine_stopped")
         assert self.mailbox is not None
         self.limits.enter(key)
-        self.limits.pay(key, sum(len(row.prompt) for row in rows))
 
         def closed(call: Call) -> None:
             self.limits.leave(key)
@@ -197,6 +196,6 @@ class Service:
         except UnknownAdapter as error:  # retired between its being named and its being asked
             raise ApiError(404, as_api_error(error).message, param="model", code="model_not_found") from None
         except Exception as error:
-            record.outcome = "refused"
             raise as_api_error(error, "prompt") from error
+        self.limits.pay(key, sum(len(row.prompt) for row in rows))
         return call

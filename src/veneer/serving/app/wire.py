@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from veneer.serving import Logprob
 
-Text = Callable[[int], str]  # of one token
+from .pieces import Pieces
 
 
 class Json(Response):
@@ -47,8 +47,8 @@ def usage(
 class Shape:
     """How one kind of answer is written. `offset` of a row is where its next token stands in its text."""
 
-    def __init__(self, name: str, created: int, model: str, text: Text) -> None:
-        self.name, self.created, self.model, self.text = name, created, model, text
+    def __init__(self, name: str, created: int, model: str, pieces: Pieces) -> None:
+        self.name, self.created, self.model, self.pieces = name, created, model, pieces
 
     def whole(self, choices: list[dict[str, Any]], counts: dict[str, Any]) -> dict[str, Any]:
         return {**self._head(self.kind), "choices": choices, "usage": counts}
@@ -85,15 +85,15 @@ class CompletionShape(Shape):
         return [self.choice(place, text, logprobs, finish)]
 
     def logprobs(self, found: Sequence[Logprob], offset: int) -> dict[str, Any]:
-        tokens = [self.text(one.token) for one in found]
+        tokens = [self.pieces.get(one.token) for one in found]
         offsets = []
         for token in tokens:
             offsets.append(offset)
-            offset += len(token)
+            offset += token.length
         return {
-            "tokens": tokens,
+            "tokens": [token.text for token in tokens],
             "token_logprobs": [one.logprob for one in found],
-            "top_logprobs": [{self.text(t): p for t, p in one.top} for one in found],
+            "top_logprobs": [{self.pieces.get(t).text: p for t, p in one.top} for one in found],
             "text_offset": offsets,
         }
 
@@ -117,8 +117,8 @@ class ChatShape(Shape):
 
     def logprobs(self, found: Sequence[Logprob], offset: int) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            text = self.text(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
+            piece = self.pieces.get(token)
+            return {"token": piece.text, "logprob": logprob, "bytes": list(piece.bytes)}
 
         content = [
             {**entry(one.token, one.logprob), "top_logprobs": [entry(t, p) for t, p in one.top]}
