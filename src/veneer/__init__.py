@@ -8,7 +8,7 @@ from typing import Any
 _WHERE = {
     "veneer.engine": (
         "activate", "active", "adapters", "attach", "bare", "detach", "export", "load", "memory_budget", "merge",
-        "parameters", "plan", "rows", "save", "trainable", "unmerge",
+        "parameters", "plan", "rows", "save", "trainable", "tune_forms", "unmerge",
     ),
     "veneer.catalogue": ("method", "methods"),
     "veneer.bases": ("open_base",),

@@ -22,7 +22,8 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from veneer.errors import BadFile, MissingPackage, VeneerError
+from veneer._cache import cache_folder
+from veneer.errors import BadFile, MissingPackage
 
 TIMEOUT_SECONDS = 1800
 
@@ -47,19 +48,6 @@ class Package:
         platform = ["--platform", self.platform] if self.platform else []
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         return [*pip, *kind, *platform, f"{self.name}=={self.version}"]
-
-
-def cache_folder() -> Path:
-    """$VENEER_CACHE, or ~/.cache/veneer; made when it is missing."""
-    folder = Path(os.environ.get("VENEER_CACHE") or Path.home() / ".cache" / "veneer").expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VeneerError(
-            f"the cache folder {folder} cannot be made: {error.strerror}.",
-            next_step="VENEER_CACHE=FOLDER     names a folder that can be written",
-        ) from error
-    return folder
 
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:

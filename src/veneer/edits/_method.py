@@ -32,7 +32,7 @@ PORTS: dict[str, tuple[str, ...]] = {  # port -> functions that may define it
     "around": ("around",),
 }
 FUNCTIONS = tuple(f for functions in PORTS.values() for f in functions) + (
-    "derive", "penalty", "condition", "affine", "start", "prepare", "remark",
+    "derive", "penalty", "condition", "affine", "low_rank", "start", "prepare", "remark",
 )  # fmt: skip
 
 
@@ -68,6 +68,7 @@ class Method:
     | delta(t, W), weight(t, W), branch(t, x[, y]) | weight | dW, W', or dy |
     | input(t, x), output(t, x, y[, residual]) | input, output | x', y' |
     | affine(t) | input, output | (scale, shift), when the edit is scale * . + shift: the engine merges it |
+    | low_rank(t) | weight | (down, up), when branch is x down^T up^T without dropout; None where it is more |
     | attention(t, q, k, v, mask, attend) | attention | o |
     | tokens(t) | tokens | (length, width), put before the first real token |
     | exit(t, taps, h) | exit | the last hidden state |

@@ -37,11 +37,13 @@ from ._training import (
     state,
     trainable,
 )
+from ._tuning import FormTable, tune_forms
 from ._watch import facts_read
 
 __all__ = [
     "FORMATS",
     "Adapter",
+    "FormTable",
     "Host",
     "MemoryUse",
     "MergeReport",
@@ -95,6 +97,7 @@ __all__ = [
     "save",
     "state",
     "trainable",
+    "tune_forms",
     "unmerge",
     "why_not",
     "within",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.edits import Spec, Tensors, add_row_axis
+from veneer.edits import Spec, Tensors
 from veneer.errors import NotPrepared
 
 from ._plan import Entry, Plan, is_saved
@@ -283,30 +283,6 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.name}: {self.method}, {self.trainable_parameters:,} trained"
-
-
-def gather(tensors: list[Tensors], slots: Tensor) -> Tensors:
-    """Tensors of several adapters -> tensors with a row axis. slots: (rows,) index into `tensors`.
-
-    What all share (the very same tensor) gets no row axis.
-    """
-    found = {}
-    for name in tensors[0]:
-        values = [getattr(t, name) for t in tensors]
-        if all(v is values[0] for v in values):
-            found[name] = values[0]
-        else:
-            found[name] = add_row_axis(_gathered(values, slots), values[0].dim())
-    return Tensors(found)
-
-
-def _gathered(values: list[Tensor], slots: Tensor) -> Tensor:
-    """(rows, *shape). What is kept over calls has its long axis innermost, as products of few tokens read it: half
-    the time of a decoding step's bmm by a tall B (measured, float32 on a CPU)."""
-    tall = values[0].dim() == 2 and values[0].shape[0] > values[0].shape[1]
-    if tall and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return torch.stack([v.mT for v in values]).index_select(0, slots).mT
-    return torch.stack(values).index_select(0, slots)
 
 
 def draw(spec: Spec, shape: tuple[int, ...], seed: int, key: str) -> Tensor:

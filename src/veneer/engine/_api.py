@@ -46,13 +46,22 @@ def active(model: nn.Module, names: str | Sequence[str] | None) -> Iterator[None
 
 
 @contextmanager
-def rows(model: nn.Module, names: Sequence[Any] | Mapping[str, Sequence[Any]] | str | None) -> Iterator[None]:
+def rows(
+    model: nn.Module,
+    names: Sequence[Any] | Mapping[str, Sequence[Any]] | str | None,
+    *,
+    form: str | None = None,
+) -> Iterator[None]:
     """A name (or None, or a list on top of one another) for each row of the batches inside of the block.
 
     For a base of two towers: {"text": names, "image": names}. One name stands for every row. Threads see their own;
     asynchronous code passes names with the call: model(**batch, adapters=[...]).
+
+    form: in which way rows of several adapters are computed, "bmm", "packed", "segments" or "vmap"; a site that cannot
+    have it takes another. None: the engine's choice. Under one form a row's bits do not depend on other rows' adapters;
+    "packed" alone, whose columns are those of all, rounds differently.
     """
-    session = session_for(host_of(model), names)
+    session = session_for(host_of(model), names, form)
     with opened(session):
         yield
 

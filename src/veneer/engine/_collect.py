@@ -61,6 +61,15 @@ def totals(host: Any, named: dict) -> tuple[int, dict[str, int]]:
     return total, stacks
 
 
+def tokens_of(named: dict) -> int:
+    """Tokens of a row of this call, as far as its inputs tell."""
+    for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "x", "input"):
+        value = named.get(n)
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value.shape[1]
+    return 1
+
+
 def length_of(cache: Any) -> int:
     if cache is None:
         return 0

@@ -289,9 +289,9 @@ def _add_branches(
             if "y" in m.arguments["branch"]:
                 inner = cut_features(rows.take(bare) if rows is not None else bare, site)
                 have["y"] = _as_rows(inner, op)
-            if "at" in m.arguments["branch"]:
+            if "at" in m.arguments["branch"] and op.low is None:
                 have["at"] = facts(op, frame)
-            dy = apply(op, frame, "branch", have)
+            dy = op.low(have["x"]) if op.low is not None else apply(op, frame, "branch", have)
             dy = dy.reshape(*mine.shape[:-1], dy.shape[-1]) if op.by_row else dy
         if op.live is not None:
             dy = torch.where(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ._blocks import without_fast_path
-from ._collect import collect, length_of, named_inputs, see_memory, taken, totals
+from ._collect import collect, length_of, named_inputs, see_memory, taken, tokens_of, totals
 from ._conditions import conditions, penalty_of
 from ._frame import Frame, Session, current, entered, session_of
 from ._generate import generating, saving
@@ -124,8 +124,8 @@ def enter(
         if session is not None and session.by_stack:
             program = _program_by_stack(host, session, stack_totals, module.training)
         else:
-            own = None if session is None else session.adapters
-            program = host.program(rows, module.training, own) if any_names(rows) else {}
+            tokens = tokens_of(named)
+            program = host.program(rows, module.training, session, tokens) if any_names(rows) else {}
         frame = Frame(host, program, session, names=rows)
         frame.adapters = adapters_of(host, session, rows)
         used = tuple(frame.adapters)
@@ -164,7 +164,7 @@ def _program_by_stack(host: Any, session: Session, totals: dict[str, int], train
     merged: Program = {}
     for stack in session.by_stack or {}:
         rows = host.rows_for(session, totals.get(stack, len(session.by_stack[stack])), stack)  # type: ignore[index]
-        for module, ops in host.program(rows, training, session.adapters).items():
+        for module, ops in host.program(rows, training, session).items():
             for port in PORTS:
                 mine = [op for op in getattr(ops, port) if op.site.stack == stack]
                 if mine:

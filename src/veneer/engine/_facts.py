@@ -10,6 +10,7 @@ from torch import Tensor
 from veneer.edits import At, Tensors, call
 
 from ._draws import Dropper
+from ._forms import over_rows
 from ._frame import Frame
 from ._program import Op
 from ._residual import norm, residual, wants_residual
@@ -87,4 +88,6 @@ def tensors_at(op: Op, frame: Frame, at: At | None) -> Tensors:
 
 
 def apply(op: Op, frame: Frame, function: str, have: dict[str, Any]) -> Tensor:
+    if op.mapped:
+        return over_rows(op.method, function, op.t, op.mapped, have)
     return call(op.method, function, tensors_at(op, frame, have.get("at")), have)

@@ -37,6 +37,7 @@ class Session:
     extra: dict[str, Any] = field(default_factory=dict)  # inputs for adapters, given when generation began
     banks: Any = None  # for compiled code: the live banks, each with its slots
     adapters: dict[str, Any] | None = None  # those that a generation began with
+    form: str | None = None  # in which all rows are computed; None: the engine chooses
 
 
 @dataclass

@@ -29,7 +29,7 @@ def generating(base: type) -> Any:
         if adapters is not UNSET:
             session = session_for(host, adapters)
         elif outer is not None:
-            session = Session(host, outer.rows, outer.by_stack, outer.names)
+            session = Session(host, outer.rows, outer.by_stack, outer.names, form=outer.form)
         else:
             session = Session(host, names=host.active)
         session.generating = True
@@ -94,7 +94,7 @@ def _open_generation(host: Any, model: Any, session: Session, kwargs: dict) -> d
     names = host.rows_for(session, rows)
     if not any_names(names):
         return named
-    frame = Frame(host, host.program(names, model.training, session.adapters), session, names=names)
+    frame = Frame(host, host.program(names, model.training, session, tokens), session, names=names)
     frame.adapters = dict(session.adapters or {})
     collect(host, model, frame, {**named, "input_ids": ids}, extra, rows)
     with entered(frame):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from veneer.anatomy import Anatomy, Site
 from veneer.errors import BadOption, UnknownAdapter, Unsupported, nearest
 
-from . import _attention, _residual
+from . import _attention, _forms, _residual
 from ._adapter import Adapter
 from ._frame import Frame, Names, Session, names_in
 from ._kept import Kept
@@ -67,6 +67,7 @@ class Host(nn.Module):
         self.calls = 0  # under way, in all threads
         self._leaving = False
         self.pages = Pages(self)
+        self.forms: Any = None  # a table of measurements, by which forms are chosen
         self.dense = Kept(self.base_bytes)  # what settled weight edits made
         self._trained: set[str] = set()  # adapters that ran with gradients since programs were last kept
         for p in root.parameters():
@@ -336,11 +337,13 @@ class Host(nn.Module):
 
     # -- programs -------------------------------------------------------------------------------------------------
 
-    def program(self, rows: Any, training: bool, adapters: Mapping[str, Adapter] | None = None) -> Program:
+    def program(self, rows: Any, training: bool, session: Session | None = None, tokens: int = 1) -> Program:
         """The program for a composition. Without gradients it is kept, and found again at the next call.
 
-        adapters: those that a generation began with, whatever is called so by now.
+        session: a generation's has the adapters that it began with, whatever is called so by now; any may name a form.
+        tokens: of a row, for the choice of forms.
         """
+        adapters, form = (None, None) if session is None else (session.adapters, session.form)
         with self.lock:
             names = names_in(rows)
             find = self.adapter if adapters is None else _finder(self, adapters)
@@ -348,16 +351,17 @@ class Host(nn.Module):
             self.pages.use(used.values())
             if torch.is_grad_enabled() or training or not all(a.settled for a in used.values()):
                 self._trained.update(names if torch.is_grad_enabled() else ())
-                return build(self, rows, training, find)
+                return build(self, rows, training, find, form, tokens)
             if not self._trained.isdisjoint(used):  # a step may have moved them since
                 self._programs.clear()
                 self.dense.drop()
                 self._trained.clear()
             versions = tuple((n, id(used[n]), used[n].version()) for n in sorted(used))
-            key = (rows if _is_names(rows) else tuple(rows), versions, self.dtype, len(self.kept))
+            size = _forms.bucket(tokens) if form is None and self.forms is not None else 0
+            key = (rows if _is_names(rows) else tuple(rows), versions, self.dtype, len(self.kept), form, size)
             found = self._programs.get(key)
             if found is None:
-                found = self._programs[key] = build(self, rows, training, find), frozenset(used)
+                found = self._programs[key] = build(self, rows, training, find, form, tokens), frozenset(used)
                 while len(self._programs) > PROGRAMS_KEPT:
                     self._programs.popitem(last=False)
             return found[0]
@@ -394,7 +398,7 @@ class Host(nn.Module):
             )
         each = total // len(rows)
         spread = [names for names in rows for _ in range(each)]  # beams and samples stand next to one another
-        return spread[0] if all(n == spread[0] for n in spread) else spread
+        return spread[0] if session.form is None and all(n == spread[0] for n in spread) else spread
 
     def project(self) -> None:
         """Put constrained tensors back on their constraint, where a step has moved them."""

@@ -7,22 +7,25 @@ from typing import Any
 
 from veneer.errors import BadOption, Unsupported
 
+from ._forms import check
 from ._frame import Names, Session, names_in
 from ._program import banks_of
 
 UNSET: Any = object()  # no `adapters=` in the call; None is the bare base
 
 
-def session_for(host: Any, names: Any, base: Session | None = None) -> Session:
-    """A session from what a person gives: a name, None, a list of names by row, or {stack: names by row}."""
+def session_for(host: Any, names: Any, form: str | None = None) -> Session:
+    """A session from what a person gives: a name, None, a list of names by row, or {stack: names by row}; a form."""
     if isinstance(names, Mapping):
-        return Session(host, by_stack={s: _row_names(host, n) for s, n in names.items()})
+        return Session(host, by_stack={s: _row_names(host, n) for s, n in names.items()}, form=check(form))
+    if check(form) is not None and (names is None or isinstance(names, str)):
+        names = [names]  # one name that serves every row
     if names is None or isinstance(names, str):
         chosen = () if names is None else (names,)
         _known(host, chosen)
         return Session(host, names=chosen, banks=banks_of(host, chosen))
     rows = _row_names(host, names)
-    return Session(host, rows=rows, banks=banks_of(host, rows))
+    return Session(host, rows=rows, banks=banks_of(host, rows), form=form)
 
 
 def _row_names(host: Any, names: Sequence[Any]) -> list[Names]:

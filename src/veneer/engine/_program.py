@@ -15,7 +15,9 @@ from torch import Tensor
 
 from veneer.edits import Tensors, call
 
-from ._adapter import Adapter, gather
+from . import _forms
+from ._adapter import Adapter
+from ._forms import is_shift
 from ._frame import Names
 from ._plan import SitePlan
 from ._residual import reads
@@ -23,7 +25,6 @@ from ._rows import Rows
 from ._weights import cut
 
 PORTS = ("input", "weight", "output", "attention", "around", "tokens", "exit")
-ONE_BY_ONE = ("experts", "recurrent", "other")  # kinds whose inputs have no row axis to broadcast over
 
 
 class Op:
@@ -35,6 +36,8 @@ class Op:
         "count",
         "level",
         "live",
+        "low",
+        "mapped",
         "members",
         "method",
         "plan",
@@ -57,6 +60,8 @@ class Op:
         self.level = 0  # place in the stack of its rows
         self.singles: list[Tensors] = []  # rowed: the tensors of each row's adapter by themselves
         self.live: Tensor | None = None  # banked form: (rows, 1, 1) bool
+        self.low: Any = None  # (rows, tokens, in) -> what the edit adds: in place of `branch`
+        self.mapped: frozenset[str] = frozenset()  # the `vmap` form: the tensors that rows have of their own
         self.still = False  # its tensors are the adapter's kept ones: no step is about to move them
         self.adds_alone = adds_alone(plan)
 
@@ -71,13 +76,18 @@ class Op:
         if self.rowed:
             chosen = [j for _, j in kept]
 
-            def take(v: Any) -> Any:
-                mine = isinstance(v, Tensor) and v.dim() >= 3 and v.shape[0] == self.count
-                return v[torch.tensor(chosen, device=v.device)] if mine else v
+            def take(n: str, v: Any) -> Any:
+                by_row = n in self.mapped or (
+                    isinstance(v, Tensor) and v.dim() >= 3 and v.shape[0] == self.count
+                )
+                return v[torch.tensor(chosen, device=v.device)] if by_row else v
 
-            t = Tensors({n: take(v) for n, v in t.items()})
+            t = Tensors({n: take(n, v) for n, v in t.items()})
         made = Op(self.plan, t, None if rows.whole else rows, self.rowed, self.adapter, len(kept))
         made.members, made.live, made.level, made.still = self.members, self.live, self.level, self.still
+        made.mapped = self.mapped
+        if self.low is not None:
+            made.low = self.low.for_rows([j for _, j in kept])
         made.singles = [self.singles[j] for _, j in kept] if self.singles else []
         return made
 
@@ -112,11 +122,17 @@ Program = dict[str, SiteOps]
 
 
 def build(
-    host: Any, rows: Sequence[Names] | Names, training: bool, find: Callable[[str], Adapter] | None = None
+    host: Any,
+    rows: Sequence[Names] | Names,
+    training: bool,
+    find: Callable[[str], Adapter] | None = None,
+    form: str | None = None,
+    tokens: int = 1,
 ) -> Program:
     """The program for a whole batch under one stack of names, or for a stack of names a row.
 
-    find: adapters by name; default: those of the host.
+    find: adapters by name; default: those of the host. form: one of FORMS for all rows; None: the best of what is
+    known. tokens: of a row, for that choice.
     """
     find = find or host.adapter
     program: Program = {}
@@ -138,13 +154,13 @@ def build(
                 chosen = None
             banks.setdefault(id(adapter.plan) if _can_bank(adapter) else name, []).append((adapter, chosen))
         for members in banks.values():
-            _add(program, host, members, training, total, level)
+            _add(program, host, members, training, total, level, form, tokens)
     return program
 
 
 def _can_bank(adapter: Adapter) -> bool:
-    """Adapters of one plan whose functions broadcast share a bank."""
-    return adapter.method.broadcasts and not adapter.of and not adapter.frozen_own
+    """Adapters of one plan share a bank, where their tensors have the shapes that the plan declares."""
+    return not adapter.of and not adapter.frozen_own
 
 
 def _add(
@@ -154,12 +170,13 @@ def _add(
     training: bool,
     total: int = 0,
     level: int = 0,
+    form: str | None = None,
+    tokens: int = 1,
 ) -> None:
     first = members[0][0]
     tensors = [site_tensors(host, a, training) for a, _ in members]
-    together = len(members) > 1
     slots = rows = None
-    if together:
+    if len(members) > 1 or (form not in (None, "segments") and total and _can_bank(first)):
         indices = sorted(
             (i, slot) for slot, (_, r) in enumerate(members) for i in (r.indices if r else range(total))
         )
@@ -167,11 +184,23 @@ def _add(
         slots = torch.tensor([slot for _, slot in indices], device=host.device)
         rows = None if rows.whole else rows
     for i, sp in enumerate(first.plan.sites):
-        if slots is not None and _broadcasts_at(sp):
-            ops = [Op(sp, gather([t[i] for t in tensors], slots), rows, True, first, len(indices))]
-            ops[0].singles = [tensors[slot][i] for _, slot in indices]
+        here = [t[i] for t in tensors]
+        way = "segments"
+        if slots is not None:
+            way = _forms.choose(sp, here, form, training, host.forms, (len(slots), tokens))
+        if slots is None or way == "segments":
+            ops = [Op(sp, t, r, False, a) for (a, r), t in zip(members, here)]
         else:
-            ops = [Op(sp, t[i], r, False, a) for (a, r), t in zip(members, tensors)]
+            shared = {n for n, key in first.plan.keys[i].items() if key in first.frozen_shared}
+            own = _forms.own_names(here, shared)
+            t = Tensors() if way == "packed" else _forms.stacked(here, slots, own, way != "vmap")
+            op = Op(sp, t, rows, True, first, len(slots))
+            op.singles = [here[slot] for slot in slots.tolist()]
+            if way == "vmap":
+                op.mapped = own
+            if way == "packed":
+                op.low = _forms.Packed([sp.method.low_rank(t) for t in here], slots)  # type: ignore[attr-defined]
+            ops = [op]
         for op in ops:
             op.level, op.still = level, not op.rowed and op.adapter.keeps(i, op.t)
             if op.adapter.of:
@@ -222,8 +251,8 @@ def build_banked(
                 mine.expand(total) if mine.shape[0] == 1 else mine.repeat_interleave(total // mine.shape[0])
             )
             for i, sp in enumerate(adapters[0][1].plan.sites):
-                if _broadcasts_at(sp):
-                    t = gather([t[i] for t in tensors], (mine - 1).clamp(min=0))
+                if _forms.may_broadcast(sp):
+                    t = _forms.stacked([t[i] for t in tensors], (mine - 1).clamp(min=0))
                     op = Op(sp, t, None, True, adapters[0][1], mine.shape[0])
                     op.live, op.level = mine > 0, level
                     place(program, op)
@@ -243,28 +272,6 @@ def place(program: Program, op: Op) -> None:
     for each in (op, *op.members):
         for name in reads(each.adapter.plan.anatomy.facts, each.method, site):
             program.setdefault(name, SiteOps()).capture = True
-
-
-def _broadcasts_at(sp: SitePlan) -> bool:
-    """Whether the functions of one site serve a row axis there."""
-    if sp.site.kind in ONE_BY_ONE or sp.site.experts or sp.part < 0:
-        return False
-    m = sp.method
-    if m.facts.data or getattr(m, "needs_members", False):  # shapes of their own; members of their own
-        return False
-    if not m.broadcasts or "at" in m.arguments.get("derive", ()) or "condition" in m.arguments:
-        return False
-    if sp.site.port == "weight":
-        if sp.site.kind in ("linear", "conv1d"):
-            return "branch" in m.arguments
-        return is_shift(sp)
-    return sp.site.port in ("input", "output", "attention") and sp.site.kind != "conv"
-
-
-def is_shift(sp: SitePlan) -> bool:
-    """A weight edit of a bias: it shifts the output, whatever the module is."""
-    site = sp.site
-    return len(site.shape) == 1 and site.parameter in ("bias", site.bias or "bias") and not site.ranges
 
 
 def adds_alone(sp: SitePlan) -> bool:

@@ -32,6 +32,7 @@ form brings for example. An output layer that shares the table follows.
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from veneer.edits import (
@@ -131,6 +132,14 @@ class LoRA(WeightMethod):
             y = y - (self.scale * (x @ t.A0.mT)) @ t.B0.mT
         bias = self.bias_delta(t)
         return y if bias is None else y + bias
+
+    def low_rank(self, t: Tensors) -> tuple[Tensor, Tensor] | None:
+        """(rank, in) and (out, rank), their product being delta; None where a bias is trained beside"""
+        if self.bias_delta(t) is not None:
+            return None
+        if "A0" in t:
+            return torch.cat([self.scale * t.A, -self.scale * t.A0]), torch.cat([t.B, t.B0], -1)
+        return self.scale * t.A, t.B
 
     def bias_delta(self, t: Tensors) -> Tensor | None:
         """What `branch` adds to the output whatever x is: (out,), or None where no bias is trained."""
