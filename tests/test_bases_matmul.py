@@ -66,7 +66,8 @@ def computed(model):
 
 
 def apart(a, b):
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 def layers(model):
@@ -294,6 +295,39 @@ def test_a_base_of_another_dtype_and_an_empty_batch_multiply_as_they_are():
     found = set_matmul(model.to(torch.bfloat16), "int8")
     assert found.layers == {"plain": 1}
     assert "bfloat16" in str(found)
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_an_input_is_rounded_once_for_the_layers_that_share_it_and_anew_when_it_changed(form, monkeypatch):
+    two = nn.ModuleList([nn.Linear(16, 8).requires_grad_(False), nn.Linear(16, 4).requires_grad_(False)])
+    set_matmul(two, form)
+    name = "_to_bfloat16" if form == "bf16" else "_rounded"
+    how, rounded = getattr(_matmul_products, name), []
+    monkeypatch.setattr(_matmul_products, name, lambda x: rounded.append(1) or how(x))
+    for needs in (False, True):
+        x = torch.randn(3, 16, requires_grad=needs)
+        [layer(x) for layer in two]
+        rounded.clear()
+        first = [layer(x).detach() for layer in two]
+        assert not rounded
+        with torch.no_grad():
+            x.mul_(2)
+        assert apart(two[0](x) - two[0].bias, 2 * (first[0] - two[0].bias)) < 1e-2
+        assert len(rounded) == 1
+    del x
+    assert _matmul_products.ROUNDED.kept[0] is None  # nothing is held for an input that is gone
+
+
+@pytest.mark.parametrize("form", FAST)
+def test_inference_mode_multiplies_by_the_form_too(form):
+    model = nn.Sequential(nn.Linear(16, 8).requires_grad_(False))
+    set_matmul(model, form)
+    x = torch.randn(3, 16)
+    expected = model(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x.clone()), expected)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
 
 
 def test_what_is_not_finite_stays_visible_in_every_form():

@@ -10,6 +10,9 @@ Some of the operators are private to torch. Each form is tried once on a small m
 from __future__ import annotations
 
 import functools
+import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,7 +66,7 @@ class PackedBfloat16(Product):
         return torch.ops.mkldnn._reorder_linear_weight(matrix.to(torch.bfloat16).contiguous(), None)
 
     def product(self, x: Tensor, kept: Tensor, bias: Tensor | None) -> Tensor:
-        y = torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), kept, None, "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(ROUNDED.of(x, _to_bfloat16), kept, None, "none", [], "")
         return y.float() if bias is None else y + bias  # the sum is float32, as the bias is
 
     def bytes_of(self, entries: int, outputs: int) -> int:
@@ -79,7 +82,7 @@ class Bfloat16(PackedBfloat16):
         return matrix.to(torch.bfloat16).contiguous()
 
     def product(self, x: Tensor, kept: Tensor, bias: Tensor | None) -> Tensor:
-        y = F.linear(x.to(torch.bfloat16), kept)
+        y = F.linear(ROUNDED.of(x, _to_bfloat16), kept)
         return y.float() if bias is None else y + bias
 
 
@@ -97,18 +100,53 @@ class Int8(Product):
 
     def product(self, x: Tensor, kept: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
         weight, weight_scale = kept
-        codes, scale = _rounded(x)
-        y = _int_mm(codes.reshape(-1, codes.shape[-1]), weight).view(*x.shape[:-1], -1) * scale
-        return y.mul_(weight_scale) if bias is None else torch.addcmul(bias, y, weight_scale)
+        codes, scale = ROUNDED.of(x, _rounded)
+        y = _int_mm(codes.reshape(-1, codes.shape[-1]), weight).to(torch.float32)
+        y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1])).mul_(scale)
+        if bias is None:
+            return y.mul_(weight_scale)
+        with torch.no_grad():  # a bias that trains has its gradient from the node around this
+            return torch.addcmul(bias, y, weight_scale, out=y)
 
     def bytes_of(self, entries: int, outputs: int) -> int:
         return entries + 4 * outputs
 
 
+class Rounded(threading.local):
+    """The last input as it was rounded, while it lives: query, key and value read one, and so do gate and up."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Any, int, Any, Any] = (None, 0, None, None)
+
+    def of(self, x: Tensor, how: Callable[[Tensor], Any]) -> Any:
+        if x.is_inference():  # it has no version to tell a change by
+            return how(x)
+        owner, version, by, value = self.kept
+        if owner is not None and owner() is x and version == x._version and by is how:
+            return value
+        with torch.no_grad():
+            value = how(x)
+        self.kept = weakref.ref(x, self._forget), x._version, how, value
+        return value
+
+    def _forget(self, owner: Any) -> None:
+        if self.kept[0] is owner:
+            self.kept = (None, 0, None, None)
+
+
+ROUNDED = Rounded()
+
+
+def _to_bfloat16(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16)
+
+
 def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
     """(int8 codes, scale a row): symmetric, so that zero stays zero. What is not finite stays so in the scale."""
-    scale = x.abs().amax(-1, keepdim=True).div_(127)
-    return torch.round(x / scale.clamp(min=1e-30)).to(torch.int8), scale
+    room = x.abs()
+    scale = room.amax(-1, keepdim=True).div_(127)
+    torch.div(x, scale.clamp(min=1e-30), out=room)
+    return room.round_().to(torch.int8), scale
 
 
 def _int_mm(x: Tensor, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ._report import Row
 from ._size import Size
 
 SEEDS = 3
-TRAINED, JUDGED = 1200, 1000
+TRAINED, JUDGED = 600, 600
 FORMS = ("bf16", "int8")
 PLAIN = "plain float32"
 
