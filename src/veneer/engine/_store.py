@@ -35,6 +35,8 @@ FORMATS: dict[str, tuple[str, str]] = {
     "peft": ("veneer.interop.peft", "adapter_config.json"),
     "adapterhub": ("veneer.interop.adapterhub", "adapter_config.json"),
     "gguf": ("veneer.interop.gguf", ""),
+    "vllm": ("veneer.interop._vllm", ""),
+    "sglang": ("veneer.interop._vllm_sglang", ""),
 }
 
 
