@@ -68,9 +68,10 @@ def write_for(
 ) -> EngineReport:
     """Write an adapter as LoRA of one rank that HF PEFT, vLLM and SGLang load; return what was done.
 
-    rank: None takes the smallest that is exact, up to 512, or else the smallest within max_error. max_error: the largest relative error of a module's change
-    that is written. probe: a batch that the folder is compared on when it is read back; token ids are drawn where none
-    is given. Raises Unsupported (no change of linear weights, or too large an error; nothing is written), BadOption.
+    rank: None takes the smallest that is exact, up to 512, or else the smallest within max_error. max_error: the
+    largest relative error of a module's change that is written. probe: a batch that the folder is compared on when it
+    is read back; token ids are drawn where none is given. Raises Unsupported (no change of linear weights, or too large
+    an error; nothing is written), BadOption.
     """
     host = host_of(model)
     adapter = host.adapter(name)
