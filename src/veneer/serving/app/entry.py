@@ -24,6 +24,7 @@ from .record import LOGGER, PLACE, Record, record_of
 from .settings import Settings
 
 OPEN = {"/", "/health", "/live", "/ready", "/ping", "/startup", "/version", "/openapi.json"}
+SLOWEST = 1 << 20  # bytes a second at which a large body has to arrive
 POLLED = OPEN | {"/metrics", "/v1/load"}
 UPLOADS = {"/v1/adapters", "/v1/files"}
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -111,7 +112,8 @@ class Entry:
         if not said.isdigit() or int(said) > most:
             raise ApiError(413, f"The body is larger than {most:,} bytes.")
         got, is_whole = 0, False
-        until = time.monotonic() + self.settings.body_seconds
+        size = int(said) or most  # of a body in chunks nobody knows it
+        until = time.monotonic() + self.settings.body_seconds + size / SLOWEST
 
         async def counted() -> Message:
             nonlocal got, is_whole

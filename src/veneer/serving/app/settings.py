@@ -18,7 +18,7 @@ class Settings:
     vllm_names: bool = False  # metrics under vLLM's names too
     max_body: int = 4 * MIB
     max_upload: int = 2048 * MIB  # of an adapter's archive
-    body_seconds: float = 30.0  # until a body has arrived whole
+    body_seconds: float = 30.0  # until a body has arrived whole, and a second more for each MiB
     max_rows: int = 128  # prompts times n of one request
     in_flight: int | None = None  # requests of one key at a time
     tokens_per_minute: int | None = None  # of one key, prompt and answer together
