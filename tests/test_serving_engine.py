@@ -27,6 +27,7 @@ METHODS: dict[str, Any] = {
     "ladder": "ladder_side_tuning",
     "vera": "vera",
     "unipelt": "unipelt",
+    "visual": "visual_prompt_tuning",
 }
 
 
@@ -50,8 +51,8 @@ def test_every_row_of_a_mixed_batch_answers_as_its_adapter_does_alone(family: st
         assert engine.stats()["in_slots"]
         for name, folder in there.items():
             engine.add(name, folder)
-        for i, prompt in enumerate(prompts(26)):
-            request = ask(prompt, [None, *there][i % 13], 10)
+        for i, prompt in enumerate(prompts(28)):
+            request = ask(prompt, [None, *there][i % 14], 10)
             engine.submit(request, inbox)
             asked.append(request)
             time.sleep(0.002 * (i % 3))  # rows join at different steps

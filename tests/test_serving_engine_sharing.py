@@ -147,7 +147,7 @@ def test_a_row_that_made_way_goes_on_where_it_was(made: dict[str, Path]) -> None
         for name in made:
             engine.add(name, made[name])
         heavy = [ask(p, "ladder" if i % 2 else "prompt", 40, key="heavy") for i, p in enumerate(prompts(6))]
-        light = [ask(p, "lora", 8, key="light") for p in prompts(6, seed=5)]
+        light = [ask(p, "lora", 8, key="light") for p in long_prompts(6, 70)]  # they write over its slot
         for request in heavy:
             engine.submit(request, inbox)
         while len(inbox.calls) < 5:
@@ -155,9 +155,8 @@ def test_a_row_that_made_way_goes_on_where_it_was(made: dict[str, Path]) -> None
         for request in light:
             engine.submit(request, inbox)
         found = [inbox.tokens(r) for r in (*heavy, *light)]
-        finished = [i for call in inbox.calls for e in call for i in [e.id] if e.finish]
+        assert engine.stats()["made_way"] > 0
     assert found == [alone(list(r.prompt), r.version, r.sampling.max_tokens) for r in (*heavy, *light)]
-    assert finished.index(light[-1].id) < finished.index(heavy[-1].id)
 
 
 def test_weights_share_the_tokens_out() -> None:
@@ -302,7 +301,7 @@ def test_a_row_that_raises_fails_alone(made: dict[str, Path], monkeypatch: pytes
 def test_numbers_that_are_none_stay_in_their_row(made: dict[str, Path]) -> None:
     """Keys and values of a spoilt row are zeroed: 0 times NaN in the next row's attention would be NaN."""
     alone, inbox = Alone("llama", made), Inbox()
-    with Engine(model(), slots=2) as engine:
+    with Engine(model(), slots=3) as engine:
         engine.add("lora", made["lora"])
         engine.generate([3, 4], "lora", max_tokens=1)
 
@@ -312,15 +311,16 @@ def test_numbers_that_are_none_stay_in_their_row(made: dict[str, Path]) -> None:
                     leaf.fill_(float("nan"))
 
         engine.do(spoil).result()
-        bad, good = ask(long_prompts(1)[0], "lora", 20), ask([5, 6, 7], None, 60)
-        engine.submit(bad, inbox)
-        engine.submit(good, inbox)
+        # The short row moves into the spoilt slot, and sees as many positions as the long one has.
+        long, short = ask(long_prompts(1, 60)[0], None, 40), ask([5, 6, 7], None, 40)
+        bad = ask(long_prompts(1)[0], "lora", 20)
+        engine.do(lambda _: [engine.submit(r, inbox) for r in (bad, long, short)]).result()
         assert inbox.last(bad).finish == "error"
         assert "NaN" in str(inbox.last(bad).error)
         after = ask([9, 8, 7], None, 60)
         engine.submit(after, inbox)
-        for request in (good, after):
-            assert inbox.tokens(request) == alone(list(request.prompt), None, 60)
+        for request in (long, short, after):
+            assert inbox.tokens(request) == alone(list(request.prompt), None, request.sampling.max_tokens)
 
 
 def test_a_sink_that_raises_hurts_nobody() -> None:

@@ -70,7 +70,7 @@ class Batch:
         row.slot = len(self.rows)
         self.rows.append(row)
         if row.todo and not row.began and not row.traits.whole:
-            whose = "\0".join(filter(None, (row.request.key, row.request.salt)))
+            whose = f"{row.request.key}\0{row.request.salt}"
             row.chain = self.prefixes.chain(row.request.prompt, row.name, whose)
             self.prefixes.asked += len(row.chain)
         if row.aside is not None:
@@ -225,7 +225,7 @@ class Batch:
         self, rows: Sequence[Row], lengths: Sequence[int], counts: Sequence[int], inputs: dict[str, Any],
         session: Any, mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        self.slots.place([r.slot for r in rows], lengths, counts, self.device)
+        self.slots.place([r.slot for r in rows], lengths, counts, self.device, mask)
         more = {"logits_to_keep": 1} if "logits_to_keep" in self.accepts else {}
         with within(session, mask):
             out = self.model(

@@ -85,7 +85,7 @@ class Engine:
         self._counts: dict[str, Counter[str]] = {}
         self._seconds: deque[tuple[float, int]] = deque(maxlen=1024)
         self._done: deque[float] = deque(maxlen=64)
-        self._steps = 0
+        self._steps = self._made_way = 0
         self._closing = self._draining = False
         self.spare: Any = None  # a `Spare`: what is done in the time that requests leave
         self._error: BaseException | None = None
@@ -295,6 +295,7 @@ class Engine:
                 },
                 "tokens": {v: dict(c) for v, c in self._counts.items()},
                 "steps": self._steps,
+                "made_way": self._made_way,
                 "step_seconds": [s for s, _ in self._seconds],
                 "served": {name: a.served for name, a in self._schedule.accounts.items()},
                 "in_slots": self._batch.in_slots,
@@ -494,6 +495,7 @@ class Engine:
         row = rows[owed.id]
         self._batch.put_aside(row)
         self._aside[owed.id] = row
+        self._made_way += 1
         self._schedule.put_back(owed)
         if owed.version is not None:
             self._residents.versions[owed.version].running -= 1

@@ -22,12 +22,14 @@ STEP = 256  # positions by which the memory grows
 
 @dataclass
 class Placing:
-    """Where the tokens of one forward go. Its tokens stand at the right: row i has the last `counts[i]` columns."""
+    """Where the tokens of one forward go. Row i has `counts[i]` of its columns: those that `real` tells."""
 
     slots: Sequence[int]
     lengths: Sequence[int]  # positions that each row has already
     counts: Sequence[int]  # tokens that each row brings
     tokens: int  # columns of the forward
+    real: Tensor  # (rows, tokens) bool: columns that hold a token
+    columns: list[Tensor | slice]  # the same, as an index for each row
     span: slice | Tensor  # the slots, as an index of the first axis
     keys: int  # positions that the forward sees
     rows: Tensor  # the slots as a tensor
@@ -53,17 +55,33 @@ class Slots(Cache):
     # -- what a forward is for ----------------------------------------------------------------------------------
 
     def place(
-        self, slots: Sequence[int], lengths: Sequence[int], counts: Sequence[int], device: Any = None
+        self,
+        slots: Sequence[int],
+        lengths: Sequence[int],
+        counts: Sequence[int],
+        device: Any = None,
+        real: Tensor | None = None,
     ) -> Placing:
-        """Say which rows the next forward is for, and make room for their tokens."""
-        tokens, keys = max(counts), max(n + c for n, c in zip(lengths, counts))
+        """Say which rows the next forward is for, and make room for their tokens.
+
+        real: (rows, tokens) bool, True where a column holds a token; by default a row's last `counts` columns do.
+        """
+        tokens = max(counts) if real is None else real.shape[1]
+        keys = max(n + c for n, c in zip(lengths, counts))
         self._grow(keys)
+        first_column = torch.tensor([tokens - c for c in counts], device=device)[:, None]
+        at_the_end = torch.arange(tokens, device=device)[None] >= first_column
+        columns: list[Tensor | slice] = [slice(tokens - c, tokens) for c in counts]
+        if real is None:
+            real = at_the_end
+        elif not torch.equal(real, at_the_end):
+            columns = [row.nonzero()[:, 0] for row in real]
         first = slots[0]
         neighbours = list(slots) == list(range(first, first + len(slots)))
         rows = torch.tensor(list(slots), device=device)
+        span = slice(first, first + len(slots)) if neighbours else rows
         self.now = Placing(
-            slots, lengths, counts, tokens, slice(first, first + len(slots)) if neighbours else rows, keys,
-            rows, torch.tensor(list(lengths), device=device),
+            slots, lengths, counts, tokens, real, columns, span, keys, rows, torch.tensor(list(lengths), device=device),
         )  # fmt: skip
         return self.now
 
@@ -73,28 +91,23 @@ class Slots(Cache):
         now = self._placed()
         device = now.rows.device
         column = torch.arange(now.tokens, device=device)
-        counts = torch.tensor(list(now.counts), device=device)
+        at = now.real.long().cumsum(1) - 1 + now.where[:, None]  # position of each token in its row
         if now.fresh:
-            first = now.tokens - counts
-            real = column[None] >= first[:, None]
-            seen = (column[None, :, None] >= column[None, None]) & real[:, None, :]
+            seen = (column[None, :, None] >= column[None, None]) & now.real[:, None, :]
             if window is not None:
-                seen = seen & (column[None, :, None] - column[None, None] < window)
+                seen = seen & (at[:, :, None] - at[:, None, :] < window)
             return (seen | torch.eye(now.tokens, dtype=torch.bool, device=device))[:, None]
-        at = (column[None] - (now.tokens - counts)[:, None]) + now.where[:, None]  # position of each token
         key = torch.arange(now.keys, device=device)
         seen = key[None, None] <= at[..., None]
         if window is not None:
             seen = seen & (at[..., None] - key[None, None] < window)
-        return (seen | (key == 0)[None, None] & (at < now.where[:, None])[..., None])[:, None]
+        return (seen | ((key == 0)[None, None] & ~now.real[..., None]))[:, None]
 
     def position_ids(self) -> Tensor:
         """(rows, tokens): position of each token in its row; 0 for padding."""
         now = self._placed()
-        column = torch.arange(now.tokens, device=now.rows.device)
-        counts = torch.tensor(list(now.counts), device=now.rows.device)
-        at = column[None] - (now.tokens - counts)[:, None]
-        return torch.where(at < 0, 0, at + now.where[:, None])
+        at = now.real.long().cumsum(1) - 1 + now.where[:, None]
+        return torch.where(now.real, at, 0)
 
     # -- transformers' interface --------------------------------------------------------------------------------
 
@@ -112,8 +125,8 @@ class Slots(Cache):
             v[now.rows, :, now.where] = value_states[:, :, 0]
         else:
             for i, (slot, length, count) in enumerate(zip(now.slots, now.lengths, now.counts)):
-                k[slot, :, length : length + count] = key_states[i, :, now.tokens - count :]
-                v[slot, :, length : length + count] = value_states[i, :, now.tokens - count :]
+                k[slot, :, length : length + count] = key_states[i, :, now.columns[i]]
+                v[slot, :, length : length + count] = value_states[i, :, now.columns[i]]
         if now.fresh:
             return key_states, value_states
         return k[now.span][:, :, : now.keys], v[now.span][:, :, : now.keys]
