@@ -160,6 +160,24 @@ def test_each_control_is_judged_by_what_was_expected_of_it():
     assert found == {"untrained": True, "random_direction": False, "duplicate": False, "broken_scale": False}
 
 
+def test_what_one_side_alone_shows_is_said_so_where_the_interval_beside_it_holds_zero():
+    rng = np.random.default_rng(0)
+    for gap in np.linspace(0.0, 0.2, 41):
+        of = {
+            name: (rng.random((3, 200)) < 0.7 - m).astype(float)
+            for name, m in (("lora", 0.0), ("random_direction", gap))
+        }
+        line = judged(
+            Scores(of, dict.fromkeys(of, (0, 1, 2)), tuple(map(str, range(200)))),
+            ["lora", "random_direction"],
+        )[0]
+        holds_zero = line["low"] < 0 < line["high"]
+        if "better" in line["said"]:
+            assert ("side alone" in line["said"]) == holds_zero
+        else:
+            assert holds_zero
+
+
 def test_a_comparison_has_the_anchor_and_a_random_direction_unless_it_says_otherwise(runner):
     def arms(**given):
         return prepare(runner.model, tiny.opened(), "ia3", **OPTIONS, **given).design.arms

@@ -38,6 +38,9 @@ class Table:
         self.buffers: dict[int, Tensor] = {}
         self.filled: dict[int, set[int]] = {}
         self.shapes: dict[int, Any] = {}
+        self.maps: dict[
+            int, tuple[int, ...]
+        ] = {}  # of a row at a place that holds maps: (channels, height, width)
         self.refused = False  # the base has no prefix that can be kept, or there is no room
 
     def states(self, prefix: Any, rows: Sequence[Any], batch: Batch) -> dict[int, Tensor] | None:
@@ -51,7 +54,8 @@ class Table:
             return None
         mask = batch.inputs.get("attention_mask")
         index = torch.cat([torch.arange(self.starts[i], self.starts[i] + self.sizes[i]) for i in numbers])
-        return {p: self._padded(self.buffers[p][index], mask, len(numbers), batch) for p in prefix.places}
+        found = {p: self._padded(self.buffers[p][index], mask, len(numbers), batch) for p in prefix.places}
+        return {p: x.view(len(numbers), *self.maps[p]) if p in self.maps else x for p, x in found.items()}
 
     def _padded(self, flat: Tensor, mask: Tensor | None, rows: int, batch: Batch) -> Tensor:
         device = next(v.device for v in batch.inputs.values() if isinstance(v, Tensor))
@@ -81,8 +85,12 @@ class Table:
         mask = inputs.get("attention_mask") if "input_ids" in inputs else None
         for place in places:
             x = found.states[place]
-            if mask is not None and x.shape[:2] != mask.shape:
-                self.refused = True
+            if mask is None and x.dim() > 3:  # maps of a convolution: their lines are kept as tokens are
+                self.maps[place] = tuple(x.shape[1:])
+                x = x.flatten(1, -2)
+            fits = x.dim() == 3 if mask is None else x.shape[:2] == mask.shape
+            if not fits or (mask is None and self.starts and x.shape[1] != self.sizes[0]):
+                self.refused = True  # maps that shrink from place to place among others
                 return
             if not self.starts:
                 self._lay_out(x, mask)

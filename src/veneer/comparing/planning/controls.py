@@ -108,6 +108,8 @@ def _verdict(control: str, name: str, other: str, scores: Scores) -> dict[str, A
     said = f"{other} is better than {name}" if is_below else f"{name} is better than {other}" if is_above else (
         f"{name} and {other} cannot be told apart"
     )  # fmt: skip
+    if (is_below or is_above) and not is_separable:  # the interval beside it, of both sides, holds zero
+        said += ", by a test of that side alone"
     return {
         "behaved": behaved,
         "said": said,

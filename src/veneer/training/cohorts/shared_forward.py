@@ -337,5 +337,6 @@ def cut(output: Any, span: tuple[int, int], own: int, longest: int, total: int, 
         }
         return type(output)(**cut_one) if type(output) is not dict else cut_one
     if isinstance(output, (tuple, list)):
-        return type(output)(cut(v, span, own, longest, total) for v in output)
+        each = (cut(v, span, own, longest, total) for v in output)
+        return type(output)(*each) if hasattr(output, "_fields") else type(output)(each)
     return output
