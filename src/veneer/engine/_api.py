@@ -57,9 +57,9 @@ def rows(
     For a base of two towers: {"text": names, "image": names}. One name stands for every row. Threads see their own;
     asynchronous code passes names with the call: model(**batch, adapters=[...]).
 
-    form: in which way rows of several adapters are computed, "bmm", "packed", "segments" or "vmap"; a site that cannot
-    have it takes another. None: the engine's choice. Under one form a row's bits do not depend on other rows' adapters;
-    "packed" alone, whose columns are those of all, rounds differently.
+    form: in which way rows of several adapters are computed, "bmm", "packed", "kernel", "segments" or "vmap"; a site
+    that cannot have it takes another. None: the engine's choice. Under one form a row's bits do not depend on other
+    rows' adapters; "packed" alone, whose columns are those of all, rounds differently.
     """
     session = session_for(host_of(model), names, form)
     with opened(session):

@@ -1,9 +1,9 @@
 """Forms: in which way the rows of several adapters go through one site. All compute the same.
 
 `bmm`: tensors gathered by row, one product for all rows. `packed`: the factors of the adapters side by side as columns
-of one matrix, and a mask. `segments`: adapter by adapter, each its own rows. `vmap`: a definition that knows one
-adapter alone, mapped over the rows. The one idea: a form is chosen for each site of a program, by what the method
-brings and by a table of measurements, so that no method is asked to know it.
+of one matrix, and a mask. `kernel`: Triton's, where a GPU has them. `segments`: adapter by adapter, each its own rows.
+`vmap`: a definition that knows one adapter alone, mapped over the rows. The one idea: a form is chosen for each site
+of a program, by what the method brings and by a table of measurements, so that no method is asked to know it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer import kernels
 from veneer.edits import At, Tensors, add_row_axis, call
 from veneer.errors import BadOption, nearest
 
 from ._plan import SitePlan
 
-FORMS = ("bmm", "packed", "segments", "vmap")
+FORMS = ("bmm", "packed", "segments", "vmap", "kernel")
 ONE_BY_ONE = ("experts", "recurrent", "other")  # kinds whose inputs have no row axis to broadcast over
 ERROR = 1e-4  # of one form against another; relative to the largest entry, float32
 _PROBED: dict[Any, bool] = {}
@@ -59,6 +60,8 @@ def choose(
     packs = packs and sp.site.kind in ("linear", "conv1d") and sp.method.low_rank(tensors[0]) is not None  # type: ignore[attr-defined]
     if form == "packed" and packs:
         return "packed"
+    if form in (None, "kernel") and packs and kernels.ready(_device(tensors[0])):
+        return "kernel"
     if form is None and table is not None and packs and len(tensors) > 1:
         down, up = sp.method.low_rank(tensors[0])  # type: ignore[attr-defined]
         return table.best(down.shape[1], up.shape[0], down.shape[0], *size, len(tensors))
@@ -229,6 +232,52 @@ def over_rows(m: Any, function: str, t: Tensors, mapped: frozenset[str], have: d
     return torch.vmap(one)(tensors, vectors)
 
 
+def _device(t: Tensors) -> torch.device:
+    return next((v.device for _, v in t.items() if isinstance(v, Tensor)), torch.device("cpu"))
+
+
+class Kernel:
+    """Low-rank products by Triton's kernels: adapters are read where they are, and no copy is made for each row."""
+
+    __slots__ = ("_tiles", "down", "ranks", "slots", "up")
+
+    def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> None:
+        self.down, self.up, self.ranks = kernels.padded(factors)
+        self.slots = slots.to(torch.int32)
+        self._tiles: dict[int, kernels.Tiles] = {}  # by tokens of a row
+
+    def for_rows(self, chosen: Sequence[int]) -> Kernel:
+        """The same adapters for some of the rows."""
+        made = object.__new__(Kernel)
+        made.down, made.up, made.ranks, made._tiles = self.down, self.up, self.ranks, {}
+        made.slots = self.slots[list(chosen)]
+        return made
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(rows, tokens, in) -> (rows, tokens, out)"""
+        from veneer.kernels import _triton
+
+        rows, tokens, _ = x.shape
+        flat = x.reshape(rows * tokens, -1).contiguous()
+        y = flat.new_zeros(rows * tokens, self.up.shape[1])
+        if tokens == 1:
+            _triton.bgmv(y, flat, self.down, self.up, self.slots, self.ranks)
+        else:
+            _triton.sgmv(y, flat, self.down, self.up, self._tiles_for(tokens), self.ranks)
+        return y.view(rows, tokens, -1)
+
+    def _tiles_for(self, tokens: int) -> kernels.Tiles:
+        """Neighbouring rows of one adapter are one segment."""
+        found = self._tiles.get(tokens)
+        if found is None:
+            owners = self.slots.tolist()
+            begins = [i for i, a in enumerate(owners) if i == 0 or a != owners[i - 1]]
+            starts = [i * tokens for i in (*begins, len(owners))]
+            found = kernels.tiles_of(starts, [owners[i] for i in begins], self.slots.device)
+            self._tiles[tokens] = found
+        return found
+
+
 class Packed:
     """Low-rank products with the factors of all adapters side by side: two products, and a mask between them."""
 
@@ -251,3 +300,6 @@ class Packed:
     def __call__(self, x: Tensor) -> Tensor:
         """(rows, tokens, in) -> (rows, tokens, out)"""
         return ((x @ self.down) * self.mask) @ self.up
+
+
+LOW_RANK: dict[str, Any] = {"packed": Packed, "kernel": Kernel}

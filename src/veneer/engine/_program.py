@@ -193,13 +193,13 @@ def _add(
         else:
             shared = {n for n, key in first.plan.keys[i].items() if key in first.frozen_shared}
             own = _forms.own_names(here, shared)
-            t = Tensors() if way == "packed" else _forms.stacked(here, slots, own, way != "vmap")
+            t = Tensors() if way in _forms.LOW_RANK else _forms.stacked(here, slots, own, way != "vmap")
             op = Op(sp, t, rows, True, first, len(slots))
             op.singles = [here[slot] for slot in slots.tolist()]
             if way == "vmap":
                 op.mapped = own
-            if way == "packed":
-                op.low = _forms.Packed([sp.method.low_rank(t) for t in here], slots)  # type: ignore[attr-defined]
+            if way in _forms.LOW_RANK:
+                op.low = _forms.LOW_RANK[way]([sp.method.low_rank(t) for t in here], slots)  # type: ignore[attr-defined]
             ops = [op]
         for op in ops:
             op.level, op.still = level, not op.rowed and op.adapter.keeps(i, op.t)
