@@ -82,6 +82,7 @@ def train(
     frozen_prefix: Annotated[
         str | None, typer.Option(help="where what is frozen is kept: memory, disk, off; default memory")
     ] = None,
+    no_flat: Annotated[bool, typer.Option("--no-flat", help="compute padding, as other loops do")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="less memory, more time")
     ] = False,
@@ -119,7 +120,8 @@ def train(
         "accumulate": accumulate, "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip,
         "gradient_checkpointing": gradient_checkpointing or None, "mixed_precision": mixed_precision,
         "early_stopping": early_stopping, "evaluate_every": evaluate_every, "save_every": save_every,
-        "frozen_prefix": frozen_prefix, "base_dropout": None if base_dropout is None else value_of(base_dropout),
+        "frozen_prefix": frozen_prefix, "flat": False if no_flat else None,
+        "base_dropout": None if base_dropout is None else value_of(base_dropout),
         "evaluate_on": tuple(evaluate_on.split(",")) if evaluate_on else None,
     }  # fmt: skip
     settings: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

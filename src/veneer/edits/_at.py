@@ -105,8 +105,9 @@ class At:
     def where(self, expression: str, new: Tensor, old: Tensor) -> Tensor:
         """`new` at the positions of `expression`, `old` elsewhere: (..., tokens, width)."""
         # A base without tokens has one place a row, and no facts of a prompt: (rows, width), or a row axis and one.
-        placeless = self.prompt is None and self.past == 0 and (old.dim() < 3 or old.shape[-2] == 1)
-        if expression == "all" or placeless:
+        if expression == "all" or (
+            self.prompt is None and self.past == 0 and (old.dim() < 3 or old.shape[-2] == 1)
+        ):
             return new
         mask = self.positions(expression, old.shape[-2], old.device)
         return torch.where(mask[..., None], new, old)

@@ -7,6 +7,7 @@ from ._attach import attach, detach, host_of, plan, read, relayout
 from ._begin import begin, going_on, within
 from ._cohort import alone, draws, is_still, put_draws, random_places, require_gradients, without_dropout
 from ._draws import dropout_seeds
+from ._flat_calls import flat_tokens, why_not_flat
 from ._host import Host, fingerprint
 from ._memory import MemoryUse, memory_budget
 from ._merge import MergeReport, merge, unmerge, why_not
@@ -67,6 +68,7 @@ __all__ = [
     "export",
     "facts_read",
     "fingerprint",
+    "flat_tokens",
     "folder_of",
     "frozen_prefix",
     "going_on",
@@ -100,6 +102,7 @@ __all__ = [
     "tune_forms",
     "unmerge",
     "why_not",
+    "why_not_flat",
     "within",
     "without_dropout",
 ]

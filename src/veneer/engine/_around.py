@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._facts import apply, facts
+from ._flat import laid_out
 from ._frame import Frame
 from ._outputs import first, first_input, with_first
 from ._program import Op
@@ -34,6 +35,18 @@ def around(ops: list[Op], frame: Frame, plain: Any, args: tuple, kwargs: dict) -
 
 
 def _around_one(op: Op, frame: Frame, inner: Any, x: Tensor) -> Tensor:
+    layout = frame.layout
+
+    def in_rows(z: Tensor) -> Tensor:
+        return layout.pad(inner(layout.flat(z)))
+
+    def run(f: Frame, mine: Tensor) -> Tensor:
+        return _around_rows(op, f, inner if f.layout is layout else in_rows, mine)
+
+    return laid_out(op, frame, "around", run, x)
+
+
+def _around_rows(op: Op, frame: Frame, inner: Any, x: Tensor) -> Tensor:
     rows, live = op.rows, op.live
     whole: Tensor | None = None
 
@@ -56,7 +69,13 @@ def _around_one(op: Op, frame: Frame, inner: Any, x: Tensor) -> Tensor:
 
 def leave(op: Op, frame: Frame, h: Tensor) -> Tensor:
     """The last hidden state written by an exit edit, which reads the taps of its own rows."""
+    return laid_out(op, frame, "exit", lambda f, mine: _leave(op, f, mine, frame.layout), h)
+
+
+def _leave(op: Op, frame: Frame, h: Tensor, layout: Any) -> Tensor:
     taps = (frame.taps or {}).get(op.site.stack, {})
+    if frame.layout is not layout:
+        taps = {block: layout.padded(tap) for block, tap in taps.items()}
     if op.rows is None:
         new = apply(op, frame, "exit", {"taps": taps, "h": h, "at": facts(op, frame)}).to(h.dtype)
         return new if op.live is None else torch.where(op.live.view(-1, *[1] * (h.dim() - 1)), new, h)

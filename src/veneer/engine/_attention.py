@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from veneer.edits import split_heads
 from veneer.errors import Unsupported
 
 from ._facts import apply, facts
+from ._flat import Layout, by_sequence, in_rows, mask_in_rows
 from ._frame import Frame
 from ._program import Op, by_rows
 from ._rows import Rows
@@ -75,7 +77,7 @@ def _attention(base: type) -> dict[str, Any]:
 
 def _has_work(module: nn.Module, frame: Frame) -> bool:
     ops = frame.program.get(module.__dict__[NAME])
-    return bool(ops is not None and ops.attention) or bool(frame.key_mask)
+    return bool(ops is not None and ops.attention) or bool(frame.key_mask) or frame.layout is not None
 
 
 def check(module: nn.Module, name: str) -> None:
@@ -104,8 +106,16 @@ def attention(
     base, eager = _implementation(module)
     frame = frame_of(module)
     ops = frame.program.get(module.__dict__[NAME]) if frame is not None else None
+    layout = None if frame is None else frame.layout
     if frame is None or (not frame.key_mask and not (ops and ops.attention)):
+        if layout is not None:
+            return by_sequence(base, layout, module, query, key, value, mask, kwargs)
         return base(module, query, key, value, mask, **kwargs)
+    if layout is not None:  # its edits see rows
+        frame, mask = replace(frame, layout=None), _flat_mask(module, layout, query, key, mask, kwargs)
+        query, key, value = (in_rows(layout, x) for x in (query, key, value))
+        hidden = ("hidden", module.__dict__[NAME])
+        frame.captured[hidden] = layout.padded(frame.captured.get(hidden))
     bias = kwargs.pop("position_bias", None)
     mask = _whole_mask(module, query, key, mask, bias, kwargs)
     mask = _close_added(frame, module, mask, key)
@@ -140,7 +150,23 @@ def attention(
             out = new.new_zeros(query.shape[0], *new.shape[1:]) if out is None else out
             out = rows.put(out, new)
     assert out is not None
-    return out.transpose(1, 2).contiguous(), weights[0] if len(weights) == 1 else None
+    out = out.transpose(1, 2)
+    if layout is not None:
+        return layout.flat(out), None
+    return out.contiguous(), weights[0] if len(weights) == 1 else None
+
+
+def _flat_mask(
+    module: nn.Module, layout: Layout, q: Tensor, k: Tensor, mask: Tensor | None, kwargs: dict
+) -> Tensor:
+    """The whole mask of the padded rows, from that of the flat tokens."""
+    if mask is not None:
+        return mask_in_rows(layout, mask)
+    row = q.new_empty(1, 1, layout.tokens, 1)
+    whole = _whole_mask(module, row, row, None, None, kwargs) & layout.mask[:, None, None]
+    every = torch.arange(layout.tokens, device=q.device)
+    whole[:, :, every, every] = True  # padding sees itself: no softmax over nothing
+    return whole
 
 
 def _nested(ops: list[Op]) -> list[list[Op]]:

@@ -16,6 +16,7 @@ from veneer.edits import Tensors, delta_of
 from veneer.errors import ShapeDiffers, Unsupported
 
 from ._facts import apply, facts, select, tensors_at
+from ._flat import laid_out
 from ._frame import Frame, entered
 from ._kept import may_keep, sources_of
 from ._outputs import cut_features, first, with_first
@@ -81,6 +82,20 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         x = args[0] if args else next(iter(kwargs.values()))
         y = with_first(y, _add_branches(module, factored, frame, x, first(y), bias))
     return y
+
+
+def weighted_flat(
+    module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: tuple, kwargs: dict
+) -> Any:
+    """The same on flat tokens; in rows where one of the edits asks for facts of its rows."""
+    name = None if args else next(iter(kwargs))
+    x = args[0] if args else kwargs[name]
+
+    def run(f: Frame, mine: Tensor) -> Any:
+        given = (mine, *args[1:]) if args else ()
+        return weighted(module, plain, ops, f, given, kwargs if args else {**kwargs, name: mine})
+
+    return laid_out(ops[0], frame, "weight", run, x)
 
 
 def _apart_from_dense(factored: list[Op], dense: list[Op], frame: Frame) -> tuple[list[Op], list[Op]]:

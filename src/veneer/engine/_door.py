@@ -17,6 +17,7 @@ from torch import nn
 from ._blocks import without_fast_path
 from ._collect import collect, length_of, named_inputs, see_memory, taken, tokens_of, totals
 from ._conditions import conditions, penalty_of
+from ._flat_calls import through
 from ._frame import Frame, Session, current, entered, session_of
 from ._generate import generating, saving
 from ._host import keep_history
@@ -52,22 +53,22 @@ def _with_tokens(
     if host.anatomy.facts.encoder_decoder:
         see_memory(frame, named_inputs(names, args, kwargs))
     if host.anatomy.facts.encoder_decoder or frame.inserted is not None:
-        return plain(module, *args, **kwargs)
+        return through(module, plain, names, frame, args, kwargs)
     stack, ops = token_ops(host, module, frame)
     if not ops:
-        y = plain(module, *args, **kwargs)
+        y = through(module, plain, names, frame, args, kwargs)
         return cut_back(y, frame.inserted) if frame.inserted is not None else y
     named = named_inputs(names, args, kwargs)
     cache = named.get("past_key_values")
     past = length_of(cache)
     if frame.session is not None and frame.session.inserted is not None:
-        return plain(module, *args, **kwargs)  # `generate` put them in
+        return through(module, plain, names, frame, args, kwargs)  # `generate` put them in
     if past > 0:
         named = extend_for_cache(host, module, ops, frame, named, past)
-        return plain(module, **named)
+        return through(module, plain, names, frame, (), named)
     named, where = put_in(host, module, stack, ops, frame, named, names)
     frame.inserted = where
-    return cut_back(plain(module, **named), where)
+    return cut_back(through(module, plain, names, frame, (), named), where)
 
 
 @kind("door")

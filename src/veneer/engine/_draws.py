@@ -55,6 +55,15 @@ class Dropper:
 
     def __call__(self, x: Tensor, p: float) -> Tensor:
         """x with a share p of its entries set to zero and the rest scaled up, by rows of one adapter at a time."""
+        layout = self.frame.layout
+        if layout is None or not layout.holds(x):
+            return x * self._mask(x, p)
+        wide = x.new_ones(()).expand(
+            layout.rows, layout.tokens, *x.shape[2:]
+        )  # the draws of the padded batch
+        return x * layout.flat(self._mask(wide, p))
+
+    def _mask(self, x: Tensor, p: float) -> Tensor:
         self.count += 1
         seeds: Seeds = self.frame.seeds
         parts, at = [], 0
@@ -65,7 +74,7 @@ class Dropper:
             else:
                 parts.append(self._kept(part, p, name, rows, seed))
             at += len(rows)
-        return x * (parts[0] if len(parts) == 1 else torch.cat(parts))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _runs(self, length: int) -> list[tuple[str, list[int]]]:
         """(adapter, its rows of the batch) in the order of x: one for an edit of its own, more where a bank runs."""

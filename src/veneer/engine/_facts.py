@@ -10,6 +10,7 @@ from torch import Tensor
 from veneer.edits import At, Tensors, call
 
 from ._draws import Dropper
+from ._flat import by_token
 from ._forms import over_rows
 from ._frame import Frame
 from ._program import Op
@@ -27,6 +28,8 @@ def facts(op: Op, frame: Frame) -> At:
             cached = select(at, op.rows)
             frame.captured[key] = cached
         at = cached  # type: ignore[assignment]
+    if frame.layout is not None:
+        at = by_token(at)
     changes: dict[str, Any] = {"site": op.site}
     found = frame.session.conditions.get(op.adapter.name) if frame.session else None
     if found:

@@ -60,6 +60,8 @@ class Frame:
     prefix: Any = field(
         default_factory=lambda: _prefix()
     )  # states recorded or played back, where a loop says so
+    flat: Any = field(default_factory=lambda: local.flat)  # the host whose calls compute no padding
+    layout: Any = None  # inside of a flat backbone: where its tokens stand
 
 
 def names_in(*rows: Any) -> set[str]:
@@ -77,6 +79,7 @@ class _Local(threading.local):
         self.session: Session | None = None
         self.seeds: Any = None
         self.prefix: Any = None
+        self.flat: Any = None
         self.read: set[str] | None = None  # names of the facts that methods read, where somebody asks
 
 

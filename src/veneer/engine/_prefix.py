@@ -9,7 +9,7 @@ A *place* is a number: place b is what enters block b, and the last place what t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +69,9 @@ class Recording:
         self.next, self.fits = 0, True
         self.last: int | None = None
 
+    def fits_rows(self, shape: Sequence[int]) -> bool:
+        return False  # states are kept in rows
+
     def block(self, number: int, entering: Any, run: Any) -> Any:
         """A block's call, watched: blocks run in their order, each on what the one before it left."""
         y = run()
@@ -96,6 +99,13 @@ class Playing:
 
     def __init__(self, prefix: Prefix, states: Mapping[int, Tensor], shapes: Mapping[int, Any]) -> None:
         self.prefix, self.states, self.shapes = prefix, states, shapes
+
+    def laid(self, flat: Callable[[Tensor], Tensor]) -> Playing:
+        """The same states for a backbone whose tokens are flat."""
+        return Playing(self.prefix, {place: flat(x) for place, x in self.states.items()}, self.shapes)
+
+    def fits_rows(self, shape: Sequence[int]) -> bool:
+        return all(tuple(x.shape[:2]) == tuple(shape) for x in self.states.values())
 
     def block(self, number: int, entering: Any, run: Any) -> Any:
         if number >= self.prefix.block:

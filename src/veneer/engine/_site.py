@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ._around import around, leave
-from ._dense import weighted
+from ._dense import weighted, weighted_flat
 from ._facts import apply, facts
+from ._flat import laid_out
 from ._frame import Frame, current, local
 from ._outputs import cut_features, first, first_input, paste_features, with_first
 from ._program import Op, SiteOps
@@ -99,6 +100,8 @@ def _inner(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args: tupl
     """The base under weight edits, or under edits around it."""
     if ops.around:
         return around(ops.around, frame, plain, args, kwargs)
+    if ops.weight and frame.layout is not None:
+        return weighted_flat(module, plain, ops.weight, frame, args, kwargs)
     if ops.weight:
         return weighted(module, plain, ops.weight, frame, args, kwargs)
     return plain(*args, **kwargs)
@@ -123,6 +126,17 @@ def _insert_after(ops: list[Op], frame: Frame, y: Tensor) -> Tensor:
 
 def edit(op: Op, frame: Frame, target: Tensor, function: str, have: dict[str, Any]) -> Tensor:
     """target with one input or output edit applied to the op's rows."""
+    if frame.layout is None:
+        return _edit(op, frame, target, function, have)
+    names = list(have)
+
+    def run(f: Frame, mine: Tensor, *values: Any) -> Tensor:
+        return _edit(op, f, mine, function, dict(zip(names, values)))
+
+    return laid_out(op, frame, function, run, target, *have.values())
+
+
+def _edit(op: Op, frame: Frame, target: Tensor, function: str, have: dict[str, Any]) -> Tensor:
     wants_at = "at" in op.method.arguments[function] or "at" in op.method.arguments.get("derive", ())
     if not target.is_floating_point():
         return target

@@ -68,7 +68,9 @@ def swap(module: nn.Module, name: str, host: Any, kind: str) -> None:
         return
     module.__dict__[HOST], module.__dict__[NAME] = host, name
     ordered = tuple(
-        k for k in ("statistics", "site", "attention", "block", "backbone", "door") if k in (*kinds, kind)
+        k
+        for k in ("statistics", "site", "attention", "pooler", "block", "backbone", "door")
+        if k in (*kinds, kind)
     )
     module.__class__ = swapped_class(base, ordered)
 

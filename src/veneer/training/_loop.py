@@ -22,6 +22,7 @@ from veneer.training._batches import Plan, parts
 from veneer.training._checkpoint import Checkpoints, to_device
 from veneer.training._evaluate import predictions_of
 from veneer.training._failures import out_of_memory
+from veneer.training._flat import FlatTokens
 from veneer.training._frozen import ROWS, FrozenPart
 from veneer.training._optimizer import load_optimizer, make_optimizer, optimizer_state, views_of
 from veneer.training._progress import Progress
@@ -75,7 +76,7 @@ class Run:
         self._stages: list[tuple[float, Phase]] = []
         self.written: str | None = None
         self.notes: list[str] = []  # what to say beside the result
-        self.frozen = FrozenPart(self)
+        self.frozen, self.flat = FrozenPart(self), FlatTokens(self)
         self.checked, self._saved = False, time.monotonic()
         self.optimizer = self._make_optimizer()
 
@@ -95,7 +96,7 @@ class Run:
             "step": self.step_now, "phase": self.phase, "seconds": self.seconds, "tokens": self.tokens,
             "step_seconds": self.step_seconds[-200:], "history": self.history, "best": self.best,
             "stopped": self.stopped, "settings": self.settings.decides(),
-            "groups": len(self.optimizer.param_groups),
+            "groups": len(self.optimizer.param_groups), "flat": self.flat.why_not,
         }  # fmt: skip
         own = {n: v.state_dict() for n, v in (("recipe", self.recipe),) if hasattr(v, "state_dict")}
         scaler = getattr(self.accelerator, "scaler", None)
@@ -119,6 +120,7 @@ class Run:
         self.seconds, self.tokens, self.step_seconds = (
             position["seconds"], position["tokens"], list(position["step_seconds"]),
         )  # fmt: skip
+        self.flat.why_not = position.get("flat", self.flat.why_not)
         self.history, self.best, self.stopped = position["history"], position["best"], position["stopped"]
 
     def _make_optimizer(self) -> Any:

@@ -33,6 +33,7 @@ class Settings:
     base_dropout: whether the base drops what it does in training; a cohort has it off. frozen_prefix: what the base
     computes below the lowest edit is kept over the epochs in "memory" or on "disk", up to frozen_prefix_bytes, in
     full or ("memory-float16", "disk-float16") half precision, or not ("off"). Never where the base draws at random.
+    flat: no padding is computed, where that was seen to be exact.
     """
 
     learning_rate: float | None = None
@@ -50,6 +51,7 @@ class Settings:
     base_dropout: bool = True
     frozen_prefix: str = "memory"
     frozen_prefix_bytes: int = 2**30
+    flat: bool = True
     gradient_checkpointing: bool = False
     mixed_precision: str | None = None
     early_stopping: int | None = None
@@ -79,6 +81,11 @@ class Settings:
         for name in ("max_steps", "max_tokens", "early_stopping", "evaluate_every", "save_every"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 0 if name == "max_steps" else 1)
+        if not isinstance(self.flat, bool):
+            raise BadOption(
+                f"flat={self.flat!r} should be true or false.",
+                next_step="flat=False computes padding, or leave it out",
+            )
         if not isinstance(self.base_dropout, bool):
             raise BadOption(
                 f"base_dropout={self.base_dropout!r} should be true or false.",

@@ -25,7 +25,7 @@ def update(run: Run, micro: list[Batch]) -> float:
         seed_all(run.settings.seed, "step", run.step_now)
         whole = torch.zeros((), device=run.device)
         for at, batch in enumerate(micro):
-            with run.accelerator.autocast(), run.draws(at), run.frozen.behind(batch):
+            with run.accelerator.autocast(), run.draws(at), run.frozen.behind(batch), run.flat.over(batch):
                 loss = run.task.loss(run.model, batch) * (batch.weight / total)
             for term in terms(run, batch) if at == 0 else ():
                 loss = loss + term

@@ -56,7 +56,8 @@ def train(
     step, accumulate=1 parts of it, seed, weight_decay=0.01,
     warmup=0.06 (a part, or steps from 1 on), schedule="linear"|"cosine"|"constant",
     clip=1.0, base_dropout=True (False: as in a cohort), frozen_prefix="memory"|"disk"|"off" and
-    frozen_prefix_bytes (of what the base computes below the lowest edit), gradient_checkpointing,
+    frozen_prefix_bytes (of what the base computes below the lowest edit), flat=True (no padding is computed, where
+    that was seen to be exact), gradient_checkpointing,
     mixed_precision="bf16"|"fp16", early_stopping (looks without gain),
     evaluate_every and save_every (steps; None: an epoch), evaluate_on=("validation",), evaluate_batch_size.
     The same call with the same output goes on where a killed one stopped, bit for bit on the CPU, and
