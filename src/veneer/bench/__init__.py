@@ -41,6 +41,7 @@ CASES: dict[str, tuple[str, str, tuple[Any, ...]]] = {  # case -> module, functi
     "methods": ("_methods", "methods", ()),
     "import": ("_imports", "imports", ()),
     "scores": ("_scores", "scores", ()),
+    "serve": ("_serve", "serve", ()),
 }
 GROUPS = {
     "residents": ("attach", "load", "activate"),

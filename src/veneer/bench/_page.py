@@ -36,6 +36,7 @@ TITLES = {
     "attach": "Attaching", "load": "Loading", "activate": "Activating",
     "methods": "Every method's training step over LoRA's",
     "import": "Importing",
+    "serve": "Serving over HTTP, beside HF PEFT's generate",
 }  # fmt: skip
 HEAD = """# Benchmarks
 
