@@ -80,6 +80,11 @@ def serve(
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics", help="metrics under vLLM's names too")
     ] = False,
+    on: Annotated[
+        str | None,
+        typer.Option("--on", help="ray: several replicas through Ray Serve (pip install 'veneer[ray]')"),
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="with --on ray: servers that share the work", min=1)] = 2,
     drain: Annotated[
         float, typer.Option(help="seconds that running requests get after SIGTERM", min=0)
     ] = 30.0,
@@ -102,6 +107,8 @@ def serve(
         return
     if model is None:
         raise BadOption("veneer serve needs a base.", next_step="veneer serve --model builtin:smollm2")
+    if on not in (None, "ray"):
+        raise BadOption(f"--on {on}: expected ray.", next_step="veneer serve --on ray --replicas 2")
     known = Keys(api_key or (), keys)
     is_local = host in LOOPBACK
     if not is_local and not known.required and not allow_no_key:
@@ -122,7 +129,12 @@ def serve(
     )  # fmt: skip
     still()
     log_to_stderr()
-    run(plan, settings, known, note)
+    if on is None:
+        run(plan, settings, known, note)
+        return
+    from veneer.serving.app import replicas as several
+
+    several.run(plan, settings, (api_key or (), keys), replicas=replicas, say=note)
 
 
 def _make_key(name: str, file: Path | None, scopes: Sequence[str]) -> None:
