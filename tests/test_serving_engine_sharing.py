@@ -346,3 +346,18 @@ def test_work_runs_between_steps_on_the_models_thread() -> None:
         with pytest.raises(ZeroDivisionError):
             future.result()
         assert engine.alive
+
+
+def test_taking_an_adapter_away_with_its_requests_leaves_the_others(made: dict[str, Path]) -> None:
+    inbox = Inbox()
+    with Engine(model(), slots=2) as engine:
+        engine.add("a", made["lora"])
+        engine.add("b", made["dora"])
+        asked = [ask(p, "ab"[i % 2], 30) for i, p in enumerate(prompts(8))]
+        for request in asked:
+            engine.submit(request, inbox)
+        engine.remove("a", drain=False)
+        assert {inbox.last(r).finish for r in asked[::2]} <= {"cancelled", "length"}
+        assert inbox.last(asked[6]).finish == "cancelled"
+        assert {inbox.last(r).finish for r in asked[1::2]} == {"length"}
+        assert engine.alive

@@ -91,7 +91,8 @@ def _plan_for(model: nn.Module, method: Method, **options: Any) -> Plan:
     key = shape_key(method, **options)
     found = host.plans.get(key)
     if found is None:
-        found = host.plans[key] = make_plan(host.anatomy, method, **options)
+        # Another thread may have made it meanwhile: adapters of one shape share one plan.
+        found = host.plans.setdefault(key, make_plan(host.anatomy, method, **options))
     return found
 
 

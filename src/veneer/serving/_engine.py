@@ -141,7 +141,9 @@ class Engine:
         is given back."""
         self._residents.leave(version)
         if not drain:
-            self._command(lambda: self._cancelled.update(self._ids_of(version)))
+            with self._news:
+                self._cancelled.update(self._ids_of(version))
+                self._news.notify_all()
 
     @property
     def versions(self) -> tuple[str, ...]:
@@ -422,7 +424,10 @@ class Engine:
         began = time.perf_counter()
         events: list[tuple[Sink, Event]] = []
         while self._commands:
-            self._commands.popleft()()
+            try:
+                self._commands.popleft()()
+            except Exception:
+                log.exception("a command failed")
         with self._news:
             self._end_cancelled(events)
             self._end_failed(events)
