@@ -21,7 +21,7 @@ from training_tiny import CHATML, WORDS, llama, word_tokenizer
 from veneer.errors import BadData
 from veneer.serving import Engine, FineTuning, Registry, Wish, check_on
 from veneer.serving._jobs_spare import Guard, Spare
-from veneer.serving.app import create_app
+from veneer.serving.app import Keys, Settings, create_app, new_key
 from veneer.training import Slice, train
 
 MARKS = ["<|im_start|>", "<|im_end|>", "user", "assistant", "system", ":"]
@@ -325,3 +325,24 @@ def test_an_engine_that_is_closed_in_the_midst_of_a_job_gives_the_base_back(tmp_
         from veneer.serving import Jobs
 
         assert Jobs(again.tables).job(job.id).state in ("running", "queued")
+
+
+def test_with_keys_only_those_that_manage_may_train(tmp_path: Path) -> None:
+    from starlette.testclient import TestClient
+
+    file = tmp_path / "keys.json"
+    use, manage = new_key(file, "use", ["use"]), new_key(file, "manage", ["use", "manage"])
+    with (
+        Engine(model(), tokenizer(), name="tiny") as engine,
+        contextlib.closing(Registry(tmp_path / "r")) as registry,
+    ):
+        app = create_app(
+            engine, registry, Settings(hosts=None), Keys((), file), tuning=FineTuning(engine, registry)
+        )
+        with TestClient(app) as client:
+            for key, status in ((None, 401), (use, 403), (manage, 200)):
+                headers = {} if key is None else {"authorization": f"Bearer {key}"}
+                for path in ("/v1/files", "/v1/fine_tuning/jobs"):
+                    assert client.get(path, headers=headers).status_code == status
+                    sent = client.post(path, headers=headers, json={"model": 3})
+                    assert sent.status_code == (400 if status == 200 else status)

@@ -88,6 +88,9 @@ def serve(
     drain: Annotated[
         float, typer.Option(help="seconds that running requests get after SIGTERM", min=0)
     ] = 30.0,
+    between_tokens: Annotated[
+        float, typer.Option(help="seconds that a job may put between two tokens of an answer", min=0)
+    ] = 0.2,
     device: Device = None,
     dtype: Dtype = None,
     quiet: Quiet = False,
@@ -126,6 +129,7 @@ def serve(
         model, named_folders(adapter or ()), _folder(adapters), tuple(allow_folder or ()), state, host, port,
         {"slots": slots, "max_length": max_length, "queue_limit": queue, "dtype": dtype, "quantise": quantise,
          "device": device, "memory_budget": None if memory_budget is None else bytes_of(memory_budget)},
+        between_tokens,
     )  # fmt: skip
     still()
     log_to_stderr()

@@ -34,6 +34,7 @@ class Plan:
     adapters: names and folders that it starts with. watched: a folder whose sub-folders are adapters.
     allowed: folders that clients may register adapters from. state: what is registered is kept here; None: nothing is.
     engine: options of `veneer.serving.Engine.open`.
+    between_tokens: seconds that may pass between two tokens for the sake of a job that trains.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Plan:
     host: str = "127.0.0.1"
     port: int = 8000
     engine: Mapping[str, Any] = field(default_factory=dict)
+    between_tokens: float = 0.2
 
 
 class Server(uvicorn.Server):
@@ -92,7 +94,7 @@ class Opening:
             watcher.look(patient=False)
             watcher.start()
             self._keep(watcher.stop)
-        tuning = FineTuning(engine, registry, ready=ready)
+        tuning = FineTuning(engine, registry, ready=ready, between_tokens=plan.between_tokens)
         tuning.start()
         if not self._keep(tuning.stop):
             return
