@@ -42,7 +42,8 @@ def cohort(size: Size) -> list[Row]:
         timed = {form: Arm(functools.partial(side.cohort.step, batches)) for form, side in sides.items()}
         errors = {}
         for form, side in sides.items():
-            got = torch.tensor([side.cohort.step(batches)[name] for name in names])
+            found = side.cohort.step(batches)
+            got = torch.tensor([found[name] for name in names])
             errors[form] = check_equal(f"cohort, {form}", got, expected, FORM_ERROR[form])
         spent = interleaved({**timed, "peft": Arm(_steps(theirs, batches))}, size.repeats)
         for form in sides:

@@ -63,7 +63,8 @@ def kept(size: Size) -> list[Row]:
                 epochs=PASSES, batch_size=PART, learning_rate=RATE, warmup=0, schedule="constant", clip=None,
                 weight_decay=0.0, evaluate_on=(), hooks=[watch], progress=False, device="cpu", seed=size.seed,
             )  # fmt: skip
-            veneer.detach(base.model)
+            for name in list(veneer.adapters(base.model)):
+                veneer.detach(base.model, name)
             base.model.load_state_dict(start.state_dict())
             seconds, first = _peft(copy.deepcopy(start), blocks, watch)
             ours.append(watch.spent)
