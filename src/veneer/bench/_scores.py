@@ -64,6 +64,7 @@ def _run(form: str, seed: int, size: Size) -> list[float]:
     rows: Any = data.read("builtin:movie-sentences")
     few = 32 if size.toy else TRAINED
     rows.train, rows.validation, rows.test = rows.train[:few], rows.validation[:JUDGED], []
-    result = train(model="builtin:minilm", data=rows, method="lora:rank=8", epochs=1 if size.toy else 2, seed=seed, learning_rate=RATE,
-                   matmul=form, evaluate_on=("validation",), progress=False, device="cpu")  # fmt: skip
+    result = train(model="builtin:minilm", data=rows, method="lora:rank=8", epochs=1 if size.toy else 2, seed=seed,
+                   learning_rate=RATE, matmul=form, evaluate_on=("validation",), progress=False,
+                   device="cpu")  # fmt: skip
     return [p["score"] for p in result.predictions["validation"]]
