@@ -46,7 +46,18 @@ class Child:
         self.url = f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        command = [sys.executable, "-m", "veneer", "serve", "--model", self.model, "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-X",
+            "faulthandler",
+            "-m",
+            "veneer",
+            "serve",
+            "--model",
+            self.model,
+            "--port",
+            str(self.port),
+        ]
         command += ["--state", "state", "--slots", "4", "--queue", "64", "--memory-budget", "100KiB"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
@@ -55,7 +66,10 @@ class Child:
         lines = self.log = []
         read = self.process.stderr.readline
         threading.Thread(target=lambda: lines.extend(iter(read, "")), daemon=True).start()
-        assert until(lambda: any(line.startswith("ready:") for line in lines), 60), lines[-5:]
+        if not until(lambda: any(line.startswith("ready:") for line in lines), 150):
+            self.process.send_signal(signal.SIGABRT)  # it says where every thread stands
+            self.process.wait(10)
+            raise AssertionError("".join(line for line in lines if not line.startswith("{")))
 
     def kill(self):
         self.process.send_signal(signal.SIGKILL)
@@ -114,6 +128,8 @@ class Soak:
         with client.stream("POST", "/v1/completions", json=ask) as answer:
             if answer.status_code != 200:
                 self.count("refused")
+                if answer.status_code == 503:
+                    time.sleep(0.3)  # sooner than it asks for, but not so that it cannot start
                 if answer.status_code not in (404, 429, 503):
                     self.wrong.append(f"{answer.status_code}: {answer.read().decode()[:300]}")
                 return
