@@ -326,3 +326,28 @@ def test_what_cannot_be_asked_is_refused_at_once(world):
         with pytest.raises(QueueFull):
             small.embed(None, ["a"])
     small.close()
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"), [("classify", ("a", "b", "c")), ("tag", ("N", "V")), ("regress", ())]
+)
+def test_a_folder_of_hf_peft_is_read_with_labels_as_transformers_calls_them(world, tmp_path, task, labels):
+    engine, _, spec = world
+    folder = saved(tmp_path / "own", spec, "lora", task, labels, seed=9)
+    alone = Predictor.open(folder, device="cpu")
+    veneer.export(alone.model, alone.name, tmp_path / "hf", format="peft")
+    engine.check(tmp_path / "hf")
+    name = f"hf-{task}"
+    engine.add(name, tmp_path / "hf")
+    found = engine.read(name, rows_of(task, texts(5))).result(60)
+    numbers = {label: f"LABEL_{i}" for i, label in enumerate(labels)}
+    for f, w in zip(found, alone.predict(texts(5)), strict=True):
+        if task == "classify":
+            assert f.prediction["prediction"] == numbers[w["prediction"]]
+            own, wanted = (list(p["probabilities"].values()) for p in (f.prediction, w))
+            assert own == pytest.approx(wanted, abs=1e-5)
+        elif task == "tag":
+            assert f.prediction["prediction"] == [numbers[p] for p in w["prediction"]]
+        else:
+            assert f.prediction["prediction"] == pytest.approx(w["prediction"], abs=1e-5)
+    engine.remove(name)

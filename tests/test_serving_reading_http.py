@@ -207,7 +207,8 @@ def test_adapters_that_write_and_adapters_that_read_are_served_over_one_base(tmp
     for name, folder in folders.items():
         registry.register(name, folder, trusted=True, ready=ready_on(Engines(engine, reading)))
     with TestClient(create_app(engine, registry, Settings(hosts=None), Keys(), reading=reading)) as client:
-        said = client.post("/v1/completions", json={"model": "says", "prompt": "the film", "max_tokens": 4})
+        asked = {"model": "says", "prompt": "the film", "max_tokens": 4, "ignore_eos": True}
+        said = client.post("/v1/completions", json=asked)
         assert said.json()["usage"]["completion_tokens"] == 4
         read = client.post("/v1/classify", json={"model": "mood", "input": texts(3)}).json()["data"]
         wanted = Predictor.open(folders["mood"], device="cpu").predict(texts(3))
@@ -236,3 +237,32 @@ def test_adapters_that_write_and_adapters_that_read_are_served_over_one_base(tmp
     registry.close()
     reading.close()
     engine.close()
+
+
+def test_the_routes_that_read_answer_as_their_page_says(world):
+    schemathesis = pytest.importorskip("schemathesis")
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi import checks
+
+    client, *_ = world
+    held = [not_a_server_error, checks.status_code_conformance, checks.response_schema_conformance,
+            checks.content_type_conformance, checks.missing_required_header]  # fmt: skip
+    page = schemathesis.openapi.from_asgi("/openapi.json", client.app)
+    seen = []
+
+    def answered(case):
+        if isinstance(case.body, dict) and "model" in case.body:
+            case.body["model"] = "names" if case.operation.path == "/v1/tag" else "mood"
+        answer = case.call(headers={"authorization": "Bearer k"})
+        case.validate_response(answer, checks=held)
+        seen.append((case.operation.path, answer.status_code))
+
+    limits = settings(
+        max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True,
+        phases=(Phase.explicit, Phase.generate),
+    )  # fmt: skip
+    for found in page.include(path_regex="/v1/(classify|tag|translate|embeddings)").get_all_operations():
+        limits(given(case=found.ok().as_strategy())(answered))()
+    assert {path for path, _ in seen} == {"/v1/classify", "/v1/tag", "/v1/translate", "/v1/embeddings"}
+    assert {200, 400} <= {status for _, status in seen}

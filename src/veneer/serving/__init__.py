@@ -6,7 +6,8 @@ from ._both import ReadingOnly, check_for, open_engines
 from ._engine import Engine
 from ._jobs import FineTuning, Wish
 from ._jobs_files import Files, TrainingFile
-from ._reading import Found, ReadingEngine
+from ._reading import ReadingEngine
+from ._reading_rows import Found
 from ._registry import Registry
 from ._registry_check import check_on
 from ._registry_engine import Engines, gone_from, ready_on

@@ -9,7 +9,8 @@ from typing import Any
 from veneer.errors import Unsupported
 
 from ._engine import Engine
-from ._reading import ReadingEngine, task_of
+from ._reading import ReadingEngine
+from ._reading_tasks import task_of
 from ._registry import Check
 from ._registry_check import check_on
 from ._registry_content import Content

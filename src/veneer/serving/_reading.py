@@ -6,67 +6,37 @@ them: the base runs once for all, with the adapter of each row, and each adapter
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from veneer import engine
-from veneer.engine._store import Read
-from veneer.errors import BadOption, Unsupported, VeneerError, nearest
-from veneer.tasks import Task, task_from_dict
-from veneer.tasks._collate import takes, text_inputs
-from veneer.tasks._text import logits_of
-from veneer.training._evaluate import evaluating
+from veneer.errors import BadOption, Unsupported, nearest
+from veneer.tasks import Task
 
+from ._reading_rows import (
+    Found,
+    Job,
+    Pooling,
+    Row,
+    Version,
+    columns_of,
+    encoded,
+    fail,
+    forward,
+    is_ready,
+    key_of,
+    succeed,
+)
 from ._reading_shells import READ, Opener, Shell, Shells, fit, spec_opener
+from ._reading_tasks import task_of
 from ._registry_content import Content
 from ._request import QueueFull, UnknownVersion
-
-Pooling = Literal["auto", "mean", "cls", "last"]
-Row = Mapping[str, Any]
-
-
-@dataclass
-class _Version:
-    name: str
-    folder: Path
-    task: Task | None
-    reading: Future[Read] | None = None
-    shell: Shell | None = None
-    bytes: int = 0
-    waiting: int = 0  # jobs that have not ended
-    leaving: bool = False
-
-
-@dataclass
-class _Job:
-    """What one caller asked: some rows of one version."""
-
-    version: _Version | None
-    kind: str  # "read" or "embed"
-    rows: Sequence[Row]
-    answer: Future[list[Any]]
-    pooling: Pooling = "auto"
-    features: list[dict[str, Any]] | None = None
-    left: deque[int] = field(default_factory=deque)  # rows that have not been in a batch
-    found: dict[int, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Found:
-    """A row's answer: a task's prediction, as `veneer.predict` gives it, or a vector; and the tokens that were read."""
-
-    tokens: int
-    prediction: Mapping[str, Any] | None = None
-    vector: tuple[float, ...] = ()
 
 
 class ReadingEngine:
@@ -81,10 +51,10 @@ class ReadingEngine:
         self.batch_rows, self.batch_tokens = batch_rows, batch_tokens
         self.memory_budget, self.queue_limit = memory_budget, queue_limit
         self._shells = Shells(opener)
-        self._versions: dict[str, _Version] = {}
-        self._attached: OrderedDict[str, _Version] = OrderedDict()  # the one used longest ago first
-        self._jobs: deque[_Job] = deque()
-        self._gone: list[_Version] = []  # removed, and not yet taken off
+        self._versions: dict[str, Version] = {}
+        self._attached: OrderedDict[str, Version] = OrderedDict()  # the one used longest ago first
+        self._jobs: deque[Job] = deque()
+        self._gone: list[Version] = []  # removed, and not yet taken off
         self._news = threading.Condition()
         self._models = threading.RLock()  # whoever touches a shell; never waited for while _news is held
         self._closing = False
@@ -113,7 +83,7 @@ class ReadingEngine:
     def add(self, version: str, folder: str | Path) -> None:
         """Make a version known; its tensors are read when it is first asked for."""
         folder = Path(folder)
-        made = _Version(version, folder, task_of(folder))
+        made = Version(version, folder, task_of(folder))
         with self._news:
             there = self._versions.get(version)
             if there is not None and not there.leaving:
@@ -149,7 +119,7 @@ class ReadingEngine:
                 next_step="serve the base that its veneer.json names",
             )
 
-    def _known(self, version: str) -> _Version:
+    def _known(self, version: str) -> Version:
         found = self._versions.get(version)
         if found is None or found.leaving:
             raise UnknownVersion(
@@ -178,10 +148,10 @@ class ReadingEngine:
         """
         task = self.task(version)
         for row in rows:
-            for column in _columns(task):
+            for column in columns_of(task):
                 if not row.get(column):
                     raise BadOption(f"a row for the task '{task.name}' lacks '{column}', or it is empty.",
-                                    next_step=f"rows with {', '.join(_columns(task))}")  # fmt: skip
+                                    next_step=f"rows with {', '.join(columns_of(task))}")  # fmt: skip
         return self._ask(version, "read", rows, "auto")
 
     def embed(
@@ -208,11 +178,11 @@ class ReadingEngine:
             if found is not None:
                 found.waiting += 1
                 self._begin_reading(found)
-            self._jobs.append(_Job(found, kind, rows, answer, pooling, left=deque(range(len(rows)))))
+            self._jobs.append(Job(found, kind, rows, answer, pooling, left=deque(range(len(rows)))))
             self._news.notify_all()
         return answer
 
-    def _begin_reading(self, found: _Version) -> None:
+    def _begin_reading(self, found: Version) -> None:
         """On a side thread; attaching it later reads nothing."""
         if found.shell is None and found.reading is None:
             found.reading = self._reader.submit(engine.read_adapter, found.folder)
@@ -239,7 +209,7 @@ class ReadingEngine:
         self._thread.join()
         self._reader.shutdown(wait=True, cancel_futures=True)
         for job in self._jobs:
-            _fail(job, Unsupported("the engine was closed.", next_step="open another"))
+            fail(job, Unsupported("the engine was closed.", next_step="open another"))
 
     def _wake(self) -> None:
         with self._news:
@@ -251,7 +221,7 @@ class ReadingEngine:
         while True:
             with self._news:
                 self._settle()
-                while not (self._closing or self._gone or any(_is_ready(j) for j in self._jobs)):
+                while not (self._closing or self._gone or any(is_ready(j) for j in self._jobs)):
                     self._news.wait()
                     self._settle()
                 if self._closing:
@@ -259,7 +229,7 @@ class ReadingEngine:
             with self._models, torch.no_grad():
                 with self._news:
                     gone, self._gone = self._gone, []
-                    ready = [j for j in self._jobs if _is_ready(j)]
+                    ready = [j for j in self._jobs if is_ready(j)]
                 for found in gone:
                     self._detach(found)
                 self._work(ready)
@@ -276,9 +246,9 @@ class ReadingEngine:
         for found in [v for v in self._versions.values() if v.leaving and not v.waiting]:
             self._gone.append(self._versions.pop(found.name))
 
-    def _work(self, jobs: list[_Job]) -> None:
+    def _work(self, jobs: list[Job]) -> None:
         """One forward for the job that has waited longest and for all that can go with it."""
-        group: list[_Job] = []
+        group: list[Job] = []
         for job in jobs:
             if sum(len(j.left) for j in group) >= self.batch_rows:
                 break
@@ -291,36 +261,36 @@ class ReadingEngine:
         with self._news:
             for job in {id(j): j for j, _ in picked}.values():
                 if len(job.found) == len(job.rows) and not job.answer.done():
-                    _succeed(job)
+                    succeed(job)
             # Whoever asked for many rows gives way to those who came later.
             for job in {id(j): j for j, _ in picked}.values():
                 if job.left and job in self._jobs:
                     self._jobs.remove(job)
                     self._jobs.append(job)
 
-    def _prepare(self, job: _Job, group: Sequence[_Job]) -> bool:
+    def _prepare(self, job: Job, group: Sequence[Job]) -> bool:
         """The adapter attached and the rows encoded; a failure is the job's own."""
         try:
             if job.version is not None:
                 self._attach(job.version, {j.version.name for j in group if j.version})
             shell = self._shell_of(job)
             if job.features is None:
-                job.features = _encoded(job, shell)
+                job.features = encoded(job, shell)
             return True
         except Exception as error:
-            _fail(job, error)
+            fail(job, error)
             return False
 
-    def _shell_of(self, job: _Job) -> Shell:
+    def _shell_of(self, job: Job) -> Shell:
         if job.version is None:
             return self._shells.any()
         assert job.version.shell is not None
         return job.version.shell
 
-    def _key_of(self, job: _Job) -> tuple[Any, ...]:
-        return _key(job, self._shell_of(job))
+    def _key_of(self, job: Job) -> tuple[Any, ...]:
+        return key_of(job, self._shell_of(job))
 
-    def _attach(self, found: _Version, in_use: set[str]) -> None:
+    def _attach(self, found: Version, in_use: set[str]) -> None:
         if found.shell is None:
             reading, found.reading = found.reading, None
             read = engine.read_adapter(found.folder) if reading is None else reading.result()
@@ -340,15 +310,15 @@ class ReadingEngine:
                 return
             self._detach(idle)
 
-    def _detach(self, found: _Version) -> None:
+    def _detach(self, found: Version) -> None:
         if found.shell is not None:
             engine.detach(found.shell.model, found.name)
         found.shell, found.bytes = None, 0
         self._attached.pop(found.name, None)
 
-    def _pick(self, group: list[_Job]) -> list[tuple[_Job, int]]:
+    def _pick(self, group: list[Job]) -> list[tuple[Job, int]]:
         """Rows of the group in turn, as many as one forward takes."""
-        picked: list[tuple[_Job, int]] = []
+        picked: list[tuple[Job, int]] = []
         longest = 0
         while len(picked) < self.batch_rows and any(j.left for j in group):
             for job in group:
@@ -362,190 +332,22 @@ class ReadingEngine:
                 picked.append((job, job.left.popleft()))
         return picked
 
-    def _answer(self, picked: list[tuple[_Job, int]]) -> None:
+    def _answer(self, picked: list[tuple[Job, int]]) -> None:
         """Run rows together; where that fails, each job's alone, so that a request fails alone."""
         try:
             self._forward(picked)
         except Exception as error:
             jobs = list({id(j): j for j, _ in picked}.values())
             if len(jobs) == 1:
-                _fail(jobs[0], error)
+                fail(jobs[0], error)
                 return
             for job in jobs:
                 self._answer([(j, i) for j, i in picked if j is job])
 
-    def _forward(self, picked: list[tuple[_Job, int]]) -> None:
+    def _forward(self, picked: list[tuple[Job, int]]) -> None:
         picked = sorted(picked, key=lambda p: id(p[0].version))  # rows of one adapter next to one another
-        first = picked[0][0]
-        shell = self._shell_of(first)
-        features = [_feature(j, i) for j, i in picked]
-        names = [None if j.version is None else j.version.name for j, _ in picked]
-        with evaluating(shell.model), _rows(shell, names):
-            if first.kind == "embed":
-                found: list[Any] = _embedded(shell, features, first.pooling)
-            elif _generates(first):
-                found = first.version.task.generate(shell.model, _collated(first, features, shell))  # type: ignore[union-attr]
-                found = [{"prediction": text} for text in found]
-            else:
-                found = _predicted(shell, picked, features)
+        found = forward(self._shell_of(picked[0][0]), picked)
         self.forwards += 1
         self.rows_read += len(picked)
-        for (job, i), one, feature in zip(picked, found, features):
-            tokens = int(feature["length"])
-            job.found[i] = (
-                Found(tokens, vector=tuple(one.tolist())) if isinstance(one, Tensor) else Found(tokens, one)
-            )
-
-
-def _predicted(shell: Shell, picked: Sequence[tuple[_Job, int]], features: list[dict[str, Any]]) -> list[Any]:
-    """The base once for all rows; then each task reads its own rows of the logits, and its own labels of them."""
-    device = next(shell.model.parameters()).device
-    inputs = {k: v.to(device) for k, v in text_inputs(features, shell.feeder, shell.model).items()}
-
-    class _Inputs:
-        pass
-
-    given: Any = _Inputs()
-    given.inputs = inputs
-    logits = logits_of(shell.model, given)
-    found: list[Any] = [None] * len(picked)
-    jobs = {id(j): j for j, _ in picked}
-    for key, job in jobs.items():
-        task = job.version.task  # type: ignore[union-attr]
-        assert task is not None
-        mine = [at for at, (j, _) in enumerate(picked) if id(j) == key]
-        batch = _collated(job, [features[at] for at in mine], shell)
-        own = logits[mine][..., : task.num_labels or 1]
-        if own.dim() == 3:
-            own = own[:, : batch.inputs["input_ids"].shape[1]]
-        for at, one in zip(mine, task.predict(_Said(own), batch)):
-            found[at] = one
-    return found
-
-
-class _Said(torch.nn.Module):
-    """Stands for a model whose logits are known."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, **inputs: Any) -> Tensor:
-        return self.logits
-
-
-def _embedded(shell: Shell, features: list[dict[str, Any]], pooling: Pooling) -> list[Tensor]:
-    """Unit vectors, (width,) each, of the states before the head."""
-    facts = engine.read(shell.model).facts
-    if facts.encoder_decoder:
-        raise Unsupported(
-            "embeddings of an encoder-decoder are not made.", next_step="an encoder or a decoder"
-        )
-    device = next(shell.model.parameters()).device
-    inputs = {k: v.to(device) for k, v in text_inputs(features, shell.feeder, shell.model).items()}
-    states = shell.body(**inputs).last_hidden_state.float()
-    mask = inputs["attention_mask"]
-    how = pooling if pooling != "auto" else "last" if facts.causal else "mean"
-    if how == "mean":
-        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-    elif how == "cls":
-        pooled = states[:, 0]
-    else:
-        pooled = states[torch.arange(len(features)), mask.sum(1) - 1]
-    return list(torch.nn.functional.normalize(pooled, dim=-1).cpu())
-
-
-@contextlib.contextmanager
-def _rows(shell: Shell, names: list[str | None]) -> Iterator[None]:
-    if all(n is None for n in names) and not engine.adapters(shell.model):
-        yield
-        return
-    with engine.rows(shell.model, names):
-        yield
-
-
-def _feature(job: _Job, i: int) -> dict[str, Any]:
-    assert job.features is not None
-    return job.features[i]
-
-
-def _collated(job: _Job, features: list[dict[str, Any]], shell: Shell) -> Any:
-    task = job.version.task  # type: ignore[union-attr]
-    assert task is not None
-    return task.collate(features, shell.feeder, shell.model).to(next(shell.model.parameters()).device)
-
-
-def _encoded(job: _Job, shell: Shell) -> list[dict[str, Any]]:
-    if job.kind == "read":
-        return job.version.task.encode(job.rows, shell.feeder, shell.model).features  # type: ignore[union-attr]
-    longest = Task(max_length=1 << 30).longest(shell.feeder, shell.model)
-    typed, features = takes(shell.model, "token_type_ids"), []
-    for row in job.rows:
-        encoded: Any = {"input_ids": row.get("ids", [])[:longest]}
-        if "ids" not in row:
-            encoded = shell.feeder(row["text"], truncation=True, max_length=longest)
-        _check_ids(encoded["input_ids"], len(shell.feeder))
-        feature = {"input_ids": encoded["input_ids"], "length": len(encoded["input_ids"])}
-        if typed:
-            feature["token_type_ids"] = encoded.get("token_type_ids", [0] * feature["length"])
-        features.append(feature)
-    return features
-
-
-def _check_ids(ids: Sequence[int], known: int) -> None:
-    if not ids or not all(0 <= i < known for i in ids):
-        raise BadOption(f"an input has no token, or one outside of the {known:,} that this base knows.",
-                        next_step="a text with words, or ids from /tokenize")  # fmt: skip
-
-
-def _generates(job: _Job) -> bool:
-    return (
-        job.kind == "read"
-        and job.version is not None
-        and bool(job.version.task and job.version.task.generates)
-    )
-
-
-def _key(job: _Job, shell: Shell) -> tuple[Any, ...]:
-    """What rows of one forward have in common."""
-    if _generates(job):
-        task: Any = job.version.task  # type: ignore[union-attr]
-        return id(shell), "generate", task.max_target_length, task.beams
-    return id(shell), job.kind, job.pooling
-
-
-def _is_ready(job: _Job) -> bool:
-    """Its file has been read, and rows are left."""
-    found = job.version
-    waits = (
-        found is not None and found.shell is None and found.reading is not None and not found.reading.done()
-    )
-    return bool(job.left) and not waits and not job.answer.done()
-
-
-def _columns(task: Task) -> tuple[str, ...]:
-    if task.name == "rank":
-        return ("query", "document")
-    return {"tag": ("tokens",), "seq2seq": ("source",)}.get(task.name, ("text",))
-
-
-def task_of(folder: Path) -> Task | None:
-    """The task that a folder says its adapter was trained for."""
-    if not (folder / "veneer.json").is_file():
-        return None
-    saved = engine.read_record(folder).get("task")
-    return task_from_dict(saved) if isinstance(saved, Mapping) and "name" in saved else None
-
-
-def _fail(job: _Job, error: Exception) -> None:
-    with contextlib.suppress(Exception):
-        job.answer.set_exception(error)
-    job.left.clear()
-
-
-def _succeed(job: _Job) -> None:
-    with contextlib.suppress(Exception):
-        job.answer.set_result([job.found[i] for i in range(len(job.rows))])
-
-
-__all__ = ["Found", "Pooling", "ReadingEngine", "VeneerError"]
+        for (job, i), one in zip(picked, found):
+            job.found[i] = one

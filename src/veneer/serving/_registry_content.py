@@ -156,6 +156,8 @@ def _examine_peft(folder: Path) -> Content:
     from veneer.interop._converter import converters
     from veneer.interop.peft import OTHERS
 
+    from ._reading_tasks import task_of
+
     path, raw = read_json(folder)
     known = converters()
     kind = known[type_of(path, raw, OTHERS, {t: c.methods[0] for t, c in known.items()})]
@@ -165,16 +167,11 @@ def _examine_peft(folder: Path) -> Content:
     _check_finite(tensors)
     base = {k: raw[k] for k in ("base_model_name_or_path", "revision") if raw.get(k)}
     config = {k: v for k, v in raw.items() if k not in UNMEANT}
+    task = task_of(folder)
     return Content(
-        _digest(config, base, tensors), kind.methods[0], "peft", _task_of(raw.get("task_type")),
+        _digest(config, base, tensors), kind.methods[0], "peft", None if task is None else task.name,
         _size(tensors), base,
     )  # fmt: skip
-
-
-def _task_of(peft_task: Any) -> str | None:
-    return {"SEQ_CLS": "classify", "TOKEN_CLS": "tag", "CAUSAL_LM": "lm", "SEQ_2_SEQ_LM": "seq2seq"}.get(
-        peft_task
-    )
 
 
 def _check_shapes(declared: Any, tensors: Mapping[str, Tensor]) -> None:

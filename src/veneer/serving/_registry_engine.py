@@ -49,8 +49,8 @@ class Engines:
 
 def reads(folder: Path) -> bool:
     """Whether an adapter's folder says that it answers a text with a head, and no prompt."""
-    from ._reading import task_of
     from ._reading_shells import READ
+    from ._reading_tasks import task_of
 
     task = task_of(folder)
     return task is not None and task.name in READ

@@ -20,7 +20,8 @@ from starlette.responses import Response
 
 from veneer.errors import UnknownAdapter, VeneerError
 
-from .._reading import Found, Pooling, ReadingEngine
+from .._reading import ReadingEngine
+from .._reading_rows import Found, Pooling
 from .bodies import Named, Text, Tokens
 from .entry import authorise
 from .errors import REFUSALS, ApiError, as_api_error
