@@ -42,6 +42,7 @@ CASES: dict[str, tuple[str, str, tuple[Any, ...]]] = {  # case -> module, functi
     "import": ("_imports", "imports", ()),
     "scores": ("_scores", "scores", ()),
     "serve": ("_serve", "serve", ()),
+    "uneven": ("_uneven", "uneven", ()),
 }
 GROUPS = {
     "residents": ("attach", "load", "activate"),
