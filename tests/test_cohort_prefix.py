@@ -135,6 +135,20 @@ def test_nothing_is_kept_where_the_base_draws_or_the_bound_is_too_low_and_the_bo
     assert [h["loss"] for h in high.history] == pytest.approx([h["loss"] for h in low.history], rel=1e-6)
 
 
+@pytest.mark.parametrize(("epochs", "rooms"), [(0.25, 1), (1.0, 2)])
+def test_a_small_part_of_the_training_rows_is_not_kept_in_a_cohort_and_all_of_them_are(
+    folder, monkeypatch, epochs, rooms
+):
+    """States are computed a chunk at a time: of few rows among many, most would be for nothing."""
+    seen = []
+    fill = Kept.room
+    monkeypatch.setattr(Kept, "room", lambda self, *a: seen.append(a) or fill(self, *a))
+    members = {name: {"method": "linear_probe", "seed": seed} for name, seed in (("a", 1), ("b", 2))}
+    found = train_cohort(members, data=opened(64, 8, 8), model=folder, progress=False, epochs=epochs)
+    assert not found.failed
+    assert len(seen) == rooms  # of the validation rows, which both look at, and of the training rows
+
+
 def test_a_rows_states_do_not_depend_on_who_asked_first():
     """Chunks follow from the split, so that a resumed run meets the very same states."""
     made = []

@@ -23,13 +23,16 @@ ARMS = (
 SIZES = "validation=2000,test=2000"  # of all sentences, so that enough of them are short
 SEEDS, TRIALS = 6, 3
 # Four rows a step: 190 rows give 96 steps, enough for a rate schedule to matter.
-# The base drops nothing, for no arm: so runs can be trained together, and what is frozen is computed once.
+# Frozen weights multiply in bfloat16 where the processor can: two thirds of the time, and a rounding far below what
+# 300 sentences can tell. The base drops nothing, for no arm: so runs can be trained together, and what is frozen is
+# computed once.
 OPTIONS = {
     "batch_size": 4,
     "evaluate_batch_size": 16,
     "max_length": 48,
     "device": "cpu",
     "base_dropout": False,
+    "matmul": "bf16",
 }
 OUTPUT = Path("runs/demo")
 SENTENCES = ("a warm, funny film that stays with you", "two hours of noise and not one idea")

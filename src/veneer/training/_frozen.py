@@ -26,7 +26,8 @@ class FrozenPart:
     def of(self, batch: Batch) -> Played | None:
         """What is kept of a training batch; None where nothing is, where it would not pay, or the base draws."""
         run = self.run
-        often = self.shares or run.total_steps > run.steps_an_epoch
+        # States are computed a chunk of rows at a time: a small part of a large set would compute most for nothing.
+        often = run.total_steps > run.steps_an_epoch / (2 if self.shares else 1)
         if self.tables is None or not often or not self._still():
             return None
         return self._kept("train", batch.extra[ROWS], batch)
