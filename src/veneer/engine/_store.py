@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer._disk import sync
 from veneer.edits import build
 from veneer.errors import BadFile, ShapeDiffers, UnknownName, Unsupported, VeneerError, nearest
 
@@ -102,15 +103,15 @@ def _write(target: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> 
         os.umask(mask)
         for written in place.iterdir():
             os.chmod(written, 0o666 & ~mask)
-            _sync(written)
+            sync(written)
         target.mkdir(exist_ok=True)
         if before is not None:
             os.replace(place / "both", target / RECORD)
-            _sync(target)
+            sync(target)
         os.replace(place / TENSORS, target / TENSORS)
-        _sync(target)
+        sync(target)
         os.replace(place / RECORD, target / RECORD)
-        _sync(target)
+        sync(target)
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -129,14 +130,6 @@ def _record_there(folder: Path) -> dict[str, Any] | None:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _record(

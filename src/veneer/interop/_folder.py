@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer._disk import sync
 from veneer.engine._beside import beside
 from veneer.errors import BadFile
 
@@ -42,7 +43,7 @@ def put_folder(
         folder.mkdir(exist_ok=True)
         # The config comes last: a folder without it is no adapter.
         for name in (TENSORS, CARD, CONFIG):
-            _sync(place / name)
+            sync(place / name)
             os.replace(place / name, folder / name)
     return [CONFIG, TENSORS, CARD]
 
@@ -52,16 +53,8 @@ def put_file(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with beside(path, (path.name,)) as place:
         write(place / path.name)
-        _sync(place / path.name)
+        sync(place / path.name)
         os.replace(place / path.name, path)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def card(config: Mapping[str, Any], tensors: Mapping[str, Tensor], method: str) -> str:

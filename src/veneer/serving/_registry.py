@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from veneer._disk import sync
 from veneer.engine._beside import SETTLED, beside
 from veneer.errors import BadOption, UnknownAdapter, Unsupported, VeneerError, nearest
 
@@ -108,8 +109,8 @@ class Registry:
         if target.is_dir() and self.tables.row("SELECT 1 FROM versions WHERE digest = ?", (content.digest,)):
             return
         for path in place.iterdir():
-            _sync(path)
-        _sync(place)
+            sync(path)
+        sync(place)
         os.utime(place)  # new: nobody takes it for one that was left behind
         try:
             os.rename(place, target)
@@ -118,7 +119,7 @@ class Registry:
                 return
             shutil.rmtree(target, ignore_errors=True)
             os.rename(place, target)
-        _sync(self.versions_folder)
+        sync(self.versions_folder)
 
     # -- names ----------------------------------------------------------------------------------------------------
 
@@ -356,11 +357,3 @@ def _digest_there(folder: Path) -> str | None:
         return examine(folder).digest
     except (VeneerError, OSError):
         return None
-
-
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

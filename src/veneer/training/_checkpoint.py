@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from veneer._disk import sync
 from veneer.errors import BadFile, TrainingFailed
 
 Packed = tuple[Any, dict[str, Tensor]]
@@ -75,13 +76,13 @@ def write_state(folder: Path, parts: Mapping[str, Any]) -> None:
             packed, tensors = pack(value)
             _write_through(unfinished / f"{name}.json", json.dumps(packed).encode())
             _write_through(unfinished / f"{name}.safetensors", save(tensors))
-        sync_folder(unfinished)
+        sync(unfinished)
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
         os.replace(unfinished, folder)
-        sync_folder(folder.parent)
+        sync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -120,7 +121,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     try:
         _write_through(unfinished, data)
         os.replace(unfinished, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise TrainingFailed(
@@ -134,16 +135,6 @@ def _write_through(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def plain(value: Any) -> Any:
