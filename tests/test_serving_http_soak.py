@@ -66,7 +66,7 @@ class Child:
         lines = self.log = []
         read = self.process.stderr.readline
         threading.Thread(target=lambda: lines.extend(iter(read, "")), daemon=True).start()
-        if not until(lambda: any(line.startswith("ready:") for line in lines), 150):
+        if not until(lambda: any(line.startswith("ready:") for line in lines), 300):
             self.process.send_signal(signal.SIGABRT)  # it says where every thread stands
             self.process.wait(10)
             raise AssertionError("".join(line for line in lines if not line.startswith("{")))
