@@ -62,6 +62,7 @@ def kept(size: Size) -> list[Row]:
                 model=base, data=data, method=f"lora:rank=8,sites=block[-{blocks}:].attention.{{query,value}}",
                 epochs=PASSES, batch_size=PART, learning_rate=RATE, warmup=0, schedule="constant", clip=None,
                 weight_decay=0.0, evaluate_on=(), hooks=[watch], progress=False, device="cpu", seed=size.seed,
+                base_dropout=False,
             )  # fmt: skip
             for name in list(veneer.adapters(base.model)):
                 veneer.detach(base.model, name)
