@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, str, tuple[Any, ...]]] = {  # case -> module, functi
     "memory": ("_training", "memory", ()),
     "bare": ("_bare", "forward", ()),
     "bare_decode": ("_bare", "decode", ()),
+    "mixed": ("_mixed", "mixed", ()),
     "matmul": ("_matmul", "training", ()),
     "tokens": ("_tokens", "decode", ()),
     "cohort": ("_cohorts", "cohort", ()),
