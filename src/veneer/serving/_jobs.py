@@ -163,7 +163,7 @@ class FineTuning:
     # -- the thread that leads -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping:
+        while not self._stopping and self.engine.alive:  # what is left is for the next start
             try:
                 self._validate()
                 job = self.table.claim(KIND)
