@@ -361,3 +361,19 @@ def test_taking_an_adapter_away_with_its_requests_leaves_the_others(made: dict[s
         assert inbox.last(asked[6]).finish == "cancelled"
         assert {inbox.last(r).finish for r in asked[1::2]} == {"length"}
         assert engine.alive
+
+
+def test_prompts_of_like_lengths_are_read_together_and_the_first_is_never_left_out() -> None:
+    from types import SimpleNamespace as Waiting
+
+    from veneer.serving._batch import _groups
+
+    def lengths(waiting: list[int], budget: int) -> list[list[int]]:
+        rows: Any = [Waiting(todo=[0] * n, length=0) for n in waiting]
+        return [[len(r.todo) for r in group] for group in _groups(rows, budget)]
+
+    assert lengths([], 64) == []
+    assert lengths([100, 4, 5], 64) == [[100]]
+    assert lengths([4, 100, 5], 256) == [[4, 5], [100]]
+    assert lengths([30, 31, 32], 64) == [[30, 31]]
+    assert lengths([28, 4, 24, 8, 20, 12, 16, 16], 256) == [[20, 24, 28], [4, 8, 12, 16, 16]]

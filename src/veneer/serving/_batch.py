@@ -23,6 +23,7 @@ from ._row import Row
 from ._slots import Slots
 from ._traits import Traits
 
+ONE_MORE = 16  # tokens that cost about what one more forward does
 Said = list[tuple[Row, Tensor]]  # a row, and the logits of what it says next, (vocabulary,)
 Failed = list[tuple[Row, Exception]]
 
@@ -114,8 +115,7 @@ class Batch:
         said: Said = []
         failed: Failed = []
         speaking = [r for r in self.rows if not r.todo]
-        group = self._readers()
-        if group:
+        for group in self._readers():
             self._run(group, self._read, said, failed)
         if speaking:
             self._run(speaking, self._speak, said, failed)
@@ -143,8 +143,8 @@ class Batch:
             else:
                 said.append((row, logits))
 
-    def _readers(self) -> list[Row]:
-        """The rows whose prompts are read in this step: neighbours in time, alike in kind and length."""
+    def _readers(self) -> list[list[Row]]:
+        """The rows whose prompts are read in this step, in groups that share a forward."""
         waiting, being_read = [], set[bytes]()
         for row in self.rows:
             if row.todo:
@@ -153,17 +153,7 @@ class Batch:
                 if row.began or not being_read.intersection(row.chain[row.kept : row.kept + 1]):
                     waiting.append(row)
                     being_read.update(row.chain[row.kept :])
-        if not waiting:
-            return []
-        head = waiting[0]
-        group, longest = [head], len(head.todo)
-        for row in waiting[1:]:
-            most = max(longest, len(row.todo))
-            if bool(row.length) != bool(head.length) or most * (len(group) + 1) > self.budget:
-                break
-            group.append(row)
-            longest = most
-        return group
+        return _groups(waiting, self.budget)
 
     def _read(self, rows: list[Row]) -> Said:
         """One forward over the prompts of some rows, or over a part of a long one."""
@@ -308,6 +298,33 @@ class Batch:
             return False
         finally:
             self.slots = slots
+
+
+def _groups(waiting: Sequence[Row], budget: int) -> list[list[Row]]:
+    """Groups of rows whose prompts are read in one step: alike in kind and length, so that little is padded, and as
+    many as the budget of tokens allows. The first of those that wait is always among them.
+    """
+    order = {id(row): i for i, row in enumerate(waiting)}
+    made: list[list[Row]] = []
+    for row in sorted(waiting, key=lambda r: (bool(r.length), len(r.todo))):
+        group = made[-1] if made else []
+        read = sum(len(r.todo) for r in group) + len(row.todo)
+        area = len(row.todo) * (len(group) + 1)
+        alike = bool(group) and bool(group[0].length) == bool(row.length)
+        if alike and area <= budget and area - read <= ONE_MORE + read // 4:
+            group.append(row)
+        else:
+            made.append([row])
+    made.sort(key=lambda group: min(order[id(r)] for r in group))
+    chosen: list[list[Row]] = []
+    left = budget
+    for group in made:
+        area = max(len(r.todo) for r in group) * len(group)
+        if chosen and area > left:
+            break
+        chosen.append(group)
+        left -= area
+    return chosen
 
 
 def _windows(config: Any) -> dict[str, int | None] | None:
