@@ -19,6 +19,7 @@ OPTIMISERS = {"sgd": 0, "momentum": 4, "adam": 8, "adamw": 8, "adafactor": 1, "a
 # arXiv:2205.05198, count 34 bytes a token and width in half precision (17 numbers), dropout masks
 # included; 16 without them.
 KEPT_BY_BLOCK = 16.0
+LOGITS_HELD = 3 << 24  # bytes: a piece of the logits, its softmax, and what a softmax needs beside
 
 
 def memory(
@@ -46,7 +47,8 @@ def memory(
         activations = n B L d b 16            a block keeps about 16 hidden states for its backward
                     + n B h L^2 b             the scores, where attention is not fused
         checkpointed: n B L d b + one block
-        logits      = 2 B L vocabulary 4      the logits in float32 and their gradient; causal models only
+        logits      = 2 B L vocabulary 4      the logits in float32 and their gradient; causal models only, and
+                                              never more than the pieces that training makes of them
 
     `bytes_of_weights` is what the base really takes (quantised forms); else n_parameters times the size of
     `dtype`. `copies`: bytes that a form of the frozen matmul keeps beside them.
@@ -74,7 +76,7 @@ def memory(
     if not fused_attention:
         block += batch_size * heads * length * length * size
     activations = blocks * state + block if checkpointing and blocks else blocks * block
-    logits = 2 * batch_size * length * facts.vocabulary * 4 if facts.causal else 0
+    logits = min(2 * batch_size * length * facts.vocabulary * 4, LOGITS_HELD) if facts.causal else 0
     found = {
         "weights": weights,
         "gradients": trainable * trained_size,
