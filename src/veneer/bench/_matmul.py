@@ -22,6 +22,7 @@ from ._size import Size
 from ._training import Setting, Sides
 
 EXPECTED = {"plain": None, "packed": 0.95, "bf16": 0.62, "int8": 0.55}
+LIMIT = "Attention and elementwise work stay float32, and the adapter's own products and sums are separate operations."
 AUTOCAST = "HF PEFT under bf16 autocast"
 WRONG = 0.2  # relative error of an output that no rounding explains
 
@@ -56,11 +57,7 @@ def _step(setting: Setting, size: Size) -> list[Row]:
     for form in FORMS:
         errors, notes = found[form]
         wanted = EXPECTED[form]
-        expected = (
-            None
-            if wanted is None
-            else Expectation.at_most(wanted, "Attention and elementwise work stay float32.")
-        )
+        expected = None if wanted is None else Expectation.at_most(wanted, LIMIT)
         rows.append(Row.of("matmul", f"{setting.words}, {form}", spent[form], spent["peft"], error=errors.output,
                            expected=size.expects(expected), notes=notes))  # fmt: skip
         if form in ("bf16", "int8"):
