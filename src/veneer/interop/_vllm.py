@@ -231,7 +231,10 @@ def _measure(model: nn.Module, name: str, report: EngineReport, probe: Mapping[s
             detach(model, again)
     report.largest_difference = float((own - other).abs().max())
     if not math.isfinite(report.largest_difference):
-        raise BadFile(f"what was written to '{report.folder}' does not give finite outputs.")
+        raise BadFile(
+            f"what was written to '{report.folder}' does not give finite outputs.",
+            next_step="write it in float32, or keep the adapter in its own form: veneer export --for peft",
+        )
     p, q = own.log_softmax(-1), other.log_softmax(-1)
     report.divergence = max(0.0, float((p.exp() * (p - q)).sum(-1).mean()))
 

@@ -352,7 +352,10 @@ class Engine:
         )
         for name, good, expected in bounds:
             if not good:
-                raise BadOption(f"{name}={getattr(s, name)!r}: expected {expected}.")
+                raise BadOption(
+                    f"{name}={getattr(s, name)!r}: expected {expected}.",
+                    next_step="Sampling(max_tokens=64, temperature=0.7, top_p=0.9)",
+                )
 
     def _check_alive(self) -> None:
         if self._error is not None:
@@ -608,7 +611,9 @@ class Engine:
         with self._news:
             self._closing = True
             finish = "error" if self._error is not None else "cancelled"
-            error = None if self._error is None else VeneerError(f"the engine has stopped: {self._error}")
+            error = None
+            if self._error is not None:
+                error = VeneerError(f"the engine has stopped: {self._error}", next_step="start it again")
             for request_id, sink in self._sinks.items():
                 events.append((sink, Event(request_id, finish=finish, error=error)))  # type: ignore[arg-type]
             self._sinks.clear()

@@ -92,7 +92,10 @@ class FineTuning:
     def create(self, wish: Wish) -> Job:
         """A new job. Raises for what can be told at once: unknown files, methods, options, names."""
         if self.engine.tokenizer is None or not hasattr(self.engine, "model"):
-            raise Unsupported("this server's base writes no text, so that no conversation can be trained on.")
+            raise Unsupported(
+                "this server's base writes no text, so that no conversation can be trained on.",
+                next_step="veneer serve --model a language model with a tokenizer; or veneer train",
+            )
         for file in (wish.training_file, wish.validation_file):
             if file is not None:
                 self.files.get(file)

@@ -50,7 +50,11 @@ class Files:
         """Keep a file. Raises BadOption for another purpose, BadFile for its size, BadData for rows that cannot be
         trained on, with their lines."""
         if purpose != PURPOSE:
-            raise BadOption(f"purpose={purpose[:50]!r} is none that files are taken for.", nearest=[PURPOSE])
+            raise BadOption(
+                f"purpose={purpose[:50]!r} is none that files are taken for.",
+                nearest=[PURPOSE],
+                next_step=f"purpose={PURPOSE}",
+            )
         if len(data) > self.largest:
             raise BadFile(f"the file has more than {self.largest:,} bytes.", next_step="a smaller file")
         name = Path(name).name[:200] or "file.jsonl"

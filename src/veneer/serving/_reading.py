@@ -87,7 +87,10 @@ class ReadingEngine:
         with self._news:
             there = self._versions.get(version)
             if there is not None and not there.leaving:
-                raise BadOption(f"version '{version}' is known already; a version never changes.")
+                raise BadOption(
+                    f"version '{version}' is known already; a version never changes.",
+                    next_step="give what changed a version of its own",
+                )
             if there is not None:
                 there.leaving = False
             else:

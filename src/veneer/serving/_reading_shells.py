@@ -82,7 +82,10 @@ class Shells:
             base = self._opener(task, labels)
             base.model.eval()
             if base.tokenizer is None:
-                raise Unsupported(f"{base.name} has no tokenizer, so no text can be read with it.")
+                raise Unsupported(
+                    f"{base.name} has no tokenizer, so no text can be read with it.",
+                    next_step="serve a base that brings a tokenizer",
+                )
             self.share(base.model)
             output = _output_of(base.model, labels)
             found = self._open[key] = Shell(base.model, base.tokenizer, labels, output, wide)
@@ -131,11 +134,17 @@ def attach(shell: Shell, read: Read, version: str) -> Any:
 def _widened(shell: Shell, read: Read) -> Read:
     """The adapter with rows of zeros for the labels that it has not."""
     if not read.record:
-        raise Unsupported("an adapter in this form says nothing of its labels.")
+        raise Unsupported(
+            "an adapter in this form says nothing of its labels.",
+            next_step="veneer.load and veneer.save it with labels=, or serve what veneer train wrote",
+        )
     record = read.record
     missing = [n for n in shell.output if f"{n}/W" not in read.values]
     if missing or not shell.output:
-        raise Unsupported("the head of this adapter is the base's own.")
+        raise Unsupported(
+            "the head of this adapter is the base's own.",
+            next_step="train it with veneer train, which saves the head beside it",
+        )
     host = engine.host_of(shell.model, make=True)
     try:
         method = build(record["method"], **record["options"])
@@ -156,7 +165,10 @@ def _widened(shell: Shell, read: Read) -> Read:
 
 def _with_rows(value: Tensor, shape: tuple[int, ...], key: str) -> Tensor:
     if value.dim() != len(shape) or tuple(value.shape[1:]) != shape[1:] or value.shape[0] > shape[0]:
-        raise ShapeDiffers(f"'{key}' is {tuple(value.shape)}, and {shape} is the shared head's.")
+        raise ShapeDiffers(
+            f"'{key}' is {tuple(value.shape)}, and {shape} is the shared head's.",
+            next_step="train it again on this base",
+        )
     return torch.cat([value, value.new_zeros(shape[0] - value.shape[0], *shape[1:])])
 
 

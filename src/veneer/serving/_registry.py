@@ -321,7 +321,10 @@ class Registry:
         try:
             content = examine(folder)
             if content.digest != found.digest:
-                raise Unsupported(f"the files of version {found.digest[:12]} have changed on the disk.")
+                raise Unsupported(
+                    f"the files of version {found.digest[:12]} have changed on the disk.",
+                    next_step="register the adapter again from where it came",
+                )
             if self.check is not None:
                 self.check(folder, content)
                 state = "verified"

@@ -102,7 +102,10 @@ def _copy(source: Path, target: Path, largest: int) -> None:
     try:
         opened = os.open(source, flags)
     except OSError as error:
-        raise BadFile(f"'{source.name}' cannot be read ({error.strerror}).") from None
+        raise BadFile(
+            f"'{source.name}' cannot be read ({error.strerror}).",
+            next_step="check the file's owner and rights",
+        ) from None
     with os.fdopen(opened, "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_size > largest:

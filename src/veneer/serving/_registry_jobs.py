@@ -57,7 +57,11 @@ class Jobs:
             known = [
                 r["id"] for r in self._tables.rows("SELECT id FROM jobs ORDER BY created DESC LIMIT 200")
             ]
-            raise UnknownName(f"there is no job '{id[:100]}'.", nearest=nearest(id, known))
+            raise UnknownName(
+                f"there is no job '{id[:100]}'.",
+                nearest=nearest(id, known),
+                next_step="GET /v1/fine_tuning/jobs    lists them",
+            )
         return Job(
             row["id"], row["kind"], row["state"], json.loads(row["body"]), row["created"], row["changed"]
         )

@@ -129,7 +129,9 @@ class _Keeper:
         registry = self.registry
         found = registry.aliases().get(name) or registry.resolve(name)
         if not _sees(key, found.name):
-            raise UnknownAdapter(f"no adapter is called '{name[:150]}'.")
+            raise UnknownAdapter(
+                f"no adapter is called '{name[:150]}'.", next_step="GET /v1/adapters    lists them"
+            )
         moves = [
             {"at": m.at, "action": m.action, "version": m.digest and f"sha256:{m.digest}"}
             for m in registry.history(found.name)
@@ -168,7 +170,10 @@ async def _source(request: Request, largest: int) -> tuple[str, str | bytes]:
     """(name, path or archive) of a body in one of the two forms."""
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > largest + (1 << 20):
-        raise BadFile(f"the body has {int(declared):,} bytes, and at most {largest:,} are taken.")
+        raise BadFile(
+            f"the body has {int(declared):,} bytes, and at most {largest:,} are taken.",
+            next_step="put the folder where --adapters looks, and name its path",
+        )
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         return _new_adapter(await request.body())
     form = await request.form(max_files=1, max_fields=8)

@@ -120,7 +120,11 @@ def new_key(file: Path, name: str, scopes: Sequence[str] = ("use",)) -> str:
     """Make a key called `name`, write its hash into `file`, and give back its secret, which is kept nowhere."""
     for scope in scopes:
         if scope not in SCOPES:
-            raise BadOption(f"No scope is called '{scope}'.", nearest=nearest(scope, SCOPES) or SCOPES)
+            raise BadOption(
+                f"No scope is called '{scope}'.",
+                nearest=nearest(scope, SCOPES) or SCOPES,
+                next_step="--scope use, --scope manage",
+            )
     rows: list[dict[str, Any]] = []
     if file.exists():
         if any(key.name == name for key in read_keys(file).values()):
