@@ -70,9 +70,11 @@ class FlatTokens:
         return "" if apart <= near else f"flat, loss or gradients differ by {apart:.0e} of their size"
 
     def _few(self, batch: Batch) -> Batch:
-        """The shortest and the longest rows of this step, if any of them is padded then; else the batch itself."""
+        """The shortest and the longest rows of this step, if any of them is padded then; else the batch itself,
+        as where kept states are played back, which are those of its rows."""
         rows = self.run.rows_of(self.run.step_now)
-        if len(rows) <= FEW or any("input_ids" not in row for row in rows):
+        kept = self.run.frozen.tables is not None
+        if kept or len(rows) <= FEW or any("input_ids" not in row for row in rows):
             return batch
         rows = sorted(rows, key=lambda row: len(row["input_ids"]))
         few = self.run.collate([*rows[: FEW // 2], *rows[-FEW // 2 :]])
