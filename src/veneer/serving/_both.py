@@ -21,6 +21,7 @@ class ReadingOnly:
     """Stands where the engine does over a base that writes no text: it tokenises, and refuses every prompt."""
 
     alive = True
+    writes = False  # no prompt is answered
     versions: tuple[str, ...] = ()
 
     def __init__(self, reading: ReadingEngine, name: str) -> None:

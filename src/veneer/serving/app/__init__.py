@@ -53,7 +53,7 @@ def create_app(
         return engine.stats() if getattr(engine, "is_open", True) else {}
 
     metrics = Metrics(stats, settings.metric_labels, settings.vllm_names)
-    service = Service(engine, registry, keys, settings, metrics, Limits(settings))
+    service = Service(engine, registry, keys, settings, metrics, Limits(settings), reading)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

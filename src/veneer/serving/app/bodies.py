@@ -32,7 +32,7 @@ def _whole(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_whole)]
-Stop = Annotated[Text, StringConstraints(min_length=1, max_length=LONGEST_STOP)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_STOP), AfterValidator(_whole)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
@@ -76,7 +76,7 @@ class Sampled(Named):
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
-    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     ignore_eos: bool | None = None
     presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
@@ -87,7 +87,7 @@ class Sampled(Named):
     stream_options: StreamOptions | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
-    cache_salt: Annotated[Text, StringConstraints(max_length=1000)] | None = None
+    cache_salt: Annotated[str, StringConstraints(max_length=1000), AfterValidator(_whole)] | None = None
     priority: int | None = None
 
     def sampling(self, max_tokens: int, logprobs: int | None) -> Sampling:

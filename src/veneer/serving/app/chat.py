@@ -31,6 +31,7 @@ def router(service: Service) -> APIRouter:
         body.refuse_what_is_not_there()
         warned = warnings_of(service, body)
         target = await service.target(body.asked, key)
+        service.check_writes()
         prompt = await chat_prompt(service, body.messages, body.template_options())
         if service.settings.log_prompts:
             record_of(http).facts["messages"] = [m.plain(i) for i, m in enumerate(body.messages)]

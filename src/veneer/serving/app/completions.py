@@ -30,6 +30,7 @@ def router(service: Service) -> APIRouter:
         body.refuse_what_is_not_there()
         warned = warnings_of(service, body)
         target = await service.target(body.asked, key)
+        service.check_writes()
         texts, prompts = await _prompts(service, body)
         if service.settings.log_prompts:
             record_of(http).facts["prompts"] = texts or prompts

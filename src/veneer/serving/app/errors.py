@@ -133,22 +133,33 @@ def of_validation(errors: list[Any]) -> ApiError:
     """The first complaint about a body, with its place; the value itself is not sent back."""
     if not errors:
         return ApiError(400, "The body cannot be read.")
-    first = errors[0]
-    place = [part for part in first["loc"] if part not in ("body", "query", "path", "header")]
+    first = _telling(errors)
     if first["type"] == "json_invalid":
         return ApiError(
             400, f"The body is not JSON: {first.get('ctx', {}).get('error', 'it cannot be read')}."
         )
-    param = _param(place)
+    param = _param(first)
+    message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         said = f"'{param}' is missing." if param else "A JSON object is needed as the body."
     else:
-        said = f"'{param}': {first['msg']}." if param else f"{first['msg']}."
+        said = f"'{param}': {message}." if param else f"{message}."
     return ApiError(400, said, param=param)
 
 
-def _param(place: list[Any]) -> str | None:
-    """("messages", 0, "content", "str") -> messages.0.content: what follows a field's name may be a type's."""
+def _telling(errors: list[Any]) -> Any:
+    """Of the complaints about the first place that is wrong the one that says most.
+
+    A field that may have several forms has a complaint for each; that it has none of the other forms says little.
+    """
+    param = _param(errors[0])
+    alike = [one for one in errors if _param(one) == param]
+    return next((one for one in alike if not one["type"].endswith("_type")), alike[0])
+
+
+def _param(error: Any) -> str | None:
+    """("body", "messages", 0, "content", "str") -> messages.0.content: what follows a field's name may be a type's."""
+    place = [part for part in error["loc"] if part not in ("body", "query", "path", "header")]
     kept: list[str] = []
     for i, part in enumerate(place):
         is_type = i > 0 and isinstance(part, str) and not part.isidentifier()

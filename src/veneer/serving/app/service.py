@@ -107,6 +107,7 @@ class Service:
     settings: Settings
     metrics: Metrics
     limits: Limits
+    reading: Any = None  # the engine of adapters with a head, where there is one
     began: float = field(default_factory=time.time)
     draining: bool = False
     mailbox: Mailbox | None = None
@@ -166,6 +167,34 @@ class Service:
             )
         return Target(version.name, version.digest, version.method)
 
+    def check_words(self) -> None:
+        """Raises ApiError where texts can be neither read nor written."""
+        if self.engine.tokenizer is None:
+            raise ApiError(
+                400, f"{self.base} is served without a tokenizer, so that it neither reads nor writes texts.",
+                param="model", code="no_tokenizer",
+            )  # fmt: skip
+
+    def check_writes(self) -> None:
+        """Raises ApiError where the base answers no prompt."""
+        if not getattr(self.engine, "writes", True):
+            raise ApiError(
+                400, f"{self.base} does not write text. /v1/classify, /v1/tag, /v1/translate and /v1/embeddings are "
+                "answered, with an adapter's name as the model.", param="model", code="writes_no_text",
+            )  # fmt: skip
+        self.check_words()
+
+    def _unknown(self, target: Target, error: UnknownAdapter) -> ApiError:
+        """An adapter that the engine does not have: it reads, or it was retired between its naming and its asking."""
+        try:
+            task = self.reading.task(str(target.version)).name
+        except (AttributeError, VeneerError):
+            return ApiError(404, as_api_error(error).message, param="model", code="model_not_found")
+        return ApiError(
+            400, f"'{target.name}' is an adapter for the task {task!r}, which writes no answer to a prompt. "
+            "/v1/classify, /v1/tag and /v1/translate answer for such adapters.", param="model", code="writes_no_text",
+        )  # fmt: skip
+
     async def listed(self, key: Key) -> list[Any]:
         """The versions that names point to, as far as this key may see them."""
         found = await asyncio.to_thread(self.registry.versions)
@@ -193,8 +222,8 @@ class Service:
         call = Call(self.engine, self.mailbox, rows, record, closed)
         try:
             call.start()
-        except UnknownAdapter as error:  # retired between its being named and its being asked
-            raise ApiError(404, as_api_error(error).message, param="model", code="model_not_found") from None
+        except UnknownAdapter as error:
+            raise self._unknown(target, error) from None
         except Exception as error:
             raise as_api_error(error, "prompt") from error
         self.limits.pay(key, sum(len(row.prompt) for row in rows))

@@ -37,6 +37,7 @@ def router(service: Service) -> APIRouter:
             raise ApiError(400, "Either prompt or messages is needed.", param="prompt")
         if body.model is not None:
             await service.target(body.model, key)
+        service.check_words()
         if body.messages is not None:
             wanted = body.add_generation_prompt is not False
             ids = await chat_prompt(service, body.messages, {"add_generation_prompt": wanted})
@@ -60,6 +61,7 @@ def router(service: Service) -> APIRouter:
     async def detokenize(body: DetokenizeRequest, key: Key = Depends(use)) -> Any:  # noqa: B008
         if body.model is not None:
             await service.target(body.model, key)
+        service.check_words()
         known = len(service.engine.tokenizer)
         if body.tokens and max(body.tokens) >= known:
             raise ApiError(
