@@ -280,3 +280,54 @@ def test_a_measurement_is_of_every_form_and_a_spoilt_file_counts_as_none(tmp_pat
         (tmp_path / "forms.json").write_text(text)
         veneer.tune_forms(model)
         assert json.loads((tmp_path / "forms.json").read_text())
+
+
+class _Convolutions(torch.nn.Module):
+    """Two kernels, one without a bias, and a linear layer behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = torch.nn.Conv1d(3, 4, 3, padding=1)
+        self.far = torch.nn.Conv1d(4, 5, 1, bias=False)
+        self.last = torch.nn.Linear(5, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.far(torch.tanh(self.near(x))).mT)
+
+
+@torch.no_grad()
+def test_biases_trained_beside_a_kernel_s_update_are_those_of_their_rows_and_merge():
+    torch.manual_seed(0)
+    model = _Convolutions().double().eval()
+    x = torch.randn(5, 3, 6, dtype=torch.float64)
+    sites = ("near", "last")
+    for name, key, own in (
+        ("lora", "lora", {"rank": 1, "lora_bias": True, "bias": "lora_only", "sites": sites}),
+        ("dora", "dora", {"rank": 1, "bias": "lora_only", "sites": sites}),
+        ("added", "lora", {"rank": 1, "lora_bias": True, "sites": ("far",)}),
+        ("biases", "bitfit", {"sites": sites}),
+    ):
+        veneer.attach(model, key, name, **own)
+        for view in veneer.trainable(model).values():
+            view.copy_(torch.randn_like(view))
+    alone = {}
+    for name in ("lora", "dora", "added", "biases", None):
+        veneer.activate(model, name)
+        alone[name] = model(x)
+    names = ["dora", None, "lora", "added", "biases"]
+    with veneer.rows(model, names):
+        together = model(x)
+    for i, name in enumerate(names):
+        torch.testing.assert_close(together[i], alone[name][i], rtol=0, atol=1e-12)
+        if name is not None:
+            assert not torch.allclose(alone[name], alone[None])
+
+    with veneer.rows(model, names, form="segments"):
+        torch.testing.assert_close(model(x), together, rtol=0, atol=1e-12)
+    veneer.activate(model, ["lora", "dora"])
+    stacked = model(x)
+    shift = model.veneer.adapter("lora").named()
+    assert any(k.endswith("/base_bias") for k in shift)
+    veneer.merge(model, "lora")
+    veneer.activate(model, "dora")
+    torch.testing.assert_close(model(x), stacked, rtol=0, atol=1e-12)

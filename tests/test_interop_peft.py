@@ -170,6 +170,22 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "dora of a convolution": ("net", lora(target_modules=["patch", "middle"], use_dora=True)),
     "dora of an embedding": ("net", lora(target_modules=["table", "middle"], use_dora=True)),
     "dora of a token table": ("llama", lora(target_modules=["embed_tokens", "q_proj"], use_dora=True)),
+    "bias of B and of the base at convolutions": (
+        "net",
+        lora(target_modules=["patch", "middle"], lora_bias=True, bias="lora_only"),
+    ),
+    "dora and the biases of its sites": (
+        "biased_llama",
+        lora(target_modules=["q_proj", "down_proj"], use_dora=True, bias="lora_only"),
+    ),
+    "dora and the biases of its Conv1D layers": (
+        "gpt2",
+        lora(target_modules=["c_attn", "c_fc"], use_dora=True, bias="lora_only"),
+    ),
+    "dora and the biases of its kernels": (
+        "net",
+        lora(target_modules=["table", "patch", "last"], use_dora=True, bias="lora_only"),
+    ),
     "dora and all biases": ("bert", lora(target_modules=["query"], use_dora=True, bias="all")),
     "dora, pissa": ("llama32", lora(target_modules=["q_proj"], init_lora_weights="pissa", use_dora=True)),
     "dora, olora, rank-stabilised": (
@@ -352,6 +368,29 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
         "llama",
         lambda: peft.AdaLoraConfig(
             target_modules=["q_proj", "down_proj"], init_r=5, target_r=3, total_step=9
+        ),
+    ),
+    "adalora and rows of some tokens": (
+        "llama",
+        lambda: peft.AdaLoraConfig(
+            target_modules=["q_proj"], init_r=5, target_r=3, total_step=9, trainable_token_indices=[3, 7]
+        ),
+    ),
+    "adalora, rows of tokens that the head shares, and the biases of its sites": (
+        "gpt2",
+        lambda: peft.AdaLoraConfig(
+            target_modules=["c_attn"],
+            init_r=5,
+            target_r=3,
+            total_step=9,
+            trainable_token_indices={"wte": [3, 7]},
+            bias="lora_only",
+        ),
+    ),
+    "adalora and all biases": (
+        "bert",
+        lambda: peft.AdaLoraConfig(
+            target_modules=["value"], init_r=5, target_r=3, total_step=9, bias="all", task_type="SEQ_CLS"
         ),
     ),
     "adalora, cut": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -77,7 +78,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[VeneerError], str]] = {
     "a variant": ({"use_qalora": True}, Unsupported, "use_qalora"),
     "replicated layers": ({"layer_replication": [[0, 2], [1, 2]]}, Unsupported, "layer_replication"),
     "a start from data": ({"init_lora_weights": "corda"}, Unsupported, "corda"),
-    "dora with biases of its sites": ({"use_dora": True, "bias": "lora_only"}, Unsupported, "lora_only"),
     "dora with a bias of B": ({"use_dora": True, "lora_bias": True}, Unsupported, "lora_bias"),
     "a rank that is a text": ({"r": "eight"}, BadFile, "r='eight'"),
     "a rank of nothing": ({"r": None}, BadFile, "r=None"),
@@ -267,6 +267,40 @@ def test_rows_of_tokens_that_have_no_form_are_refused_in_words(tokens, targets, 
         veneer.load(base, folder)
     assert caught.value.next_step
     assert is_untouched(base)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "kind", "option"),
+    [
+        ("LoraConfig", {"use_dora": True}, {"lora_bias": True}),
+        ("AdaLoraConfig", {"total_step": 9}, {"use_dora": True}),
+        ("AdaLoraConfig", {"total_step": 9}, {"target_parameters": ["q_proj.weight"]}),
+    ],
+)
+def test_what_hf_peft_itself_refuses_is_refused_here_by_name(make, kind, option, folder):
+    peft = pytest.importorskip("peft")
+    (name,) = option
+    base = copy.deepcopy(llama())
+    with pytest.raises((ValueError, TypeError)):
+        peft.get_peft_model(base, getattr(peft, make)(target_modules=["q_proj"], **kind, **option))
+    edit(folder, peft_type="LORA" if make == "LoraConfig" else "ADALORA", init_r=4, **kind, **option)
+    with pytest.raises(VeneerError, match=name):
+        veneer.load(llama(), folder)
+    assert is_untouched(llama())
+
+
+def test_a_bias_that_hf_peft_ignores_is_refused_by_name(folder):
+    """lora_bias of AdaLoRA: the option is there, and no tensor comes of it."""
+    peft = pytest.importorskip("peft")
+    config = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=9, lora_bias=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = peft.get_peft_model(copy.deepcopy(llama()), config)
+    assert not any(n.endswith("bias") for n, p in made.named_parameters() if p.requires_grad)
+    edit(folder, peft_type="ADALORA", init_r=4, total_step=9, lora_bias=True)
+    with pytest.raises(Unsupported, match=r"lora_bias=True has no form here: HF PEFT makes no such bias"):
+        veneer.load(llama(), folder)
 
 
 def test_a_head_that_shares_the_embedding_s_weight_is_refused_by_name(tmp_path):

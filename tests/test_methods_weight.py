@@ -210,9 +210,9 @@ OPTIONS = [
     ("lora", {"rank": 3}),
     ("lora", {"rank": 2, "rank_stabilized": True, "init": "pissa"}),
     ("lora", {"rank": 2, "lora_bias": True, "bias": "lora_only"}),
-    ("dora", {"rank": 3}),
+    ("dora", {"rank": 3, "bias": "lora_only"}),
     ("vera", {"rank": 4}),
-    ("adalora", {"rank": 3, "target_rank": 2}),
+    ("adalora", {"rank": 3, "target_rank": 2, "bias": "lora_only"}),
     ("loha", {"rank": 3}),
     ("hira", {"rank": 3}),
 ]
@@ -298,6 +298,7 @@ IDENTITIES += [
 ]
 IDENTITIES += [("loha", {"rank": 2}), ("loha", {"rank": 2, "tucker": True})]
 IDENTITIES += [("lora", {"rank": 2, "lora_bias": True, "bias": "lora_only"})]
+IDENTITIES += [("dora", {"rank": 2, "bias": "lora_only"}), ("adalora", {"bias": "lora_only"})]
 
 
 PLACES = [linear(6, 4), conv(3, 4), embedding(7, 5), vector(4)]
@@ -309,7 +310,7 @@ def _fits(key: str, options: dict, site: Site) -> bool:
     if key == "bitfit":
         return site.kind in ("linear", "parameter")
     if options.get("lora_bias"):
-        return site.kind == "linear"
+        return site.kind in ("linear", "conv")
     return not kinds or (site.kind in kinds and len(site.shape) > 1)
 
 
@@ -622,7 +623,7 @@ def test_vectors_with_a_neutral_value_are_not_decayed():
         (lambda: build("lora", init="orthogonal", rank=3), ("rank=3", "even")),
         (lambda: build("lora", rank=0), ("rank=0", "at least 1")),
         (lambda: build("lora", bias="some"), ("bias='some'", "none")),
-        (lambda: build("lora", lora_bias=True).tensors(conv(3, 4)), ("lora_bias", "conv")),
+        (lambda: build("lora", lora_bias=True).tensors(embedding(3, 4)), ("lora_bias", "embedding")),
         (
             lambda: build("lora", rank=5, init="pissa").start(
                 linear(4, 3), draw(3, 4), Tensors(A=draw(5, 4))

@@ -59,8 +59,9 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         chosen = list(args) if shared else [_take(rows, v) for v in args]
         named = kwargs if shared else {k: _take(rows, v) for k, v in kwargs.items()}
         swapped = _replaced(module, [*whole, *members], frame)
-        if bias is not None:
-            swapped["bias"] = torch.zeros_like(bias)
+        if bias is not None:  # it is added at the end: here what these edits add to it
+            now = swapped.get("bias")
+            swapped["bias"] = torch.zeros_like(bias) if now is None else now - bias
         stand_in = twin(module, swapped)
         if module._modules:  # its children see these rows only
             with entered(_narrowed(frame, rows, module.__dict__[NAME])):
@@ -173,7 +174,23 @@ def _replaced(module: nn.Module, ops: list[Op], frame: Frame) -> dict[str, Tenso
         start = now if now is not None else stored(module, site.parameter)
         dW = _made(op, frame, "dW", functools.partial(_change, module, op, frame))
         replaced[site.parameter] = paste(start, cut(start, site) + dW.to(start.dtype), site)
+    for op in ops:
+        _shift_bias(module, op, replaced)
     return replaced
+
+
+def _shift_bias(module: nn.Module, op: Op, replaced: dict[str, Tensor | None]) -> None:
+    """Put what an edit of the weight adds to the bias beside its W'. A layer without a bias gets one."""
+    change = op.method.bias_delta(op.t) if hasattr(op.method, "bias_delta") else None
+    if change is None:
+        return
+    site = op.site
+    name = site.bias or "bias"
+    now = replaced[name] if name in replaced else getattr(module, name, None)
+    if site.ranges:
+        wide = len(now) if now is not None else max(j for _, j in site.ranges)
+        change = change.new_zeros(wide).index_copy(0, features(site, change.device), change)
+    replaced[name] = change if now is None else now + change.to(now.dtype)
 
 
 def _made(op: Op, frame: Frame, what: str, make: Any) -> Tensor:

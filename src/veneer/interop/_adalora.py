@@ -13,7 +13,8 @@ from veneer.errors import BadFile, Unsupported
 from . import _targets
 from ._config import Field, only
 from ._converter import OWN_FORM, Converter, Reading, Request, Writing, beside_default, converter, whole
-from ._lora import Lora
+from ._lora import Lora, own_bias, token_rows
+from ._pairs import give_bias
 
 
 @converter
@@ -28,12 +29,10 @@ class AdaLora(Lora):
         "r": Field(8),  # HF PEFT ignores it
         "rank_pattern": Field(None, "masks by name"),
         "alpha_pattern": only({}),
-        "bias": only("none"),
-        "lora_bias": only(False),
+        "lora_bias": only(False, "HF PEFT makes no such bias for this type"),
         "use_rslora": Field(False),  # without effect there
         "use_dora": only(False),
         "target_parameters": only(None),
-        "trainable_token_indices": only(None),
         "target_r": Field(8, "whole"),
         "init_r": Field(12, "whole"),
         "tinit": Field(0, "whole"),
@@ -58,13 +57,18 @@ class AdaLora(Lora):
                 next_step='"total_step": 1000 in that file',
             )
         made.total_steps = steps
+        token_rows(job, made)
         return made
 
     def options(self, job: Reading) -> dict[str, Any]:
         c = job.config
         options = {ours: c[theirs] for ours, theirs in self._names.items()}
         options["target_rank"] = min(c["target_r"], c["init_r"])
-        return {**options, "alpha": c["lora_alpha"] if c["lora_alpha"] > 0 else float(c["init_r"])}
+        return {
+            **options,
+            "bias": c["bias"],
+            "alpha": c["lora_alpha"] if c["lora_alpha"] > 0 else float(c["init_r"]),
+        }
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
         n_out, n_in = sp.site.shape
@@ -83,14 +87,16 @@ class AdaLora(Lora):
         A = job.file.take(f"{prefix}lora_A", (left, n_in))
         B = job.file.take(f"{prefix}lora_B", (n_out, left))
         E = job.file.take(f"{prefix}lora_E", (left, 1)).flatten()
+        beside = own_bias(job, sp, prefix)
         if kept is None or left == rank:
-            return {"A": A, "B": B, "E": E}
+            return {"A": A, "B": B, "E": E, **beside}
         # Dropped triplets are zero in all three tensors: they get no gradient, so they stay dropped.
         live = torch.tensor(kept).nonzero().flatten()
         return {
             "A": A.new_zeros(rank, n_in).index_copy(0, live, A),
             "B": B.new_zeros(n_out, rank).index_copy(1, live, B),
             "E": E.new_zeros(rank).index_copy(0, live, E),
+            **beside,
         }
 
     def write(self, job: Writing) -> dict[str, Any]:
@@ -117,7 +123,9 @@ class AdaLora(Lora):
             job.tensors[f"{prefix}lora_A"] = t["A"]
             job.tensors[f"{prefix}lora_B"] = whole(site, job.host, t["B"]) * (own["alpha"] / m.alpha)
             job.tensors[f"{prefix}lora_E"] = t["E"][:, None]
-        fields = {theirs: getattr(m, ours) for ours, theirs in self._names.items()}
+            if "base_bias" in t:
+                give_bias(job, site, whole(site, job.host, t["base_bias"]))
+        fields = {theirs: getattr(m, ours) for ours, theirs in self._names.items()} | {"bias": m.bias}
         words = _targets.words_for(job.host, modules, job.plan.whole)
         fields["fan_in_fan_out"] = any(sp.site.kind == "conv1d" for sp in job.plan.sites)
         steps = (

@@ -102,7 +102,6 @@ class Reading:
     nested: dict[tuple[str, str], str] = field(
         default_factory=dict
     )  # edited parameters without a module of their own
-    places: set[tuple[str, str]] = field(default_factory=set)  # (module, parameter) that are edited
     rows: dict[str, str] = field(default_factory=dict)  # module with trained rows -> its name in the file
     pairs: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)  # what parts of one parameter share
 

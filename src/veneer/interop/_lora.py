@@ -88,9 +88,9 @@ class Lora(Converter):
         options["patterns"] = _patterns(config, keys)
         places = {(m, "weight") for m in modules} | {(s.module, s.parameter) for s in parameters}
         job.nested = nesting(job.host, parameters)
-        job.places = places
-        options["trainable_tokens"], job.rows = _token_rows(job)
-        return Request(self.method_of(config), options, places)
+        made = Request(self.method_of(config), options, places)
+        token_rows(job, made)
+        return made
 
     def method_of(self, config: Config) -> str:
         return "dora" if config["use_dora"] else "lora"
@@ -103,15 +103,11 @@ class Lora(Converter):
         options |= {"init": _start(c), "bias": c["bias"]}
         if not c["use_dora"]:
             return {**options, "lora_bias": c["lora_bias"]}
-        for name, value in (
-            ("lora_bias", c["lora_bias"]),
-            ("bias", c["bias"] == "lora_only" and "lora_only"),
-        ):
-            if value:
-                raise Unsupported(
-                    f"LORA: {name}={value!r} together with use_dora=True has no form here.",
-                    next_step="an adapter with use_dora=False, or with bias='all'",
-                )
+        if c["lora_bias"]:
+            raise Unsupported(
+                "LORA: lora_bias=True together with use_dora=True has no form here, and HF PEFT itself refuses it.",
+                next_step="an adapter with use_dora=False, or with bias='lora_only'",
+            )
         return options
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
@@ -138,10 +134,7 @@ class Lora(Converter):
             found["magnitude"] = file.take(f"{prefix}lora_magnitude_vector", *shapes).flatten()
         if "bias" in sp.specs:
             found["bias"] = file.take(f"{prefix}lora_B.bias", (n_out,))
-        if "base_bias" in sp.specs:
-            bare: Any = job.host.bias(site)
-            found["base_bias"] = file.take(f"{prefix}base_layer.bias", (n_out,)) - bare.detach().cpu()
-        return found
+        return found | own_bias(job, sp, prefix)
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -211,16 +204,30 @@ def _patterns(config: Config, keys: list[tuple[str, str]]) -> dict[str, dict[str
     return found
 
 
-def _token_rows(job: Reading) -> tuple[Any, dict[str, str]]:
-    """The option `trainable_tokens`, and {module that reads a table: the name that the file has for the table}."""
-    given = job.config["trainable_token_indices"]
+def own_bias(job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
+    """The change of the base's own bias at an edited site, where it is trained."""
+    if "base_bias" not in sp.specs:
+        return {}
+    bare: Any = job.host.bias(sp.site)
+    found = job.file.take(f"{prefix}base_layer.bias", (sp.site.shape[0],))
+    return {"base_bias": found - bare.detach().cpu()}
+
+
+def token_rows(job: Reading, made: Request) -> None:
+    """The option `trainable_tokens`, and in job.rows {module that reads a table: the table's name in the file}."""
+    made.options["trainable_tokens"], job.rows = _token_rows(
+        job, job.config["trainable_token_indices"], made.places
+    )
+
+
+def _token_rows(job: Reading, given: Any, places: set[tuple[str, str]]) -> tuple[Any, dict[str, str]]:
     if not given:
         return (), {}
     main = input_embeddings(job.model)
     names = [n for n, _ in job.model.named_modules() if n.partition(".")[0] != "veneer"]
     own = next((n for n in names if main is not None and job.host.module(n) is main), "embed_tokens")
     by_name = {own: given} if isinstance(given, list) else given
-    edited = {m for m, _ in job.places}
+    edited = {m for m, _ in places}
     option: dict[str, list[int]] = {}
     rows: dict[str, str] = {}
     for name, ids in by_name.items():

@@ -74,8 +74,13 @@ class Pair:
         if self.bias is not None:
             job.tensors[f"{prefix}lora_B.bias"] = self.bias
         if self.base_bias is not None:
-            bare: Any = job.host.bias(replace(site, ranges=()))
-            job.tensors[f"{prefix}base_layer.bias"] = bare.detach().to(self.base_bias) + self.base_bias
+            give_bias(job, site, self.base_bias)
+
+
+def give_bias(job: Writing, site: Site, change: Tensor) -> None:
+    """Write the base's own bias of an edited module, with its change: (out,) of the whole module."""
+    bare: Any = job.host.bias(replace(site, ranges=()))
+    job.tensors[f"{job.prefix}{site.module}.base_layer.bias"] = bare.detach().to(change) + change
 
 
 def pairs_of(job: Writing) -> list[Pair]:

@@ -16,15 +16,33 @@ After each step t = 1, 2, ..  (before gradients are dropped; i = |p gradient| fo
 b0 counts all triplets, b1 = target_rank a site; every `every` steps E of the b0 - b(t) lowest scores over
 *all* sites is set to zero. A dropped triplet can return, since its E still gets gradients, until t = total -
 tfinal: then the last choice is made and held. The schedule needs the number of steps.
+
+`bias` and `trainable_tokens` train biases of the base and rows of its table beside the triplets, as for `lora`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from veneer.edits import At, Site, Sites, Specs, Tensors, WeightMethod, dropout, hyper, method, normal, zeros
+from veneer.edits import (
+    At,
+    Method,
+    Site,
+    Sites,
+    Specs,
+    Tensors,
+    WeightMethod,
+    dropout,
+    hyper,
+    method,
+    normal,
+    zeros,
+)
 from veneer.errors import BadOption
+
+from . import _beside
 
 
 @method(
@@ -47,6 +65,10 @@ class AdaLoRA(WeightMethod):
     beta1: float = hyper(0.85, "memory of the importance", more_than=0, at_most=1)
     beta2: float = hyper(0.85, "memory of its uncertainty", more_than=0, at_most=1)
     orthogonality: float = hyper(0.5, "weight of the penalty", alias="orth_reg_weight", at_least=0)
+    bias: str = hyper("none", "biases of the base that are trained too", choices=_beside.BIASES)
+    trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = hyper(
+        (), "token ids whose rows of the embedding are trained too", alias="trainable_token_indices"
+    )
     sites: Sites = "attention.{query,value}"
 
     needs_total_steps = True
@@ -64,7 +86,11 @@ class AdaLoRA(WeightMethod):
             "A": normal(0.02, self.rank, *site.shape[1:]),
             "B": normal(0.02, site.shape[0], self.rank),
             "E": zeros(self.rank, decay=False),
+            **_beside.own_bias(self, site),
         }
+
+    def also(self) -> tuple[Method, ...]:
+        return _beside.parts(self)
 
     def delta(self, t: Tensors, W: Tensor) -> Tensor:
         """(out, in) or (out, in, height, width) -> the same shape"""
@@ -74,7 +100,12 @@ class AdaLoRA(WeightMethod):
 
     def branch(self, t: Tensors, x: Tensor, at: At) -> Tensor:
         """(..., in) -> (..., out)"""
-        return self.scale * (dropout(x, self.dropout, at) @ t.A.mT * t.E) @ t.B.mT
+        y = self.scale * (dropout(x, self.dropout, at) @ t.A.mT * t.E) @ t.B.mT
+        return y + t.base_bias if "base_bias" in t else y
+
+    def bias_delta(self, t: Tensors) -> Tensor | None:
+        """What is added to the base's bias: (out,), or None where it is not trained."""
+        return t.base_bias if "base_bias" in t else None
 
     @property
     def scale(self) -> float:

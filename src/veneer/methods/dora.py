@@ -15,7 +15,7 @@ embedding, (rows, width), has a length for each column, m: (width,), as in HF PE
 adapter later uses the norms of the bare W, since weight edits add up.
 
 `init` chooses the start of the pair, as for `lora`: B A stands for B A - B0 A0 where the start is a part of W.
-`bias="all"` trains all biases of the base beside it.
+`bias="lora_only"` trains the base's own bias at edited sites beside it, `bias="all"` all biases of the base.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,16 +30,14 @@ from veneer.edits import (
     Sites,
     Specs,
     Tensors,
-    TrainedCopy,
     WeightMethod,
     dropout,
     from_base,
     hyper,
     method,
-    trained_tokens,
 )
 
-from . import _starts
+from . import _beside, _starts
 
 
 @method(
@@ -68,21 +66,20 @@ class DoRA(WeightMethod):
         "default, gaussian, orthogonal, pissa, pissa_niter_N, olora or none",
         alias="init_lora_weights",
     )
-    bias: str = hyper("none", "biases of the base that are trained too", choices=("none", "all"))
+    bias: str = hyper("none", "biases of the base that are trained too", choices=_beside.BIASES)
     sites: Sites = "attention.{query,value}"
 
     def __post_init__(self) -> None:
         _starts.check("dora", self.init, self.rank)
 
     def also(self) -> tuple[Method, ...]:
-        biases = (TrainedCopy(sites="bias"),) if self.bias == "all" else ()
-        return (*biases, *trained_tokens(self.trainable_tokens))
+        return _beside.parts(self)
 
     def tensors(self, site: Site) -> Specs:
         found = _starts.pair(self.init, self.rank, site)
         name, size = ("columns", site.shape[1]) if site.kind == "embedding" else ("magnitude", site.shape[0])
         found[name] = from_base(size, decay=False, compute="float32")
-        return found
+        return found | _beside.own_bias(self, site)
 
     def start(self, site: Site, W: Tensor, t: Tensors) -> dict[str, Tensor]:
         found = _starts.begin(self, site, W, t)
@@ -121,7 +118,12 @@ class DoRA(WeightMethod):
             return (scaled - x) @ t.base.mT + self._update(t, scaled)
         if dropped is not x:
             y = dropped @ t.base.mT
-        return (t.gain - 1) * y + t.gain * self._update(t, dropped)
+        dy = (t.gain - 1) * y + t.gain * self._update(t, dropped)
+        return dy + t.base_bias if "base_bias" in t else dy
+
+    def bias_delta(self, t: Tensors) -> Tensor | None:
+        """What is added to the base's bias: (out,), or None where it is not trained."""
+        return t.base_bias if "base_bias" in t else None
 
     def _update(self, t: Tensors, x: Tensor) -> Tensor:
         """s B A x: (..., in) -> (..., out)"""

@@ -24,7 +24,7 @@ HF PEFT's names lora_embedding_A is this B transposed, lora_embedding_B this A t
 
 Two kinds of bias can be trained: `lora_bias` adds s times a bias of B to the output; `bias="lora_only"`
 trains the base's own bias at edited sites, `bias="all"` all biases of the base. What the first two add is
-`bias_delta`, which merging puts into the base's bias.
+`bias_delta`, which merging puts into the base's bias. They are for linear layers and convolutions.
 
 `trainable_tokens` trains the rows of some tokens in the embedding beside the update, new ones that a chat
 form brings for example. An output layer that shares the table follows.
@@ -42,17 +42,15 @@ from veneer.edits import (
     Sites,
     Specs,
     Tensors,
-    TrainedCopy,
     WeightMethod,
     dropout,
     hyper,
     method,
-    trained_tokens,
     zeros,
 )
 from veneer.errors import BadOption
 
-from . import _starts
+from . import _beside, _starts
 
 
 @method(
@@ -78,7 +76,7 @@ class LoRA(WeightMethod):
         "default, gaussian, orthogonal, pissa, pissa_niter_N, olora or none",
         alias="init_lora_weights",
     )
-    bias: str = hyper("none", "biases of the base that are trained too", choices=("none", "all", "lora_only"))
+    bias: str = hyper("none", "biases of the base that are trained too", choices=_beside.BIASES)
     lora_bias: bool = hyper(False, "B has a bias of its own, scaled by s")
     trainable_tokens: Sequence[int] | Mapping[str, Sequence[int]] = hyper(
         (), "token ids whose rows of the embedding are trained too", alias="trainable_token_indices"
@@ -92,21 +90,16 @@ class LoRA(WeightMethod):
         return _starts.pair(self.init, self.rank, site) | self._biases(site)
 
     def _biases(self, site: Site) -> Specs:
-        found, factored = {}, site.kind in ("linear", "conv1d")
-        if self.lora_bias and not factored:
+        if self.lora_bias and site.kind not in _beside.WITH_BIAS:
             raise BadOption(
-                f"lora: lora_bias=True is for linear sites; '{site.name}' is of kind '{site.kind}'.",
+                f"lora: lora_bias=True is for linear sites and convolutions; '{site.name}' is of kind '{site.kind}'.",
                 next_step=f"lora_bias=False, or exclude={site.name!r}",
             )
-        if self.lora_bias:
-            found["bias"] = zeros(site.n_out, decay=False)
-        if self.bias == "lora_only" and factored and site.bias:
-            found["base_bias"] = zeros(site.n_out, decay=False)
-        return found
+        of_pair = {"bias": zeros(site.n_out, decay=False)} if self.lora_bias else {}
+        return of_pair | _beside.own_bias(self, site)
 
     def also(self) -> tuple[Method, ...]:
-        biases = (TrainedCopy(sites="bias"),) if self.bias == "all" else ()
-        return (*biases, *trained_tokens(self.trainable_tokens))
+        return _beside.parts(self)
 
     @property
     def start_reads_weight(self) -> bool:
