@@ -1,5 +1,6 @@
 """Adapters come, go and are replaced while other threads run the model: a call sees one moment."""
 
+import ast
 import threading
 import time
 
@@ -223,3 +224,12 @@ def test_one_adapter_takes_the_place_of_another_of_another_method():
         for leaf in other.leaves():
             leaf.add_(0.3)
         assert torch.equal(out(fresh, given), replaced)
+
+
+def test_attaching_to_attention_parses_no_source(monkeypatch):
+    # Python 3.11 keeps the parser's depth in a place of all threads: two that parse at once can fail.
+    model, parsed, parse = base("llama"), [], ast.parse
+    with monkeypatch.context() as patch:
+        patch.setattr(ast, "parse", lambda *args, **kwargs: parsed.append(args) or parse(*args, **kwargs))
+        add(model, "prefix_tuning", "x")
+    assert parsed == []

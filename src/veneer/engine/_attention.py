@@ -82,14 +82,30 @@ def _has_work(module: nn.Module, frame: Frame) -> bool:
 
 def check(module: nn.Module, name: str) -> None:
     """Refuse attentions that the port cannot reach."""
-    source = inspect.getsource(plain_class(module)) if "config" in module.__dict__ else ""
-    if "ALL_ATTENTION_FUNCTIONS" not in source and "get_interface" not in source:
+    used = _names_used(plain_class(module)) if "config" in module.__dict__ else ()
+    if "ALL_ATTENTION_FUNCTIONS" not in used and "get_interface" not in used:
         raise Unsupported(
             f"the attention '{name}' ({plain_class(module).__name__}) does not call transformers' attention interface, "
             "so its keys and values cannot be reached.",
             next_step="use a method of another port, or a base whose attention uses the interface",
         )
     register()
+
+
+@functools.cache
+def _names_used(kind: type) -> frozenset[str]:
+    """Globals and attributes that the class's functions name.
+
+    Read from the code objects: the source would be parsed whole at each attach, and Python 3.11's parser keeps
+    its depth in a place that all threads share, so that two threads that load at once can see it fail.
+    """
+    found: set[str] = set()
+    codes = [f.__code__ for f in map(inspect.unwrap, vars(kind).values()) if inspect.isfunction(f)]
+    while codes:
+        code = codes.pop()
+        found.update(code.co_names)
+        codes += [c for c in code.co_consts if inspect.iscode(c)]
+    return frozenset(found)
 
 
 def register() -> None:
