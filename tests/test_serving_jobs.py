@@ -131,11 +131,11 @@ def test_answers_do_not_change_while_a_job_trains(tmp_path: Path) -> None:
         before = base_weights(base)
         file = there.tuning.files.add("a.jsonl", lines(conversations(32)))
         job = there.tuning.create(Wish(file.id, epochs=40, batch_size=4, learning_rate=0.05))
-        assert until(lambda: there.tuning.spare.slices > 5, 20)
-        found, slices = [], there.tuning.spare.slices
+        assert until(lambda: there.tuning.spare.slices.total() > 5, 20)
+        found, slices = [], there.tuning.spare.slices.total()
         for prompt in asked:
             found.append(there.engine.generate(prompt, max_tokens=12, ignore_eos=True).tokens)
-        assert there.tuning.spare.slices > slices + 20, "nothing was trained meanwhile"
+        assert there.tuning.spare.slices.total() > slices + 20, "nothing was trained meanwhile"
         assert there.tuning.job(job.id).state == "running"
         assert found == wanted
         assert all(torch.equal(v, base.state_dict()[k]) for k, v in before.items())
@@ -284,25 +284,52 @@ def test_the_guard_lets_in_what_is_known_to_fit_and_nothing_else() -> None:
     assert guard.allows(small)
 
 
+class Parts:
+    """Work of three parts, for two runs that share each."""
+
+    def __init__(self) -> None:
+        self.left, self.shared, self.done = 3, 2, []
+
+    def __len__(self) -> int:
+        return self.left
+
+    def coming(self) -> Slice | None:
+        self.shared = 2
+        return Slice("part", 16) if self.left else None
+
+    def smaller(self) -> Slice | None:
+        self.shared -= 1
+        return Slice("part", 8) if self.shared else None
+
+    def do(self) -> None:
+        self.left -= 1
+        self.done.append(self.shared)
+
+    def close(self) -> None: ...
+
+
 def test_slices_wait_while_rows_speak_and_run_when_nobody_does() -> None:
-    guard = Guard(between_tokens=0.0)
-    spare, done = Spare(guard), []
-
-    def work() -> Iterator[Slice]:
-        for i in range(3):
-            yield Slice("part", 8)
-            done.append(i)
-
-    future = spare.begin(work())
-    spare.turn(True, 0.01)  # tells what the first one is
+    work = Parts()
+    spare = Spare(Guard(between_tokens=0.0), work)
     for _ in range(5):
         spare.turn(True, 0.01)
-    assert done == []
+    assert work.done == []
     assert spare.put_off == 5
     while spare.wanted:
         spare.turn(False, 0.0)
-    assert done == [0, 1, 2]
-    assert future.result() is None
+    assert work.done == [2, 2, 2]
+    assert spare.slices == {"part": 3}
+
+
+def test_where_a_part_for_all_is_too_long_it_is_done_for_fewer() -> None:
+    work = Parts()
+    spare = Spare(Guard(between_tokens=0.1), work)
+    spare.guard.learn(Slice("part", 16), 0.2)
+    spare.guard.learn(Slice("part", 8), 0.05)
+    spare.turn(True, 0.01)
+    assert (work.done, spare.put_off) == ([1], 0)
+    spare.turn(False, 0.01)
+    assert work.done == [1, 2]
 
 
 def test_an_engine_that_is_closed_in_the_midst_of_a_job_gives_the_base_back(tmp_path: Path) -> None:
@@ -314,7 +341,7 @@ def test_an_engine_that_is_closed_in_the_midst_of_a_job_gives_the_base_back(tmp_
     file = tuning.files.add("a.jsonl", lines(conversations()))
     job = tuning.create(Wish(file.id, epochs=900))
     other = tuning.create(Wish(file.id, epochs=900))
-    assert until(lambda: tuning.spare.slices > 5)
+    assert until(lambda: tuning.spare.slices.total() > 5)
     threading.Thread(target=engine.close).start()
     assert until(lambda: not engine.alive)
     tuning.stop()

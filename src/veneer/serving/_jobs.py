@@ -1,20 +1,23 @@
-"""Training while serving: jobs on disk, one at a time on the engine's own base, in the time that requests leave.
+"""Training while serving: jobs on disk, several together on the engine's own base, in the time that requests leave.
 
 A job's life is `validating_files`, `queued`, `running`, then `succeeded`, `failed` or `cancelled`. One thread leads
-it; the steps themselves are slices that the engine's thread does (`_jobs_spare`). Whatever a kill interrupts goes on
-at the next start: from the last checkpoint, or, where training had ended, with registering the same adapter again.
+all of them; the steps themselves are slices that the engine's thread does (`_jobs_spare`). Whatever a kill interrupts
+goes on at the next start: from the last checkpoint, or, where training had ended, with registering the same adapter
+again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
 import queue
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from typing import Any
 from veneer.bases import Base
 from veneer.errors import BadOption, Unsupported, VeneerError, nearest
 from veneer.training import Job as Arm
-from veneer.training import Progress, Settings, Sliced, wanted
+from veneer.training import Progress, Settings, Sliced, SlicedCohort, wanted
 
 from ._jobs_files import Files, NotThere
 from ._jobs_spare import Guard, Spare
@@ -58,9 +61,19 @@ class Wish:
     more: Mapping[str, Any] = field(default_factory=dict)  # what the API shows again: its own form, metadata
 
 
+@dataclass
+class _Running:
+    """A job that trains: what it says on the way, and the future that ends with its last slice."""
+
+    job: Job
+    sliced: Sliced
+    told: _Told
+    done: Future[None]
+
+
 class FineTuning:
     """The jobs of a server. root: where files and checkpoints lie. ready: as `Registry.register` takes it.
-    between_tokens: seconds, as for `Guard`.
+    between_tokens: seconds, as for `Guard`. together: jobs that train at the same time, as members of one cohort.
 
     `start()` takes up what was left; `stop()` leaves it so that it can be taken up again.
     """
@@ -75,15 +88,20 @@ class FineTuning:
         between_tokens: float = 0.2,
         largest_file: int | None = None,
         save_seconds: float = 60.0,
+        together: int = 4,
     ) -> None:
         self.engine, self.registry, self.save_seconds = engine, registry, save_seconds
+        self.together = together
         self.root = Path(root or registry.root / "fine_tuning")
         self.table = Jobs(registry.tables)
         limits = {} if largest_file is None else {"largest": largest_file}
         self.files = Files(self.root / "files", self.table, **limits)
         self.ready = ready or ready_on(engine)
-        self.spare = Spare(Guard(between_tokens), getattr(engine, "_wake", lambda: None))
+        self.cohort = SlicedCohort(getattr(engine, "model", None))
+        self.spare = Spare(Guard(between_tokens), self.cohort, getattr(engine, "_wake", lambda: None))
         engine.spare = self.spare
+        self._running: dict[str, _Running] = {}
+        self.steps: Counter[str] = Counter()  # of each job, since this process began
         self._news, self._stopping = threading.Event(), False
         self._thread: threading.Thread | None = None
 
@@ -169,14 +187,58 @@ class FineTuning:
         while not self._stopping and self.engine.alive:  # what is left is for the next start
             try:
                 self._validate()
-                job = self.table.claim(KIND)
-                if job is not None:
-                    self._lead(job)
-                    continue
+                self._take_on()
+                for running in list(self._running.values()):
+                    self._look(running)
             except Exception:  # a full disk, a locked table: tried again
                 log.exception("jobs could not be looked at")
-            self._news.wait(None if not self.table.listed(KIND, "queued") else 1.0)
+            waits = self._running or self.table.listed(KIND, "queued")
+            self._news.wait(LOOK if self._running else 1.0 if waits else None)
             self._news.clear()
+        for id in self._running:
+            self.cohort.leave(id)
+        self.spare.wake()
+        if not self.engine.alive:  # nobody is left who would take them off
+            self.cohort.close()
+        for running in self._running.values():
+            with contextlib.suppress(BaseException):
+                running.done.result()
+            self._tell(running)
+
+    def _take_on(self) -> None:
+        """Let waiting jobs in among those that train, while there is room."""
+        while len(self._running) < self.together and (job := self.table.claim(KIND)) is not None:
+            told = _Told()
+            try:
+                sliced = self._prepared(job, told)
+            except Exception as error:
+                self._ended_badly(job, error)
+                continue
+            self.say(job.id, "Fine-tuning job started")
+            self._running[job.id] = _Running(job, sliced, told, self.cohort.join(sliced))
+            self.spare.wake()
+
+    def _look(self, running: _Running) -> None:
+        """What a job has said becomes events; one that was cancelled is taken off, one that is done is served."""
+        job = running.job
+        ended = running.done.done()
+        self._tell(running)
+        if not ended:
+            if self.table.job(job.id).state != "running":
+                self.cohort.leave(job.id)
+                self.spare.wake()
+            return
+        del self._running[job.id]
+        try:
+            running.done.result()
+            if self.table.job(job.id).state == "running":  # and not cancelled in its last moments
+                self._serve(job, running.sliced)
+        except CancelledError:
+            if self.table.job(job.id).state == "running":  # the engine ends: the next start goes on with it
+                return
+        except Exception as error:
+            self._ended_badly(job, error)
+        self._clean(job)
 
     def _validate(self) -> None:
         for job in self.table.listed(KIND, "validating_files"):
@@ -187,20 +249,6 @@ class FineTuning:
                 continue
             self.say(job.id, f"Files validated: {len(splits.train):,} conversations to train on")
             self.table.update(job.id, state="queued", expected="validating_files")
-
-    def _lead(self, job: Job) -> None:
-        told = _Told()
-        try:
-            sliced = self._prepared(job, told)
-            self.say(job.id, "Fine-tuning job started")
-            if not self._train(job, sliced, told):
-                return
-            self._serve(job, sliced)
-        except Exception as error:
-            if not isinstance(error, VeneerError):
-                log.exception("job %s failed", job.id)
-            self._fail(job, error, "running")
-        self._clean(job)
 
     def _prepared(self, job: Job, told: Progress) -> Sliced:
         body = job.body
@@ -217,40 +265,18 @@ class FineTuning:
             evaluate_on=(), frozen_prefix="off", base_dropout=False,
         )  # fmt: skip
         device = next(model.parameters()).device.type
-        sliced = Sliced(
-            base, made, f"job {job.id}", device=device, progress=told, save_seconds=self.save_seconds
-        )
+        sliced = Sliced(base, made, job.id, device=device, progress=told, save_seconds=self.save_seconds)
         sliced.prepare()
         return sliced
 
-    def _train(self, job: Job, sliced: Sliced, told: _Told) -> bool:
-        """Whether it was trained to its end; what it says on the way becomes events."""
-        done = self.spare.begin(sliced.slices())
-        while not done.done():
-            self._news.wait(LOOK)
-            self._news.clear()
-            self._tell(job, told)
-            self._validate()
-            if self._stopping or self.job(job.id).state != "running" or not self.engine.alive:
-                self.spare.stop()
-                if not self.engine.alive:
-                    return False
-        self._tell(job, told)
-        try:
-            done.result()
-        except CancelledError:
-            if self.job(job.id).state == "cancelled":
-                self._clean(job)
-            return False
-        return True
-
-    def _tell(self, job: Job, told: _Told) -> None:
+    def _tell(self, running: _Running) -> None:
         found = []
-        while not told.said.empty():
-            message, data = told.said.get()
+        while not running.told.said.empty():
+            message, data = running.told.said.get()
             found.append({"message": message, "level": "info", "data": data})
+        self.steps[running.job.id] = running.told.steps
         if found:
-            self.table.note(job.id, *found)
+            self.table.note(running.job.id, *found)
 
     def _serve(self, job: Job, sliced: Sliced) -> None:
         """Register the adapter, which answers from now on, and only then say that the job has succeeded."""
@@ -267,6 +293,12 @@ class FineTuning:
         if self.table.update(job.id, state="succeeded", expected="running", body=found):
             self.say(job.id, f"New fine-tuned model created: {name}", {"version": f"sha256:{version.digest}"})
             self.say(job.id, "The job has successfully completed")
+
+    def _ended_badly(self, job: Job, error: Exception) -> None:
+        if not isinstance(error, VeneerError):
+            log.error("job %s failed", job.id, exc_info=error)
+        self._fail(job, error, "running")
+        self._clean(job)
 
     def _fail(self, job: Job, error: Exception, expected: str) -> None:
         message = error.what if isinstance(error, VeneerError) else f"{type(error).__name__}: {error}"
@@ -297,12 +329,13 @@ class _Told(Progress):
 
     def __init__(self) -> None:
         self.said: queue.SimpleQueue[tuple[str, dict[str, Any] | None]] = queue.SimpleQueue()
-        self.total = 0
+        self.total = self.steps = 0
 
     def begin(self, total: int, done: int = 0) -> None:
         self.total = total
 
     def step(self, step: int, loss: float, rate: float, tokens_per_second: float) -> None:
+        self.steps += 1
         every = max(1, self.total // EVENTS)
         if step % every == 0 or step == self.total:
             data = {"step": step, "total_steps": self.total, "train_loss": loss, "learning_rate": rate}

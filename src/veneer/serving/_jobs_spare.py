@@ -7,14 +7,11 @@ until nobody does. Without requests slices follow one another, and a request tha
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, Future
-from typing import Any
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
+from typing import Protocol
 
 from veneer.training import Slice
 
@@ -59,85 +56,58 @@ def _size(what: Slice) -> tuple[str, int]:
     return what.kind, math.ceil(math.log2(what.tokens)) if what.tokens > 0 else -1
 
 
+class Work(Protocol):
+    """What is done in spare time, a slice after the other."""
+
+    def coming(self) -> Slice | None:
+        """What `do` would do now; None where there is nothing to do."""
+
+    def smaller(self) -> Slice | None:
+        """What `do` would do now instead, if it is to take less time; None where it cannot."""
+
+    def do(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def __len__(self) -> int:
+        """0 where there is nothing to do."""
+
+
 class Spare:
-    """One work at a time, which is handed in on any thread and done on the engine's."""
+    """Work that is done by the engine's thread where its rows leave time. wake: tells that thread to look."""
 
-    def __init__(self, guard: Guard, wake: Callable[[], None] = lambda: None) -> None:
-        self.guard, self.wake = guard, wake
-        self._lock = threading.Lock()
-        self._work: Iterator[Slice] | None = None
-        self._next: Slice | None = None
-        self._done: Future[None] = Future()
-        self._stopping = False
-        self.slices = 0
-        self.seconds = 0.0
+    def __init__(self, guard: Guard, work: Work, wake: Callable[[], None] = lambda: None) -> None:
+        self.guard, self.work, self.wake = guard, work, wake
+        self.slices: Counter[str] = Counter()  # done, by kind
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.recent: deque[tuple[str, float]] = deque(maxlen=1024)
         self.put_off = 0  # times that rows had to go first
-
-    def begin(self, work: Iterator[Slice]) -> Future[None]:
-        """Start on `work`; the future ends with it, with its error, or (after `stop`) cancelled."""
-        with self._lock:
-            if self._work is not None:
-                raise RuntimeError("another work is under way")
-            self._work, self._next, self._stopping = work, None, False
-            self._done = Future()
-        self.wake()
-        return self._done
-
-    def stop(self) -> None:
-        """End the work after the slice that runs."""
-        self._stopping = True
-        self.wake()
 
     # -- on the engine's thread ------------------------------------------------------------------------------------
 
     @property
     def wanted(self) -> bool:
-        return self._work is not None
+        return len(self.work) > 0
 
     def turn(self, busy: bool, step_seconds: float) -> None:
         """One slice, if there is one and there is time. busy: rows run or wait. step_seconds: of the step before."""
-        work = self._work
         if busy:
             self.guard.saw_step(step_seconds)
-        if work is None:
-            return
-        if self._stopping:
-            self._end(work, CancelledError())
-            return
-        coming = self._next
-        if busy and coming is not None and not self.guard.allows(coming):
-            self.put_off += 1
+        coming = self.work.coming() if self.wanted else None
+        while coming is not None and busy and not self.guard.allows(coming):
+            coming = self.work.smaller()
+            if coming is None:
+                self.put_off += 1
+        if coming is None:
             return
         began = time.perf_counter()
-        try:
-            self._next = next(work)
-        except StopIteration:
-            self._end(work, None)
-        except BaseException as error:
-            self._end(work, error)
+        self.work.do()
         took = time.perf_counter() - began
-        self.slices += 1
-        self.seconds += took
-        if coming is not None:
-            self.guard.learn(coming, took)
+        self.slices[coming.kind] += 1
+        self.seconds[coming.kind] += took
+        self.recent.append((coming.kind, took))
+        self.guard.learn(coming, took)
 
     def close(self) -> None:
         """The engine ends: what was under way is stopped where it is."""
-        if self._work is not None:
-            self._end(self._work, CancelledError())
-
-    def _end(self, work: Any, error: BaseException | None) -> None:
-        try:
-            work.close()
-        except BaseException as other:
-            error = error or other
-        with self._lock:
-            self._work, self._next = None, None
-            done = self._done
-        if error is None:
-            done.set_result(None)
-        elif isinstance(error, CancelledError):
-            with contextlib.suppress(Exception):
-                done.set_exception(error)
-        else:
-            done.set_exception(error)
+        self.work.close()

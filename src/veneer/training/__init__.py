@@ -2,7 +2,8 @@
 
 Public: `train` and `TrainResult`; `Cohort`, `train_cohort` and `read_cohort` for several adapters at once;
 `predict`, `evaluate`, `generate`, `stream`, `Chat` and the `Predictor` that they open; `Hooks`, `Phase` and `Run`
-for those that take part in training; `Sliced`, a run that another loop takes further, with what `wanted` read;
+for those that take part in training; `Sliced`, a run that another loop takes further, with what `wanted` read, and
+`SlicedCohort`, several of them side by side;
 `Callback` for transformers' Trainer; `Job`, which reads an arm; `progress_for`, which chooses who is told how far a
 run is.
 """
@@ -23,6 +24,7 @@ from veneer.training._wanted import Wanted, wanted
 from veneer.training.cohorts.cohort import Cohort
 from veneer.training.cohorts.file import read_cohort
 from veneer.training.cohorts.rounds import CohortResult
+from veneer.training.cohorts.sliced import SlicedCohort
 from veneer.training.cohorts.train import train_cohort
 from veneer.training.hooks import Hooks, Phase
 
@@ -42,6 +44,7 @@ __all__ = [
     "Settings",
     "Slice",
     "Sliced",
+    "SlicedCohort",
     "Subject",
     "TrainResult",
     "Wanted",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,17 @@ class Slice:
 
     kind: str
     tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Part(Slice):
+    """A part of a step. Whoever computes it together with others' puts (loss, seconds) into `done`."""
+
+    run: Any = None
+    batch: Any = None
+    at: int = 0
+    share: float = 1.0  # of the step's rows
+    done: list[tuple[float, float]] = field(default_factory=list)
 
 
 class Sliced:
@@ -194,11 +205,14 @@ class Sliced:
         loss = 0.0
         total = sum(b.weight for b in micro)
         for part, batch in enumerate(micro):
-            yield Slice("part", _tokens(batch))
-            with self._turn(run, "step", at, part):
-                began = time.perf_counter()
-                loss += _part(run, batch, part, batch.weight / total)
-                spent += time.perf_counter() - began
+            coming = Part("part", _tokens(batch), run, batch, part, batch.weight / total)
+            yield coming
+            if not coming.done:
+                with self._turn(run, "step", at, part):
+                    began = time.perf_counter()
+                    found = _part(run, batch, part, coming.share)
+                    coming.done.append((found, time.perf_counter() - began))
+            loss, spent = loss + coming.done[0][0], spent + coming.done[0][1]
         yield Slice("update")
         with self._turn(run, "step", at, "update"):
             began = time.perf_counter()
