@@ -79,6 +79,19 @@ class Formed:
             return _FrozenProduct.apply(x, bias, W, copies, product, False)
         return copies.multiply(x, W, bias, product, False)
 
+    def frozen_product(self, x: Tensor) -> Callable[[Tensor, bool], Tensor] | None:
+        """(x, False) -> x W^T + b and (g, True) -> g W by this form, without a graph; None where it stands back."""
+        copies: Copies | None = self.__dict__.get("matmul_copies")
+        product = None if copies is None else _product(copies.form, x, self.weight)
+        if copies is None or product is None:
+            return None
+        W, bias = self._matrix(), self.bias
+
+        def multiply(x: Tensor, back: bool) -> Tensor:
+            return copies.multiply(x, W, None if back else bias, product, back)
+
+        return multiply
+
     def _matrix(self) -> Tensor:
         """The weight as (out, in)."""
         return self.weight

@@ -18,6 +18,7 @@ from veneer.errors import ShapeDiffers, Unsupported
 from ._facts import apply, facts, select, tensors_at
 from ._flat import laid_out
 from ._frame import Frame, entered
+from ._fused import beside
 from ._kept import may_keep, sources_of
 from ._outputs import cut_features, first, with_first
 from ._plan import SitePlan
@@ -30,8 +31,11 @@ from ._weights import cut, features, paste, stored
 def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: tuple, kwargs: dict) -> Any:
     """The base's output under weight edits: dense ones through W', factored ones added to the output."""
     if all(op.adds_alone for op in ops):  # the common case, at every linear of every decoding step
-        y = plain(*args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
+        made = beside(module, ops, frame, x)
+        if made is not None:
+            return made
+        y = plain(*args, **kwargs)
         return with_first(y, _add_branches(module, ops, frame, x, first(y), None))
     factored = [op for op in ops if _is_factored(op, frame)]
     dense = [op for op in ops if not _is_factored(op, frame)]
