@@ -13,6 +13,7 @@ from ._memory import MemoryUse, memory_budget
 from ._merge import MergeReport, merge, unmerge, why_not
 from ._plan import Plan
 from ._prefix import Prefix, frozen_prefix, playing, record_prefix
+from ._statistics import Batches
 from ._store import (
     FORMATS,
     Read,
@@ -44,6 +45,7 @@ from ._watch import facts_read
 __all__ = [
     "FORMATS",
     "Adapter",
+    "Batches",
     "FormTable",
     "Host",
     "MemoryUse",

@@ -94,6 +94,7 @@ class Rounds:
         self.seats: dict[str, _Seat] = {}
         self.result = CohortResult()
         self._encoded: dict[Any, Any] = {}
+        self._batches: dict[int, Any] = {}
         self.kept: Kept | None = None
         self._open = ExitStack()
         self._still = engine.is_still(base.model)
@@ -180,6 +181,8 @@ class Rounds:
                 seed_all(s.seed, "attach")
                 device = self.accelerator.device
                 data = statistics_data(job, task, encoded["train"], feeder, self.model, device, notes)
+                if data is not None:  # members that join together and begin alike are made from one pass
+                    data = self._batches.setdefault(id(encoded), engine.Batches(data))
                 seat(self.model, name, job, [*fresh, *made.whole], s.seed, made.members, data)
         try:
             engine.require_gradients(self.model, name)
@@ -216,6 +219,7 @@ class Rounds:
     def round(self) -> bool:
         """One step of every run that is not done; False where none is left."""
         self._finish_those_done()
+        self._batches.clear()  # what they keep is as large as the base
         if not self.seats:
             return False
         self.model.train()
