@@ -161,3 +161,56 @@ def test_closing_leaves_no_thread_and_a_bare_base(made: dict[str, Path]) -> None
     assert "veneer" not in base._modules
     with pytest.raises(VeneerError, match="closed"):
         engine.submit(ask([3]), inbox)
+
+
+def test_asking_and_looking_wait_for_no_forward_and_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model's thread stands in a forward, then in the choice of a token: others come and go meanwhile."""
+    from veneer.serving import _loop
+
+    inbox = Inbox()
+    with Engine(model(), slots=2) as engine:
+        engine.generate([3, 4, 5], max_tokens=2)
+        for place, name in ((engine._batch, "step"), (_loop, "choose")):
+            inside, go_on = threading.Event(), threading.Event()
+            plain = getattr(place, name)
+
+            def held(*args: Any, plain: Any = plain, inside: Any = inside, go_on: Any = go_on) -> Any:
+                inside.set()
+                assert go_on.wait(20)
+                return plain(*args)
+
+            monkeypatch.setattr(place, name, held)
+            first, second = ask([3, 4, 5], count=3), ask([6, 7], count=3)
+            engine.submit(first, inbox)
+            assert inside.wait(20)
+            done = threading.Event()
+
+            def others(first: Any = first, second: Any = second, done: Any = done) -> None:
+                engine.submit(second, inbox)
+                engine.cancel(first.id)
+                assert engine.stats()["steps"] >= 1
+                done.set()
+
+            thread = threading.Thread(target=others)
+            thread.start()
+            free = done.wait(5)
+            monkeypatch.setattr(place, name, plain)
+            go_on.set()
+            thread.join(20)
+            assert free, f"others waited while the model's thread was in `{name}`"
+            assert inbox.last(first).finish == "cancelled"
+            assert inbox.last(second).finish == "length"
+
+
+def test_requests_that_come_together_begin_together() -> None:
+    inbox = Inbox()
+    with Engine(model(), slots=4) as engine:
+        engine.generate([3, 4], max_tokens=2)
+        engine._seconds.append((2.0, 1))  # as if a step took two seconds: some milliseconds are nothing then
+        asked = [ask(p, count=2) for p in prompts(4)]
+        for request in asked:
+            engine.submit(request, inbox)
+            time.sleep(0.005)
+        for request in asked:
+            inbox.last(request)
+    assert len(inbox.calls) == 2, "four requests, two tokens each"

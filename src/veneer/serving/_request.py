@@ -107,3 +107,36 @@ class UnknownVersion(UnknownAdapter):
 
 class PromptTooLong(BadOption):
     """A prompt has more tokens than a row has positions."""
+
+
+def check(request: Request, positions: int, vocabulary: int) -> None:
+    """Raise where no row could run it: PromptTooLong, BadOption. positions: of a row."""
+    s = request.sampling
+    if not request.prompt:
+        raise BadOption("the prompt has no tokens.", next_step="give at least one")
+    if len(request.prompt) >= positions:
+        raise PromptTooLong(
+            f"the prompt has {len(request.prompt)} tokens; a row has {positions} positions, and one of them "
+            "is for the answer.",
+            next_step="a shorter prompt, or a larger max_length",
+        )
+    wrong = [i for i in request.prompt if not 0 <= i < vocabulary]
+    if wrong:
+        raise BadOption(
+            f"token {wrong[0]} is none of this base's {vocabulary}.",
+            next_step="engine.encode(text) makes token ids",
+        )
+    bounds = (
+        ("max_tokens", s.max_tokens >= 1, "at least 1"),
+        ("temperature", s.temperature >= 0, "at least 0"),
+        ("top_p", 0 < s.top_p <= 1, "above 0 and at most 1"),
+        ("top_k", s.top_k >= 0, "at least 0"),
+        ("min_p", 0 <= s.min_p <= 1, "between 0 and 1"),
+        ("repetition_penalty", s.repetition_penalty > 0, "above 0"),
+    )
+    for name, good, expected in bounds:
+        if not good:
+            raise BadOption(
+                f"{name}={getattr(s, name)!r}: expected {expected}.",
+                next_step="Sampling(max_tokens=64, temperature=0.7, top_p=0.9)",
+            )

@@ -1,0 +1,359 @@
+"""The engine's loop: what the thread that owns the model does, step after step.
+
+A step is: commands, rows that join, a forward, one token for every row, events: one call of each sink, whatever number
+of its requests had news. The lock guards who waits and who runs. No forward, no choice of tokens and no text is made
+under it, so that other threads are never held up by the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.bases import fingerprint
+from veneer.errors import VeneerError
+
+from ._batch import Batch
+from ._prefix import Prefixes
+from ._request import Event, Request
+from ._residents import Residents, free
+from ._row import Row, Sink
+from ._sampling import Chooser, choose
+from ._schedule import Schedule
+from ._text import Text
+from ._words import Words
+
+log = logging.getLogger("veneer.serving")
+MOST_POSITIONS = 4096  # of a row, where neither the base nor the user says
+Events = list[tuple[Sink, Event]]
+
+
+class Loop:
+    """What waits, what runs, and the thread that moves it on. `Engine` is its public side."""
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, slots: int, max_length: int | None, memory_budget: int | None,
+        queue_limit: int, weights: Mapping[str, float] | None, patience: float, prefill: int | None,
+        prefix_budget: int, same_base: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.slots = model.eval(), slots
+        self.words = Words(tokenizer, model)
+        own = self.words.positions
+        self.max_length = min(max_length or own or MOST_POSITIONS, own or max_length or MOST_POSITIONS)
+        self._news = threading.Condition(threading.RLock())
+        self._commands: deque[Callable[[], None]] = deque()
+        self._cancelled: set[str] = set()
+        self._sinks: dict[str, Sink] = {}  # of all requests that have no finish yet
+        self._schedule = Schedule(queue_limit, weights, patience)
+        self._residents = Residents(model, memory_budget, self._wake, same_base)
+        device = self._residents.host.device
+        self._prefixes = Prefixes(fingerprint(model), prefix_budget)
+        self._batch = Batch(
+            model, slots, self.max_length, prefill or (256 if device.type == "cpu" else 2048), self._prefixes
+        )
+        self._aside: dict[str, Row] = {}  # rows that made way, by the id of their request
+        self._counts: dict[str, Counter[str]] = {}
+        self._seconds: deque[tuple[float, int]] = deque(maxlen=1024)
+        self._done: deque[float] = deque(maxlen=64)
+        self._steps = self._made_way = 0
+        self._closing = self._draining = False
+        self.spare: Any = None  # a `Spare`: what is done in the time that requests leave
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="veneer-engine", daemon=True)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and self._error is None
+
+    # -- waking it ---------------------------------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        with self._news:
+            self._news.notify_all()
+
+    def _command(self, command: Callable[[], Any]) -> None:
+        with self._news:
+            self._commands.append(command)
+            self._news.notify_all()
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                began = time.perf_counter()
+                self._step()
+                if self.spare is not None:
+                    busy = bool(self._batch.size or self._schedule.length)
+                    self.spare.turn(busy, time.perf_counter() - began)
+        except BaseException as e:  # the loop itself: nothing that a request can cause comes here
+            self._error = e
+            log.exception("the engine has stopped")
+        finally:
+            if self.spare is not None:
+                self.spare.close()
+            self._end()
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False when it is time to end."""
+        with self._news:
+            while not self._closing:
+                if self._commands or self._cancelled or self._batch.size:
+                    return True
+                if self._schedule.length and self._ready_soon():
+                    self._gather()
+                    return True
+                if self.spare is not None and self.spare.wanted:
+                    return True
+                for version in self._residents.sweep():
+                    self._prefixes.drop(version)
+                # The reader wakes this thread; the timeout is for a wait on patience alone.
+                self._news.wait(1.0 if self._schedule.length else None)
+            return False
+
+    def _gather(self) -> None:
+        """Where nothing runs, requests that come together begin together: a moment's wait, small beside a step, for
+        rows that would else be a step apart to their end."""
+        usual = self._seconds[-1][0] if self._seconds else 0.0
+        pause, end = 0.03 * usual, time.monotonic() + 0.1 * usual
+        waiting = 0
+        while waiting < self._schedule.length < self.slots and time.monotonic() < end and not self._closing:
+            waiting = self._schedule.length
+            self._news.wait_for(lambda: self._schedule.length > waiting or self._closing, pause)  # noqa: B023
+
+    def _ready_soon(self) -> bool:
+        states = {v: s["state"] for v, s in self._residents.stats().items()}
+        return any(
+            r.version is None or states.get(r.version) != "reading" or self._read(r.version)
+            for r in self._schedule.waiting()
+        )
+
+    def _read(self, version: str) -> bool:
+        reading = self._residents.versions[version].reading
+        return reading is None or reading.done()
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        events: Events = []
+        while self._commands:
+            try:
+                self._commands.popleft()()
+            except Exception:
+                log.exception("a command failed")
+        with self._news:
+            self._end_cancelled(events)
+            self._end_failed(events)
+        self._admit(events)
+        if self._batch.size:
+            said, failed = self._batch.step()
+            spoken = self._speak(said)
+            with self._news:
+                for row, event in spoken:
+                    self._schedule.charge(row.request, 1)
+                    if event.finish is None:
+                        events.append((row.sink, event))
+                    else:
+                        self._finish(row, event, events)
+                for row, error in failed:
+                    log.warning("request %s failed: %s", row.request.id, error)
+                    self._finish(row, row.event(finish="error", error=error), events, spoilt=True)
+                self._steps += 1
+                self._seconds.append((time.perf_counter() - began, len(said)))
+        with self._news:
+            for version in self._residents.sweep():
+                self._prefixes.drop(version)
+            self._news.notify_all()
+        self._emit(events)
+
+    def _admit(self, events: Events) -> None:
+        """Rows join while there are slots, whoever's turn it is. Attaching holds up no other thread."""
+        ways = self.slots
+        while True:
+            with self._news:
+                if self._batch.size >= self.slots:
+                    ways -= 1
+                    if ways < 0 or not self._make_way():
+                        return
+                chosen = self._schedule.pick(self._ready)
+            if chosen is None:
+                return
+            error = None if chosen.version is None else self._residents.attach(chosen.version)
+            with self._news:
+                if error is None:
+                    self._join(chosen)
+                else:
+                    self._schedule.done(chosen)
+                    self._end_failed_one(chosen, error, events)
+
+    def _end_failed(self, events: Events) -> None:
+        """Requests that wait for an adapter which cannot be used."""
+        for request in self._schedule.waiting():
+            error = None if request.version is None else self._residents.failure(request.version)
+            if error is not None:
+                self._schedule.remove(request.id)
+                self._end_failed_one(request, error, events)
+
+    def _end_failed_one(self, request: Request, error: Exception, events: Events) -> None:
+        aside = self._aside.pop(request.id, None)
+        event = Event(request.id, finish="error", error=error, prompt_tokens=len(request.prompt))
+        self._end_waiting(
+            request, event if aside is None else aside.event(finish="error", error=error), events
+        )
+
+    def _warm(self, version: str) -> None:
+        if not self._residents.gone(version):
+            with self._news:
+                ready = self._residents.ready(version)
+            if ready:
+                self._residents.attach(version)
+
+    def _make_way(self) -> bool:
+        """Put a row aside whose account has had far more than another that waits; it goes on later where it was."""
+        rows = {r.request.id: r for r in self._batch.everybody if not r.todo}
+        if len(self._aside) >= 2 * self.slots:
+            return False
+        owed = self._schedule.owed([r.request for r in rows.values()], self._ready)
+        if owed is None:
+            return False
+        row = rows[owed.id]
+        self._batch.put_aside(row)
+        self._aside[owed.id] = row
+        self._made_way += 1
+        self._schedule.put_back(owed)
+        if owed.version is not None:
+            self._residents.versions[owed.version].running -= 1
+        return True
+
+    def _ready(self, request: Request) -> bool | None:
+        return True if request.version is None else self._residents.ready(request.version)
+
+    def _join(self, request: Request) -> None:
+        version, s = request.version, request.sampling
+        traits = self._batch.bare
+        if version is not None:
+            self._residents.versions[version].running += 1
+        aside = self._aside.pop(request.id, None)
+        if aside is not None:
+            self._batch.join(aside)
+            return
+        if version is not None:
+            traits = self._residents.versions[version].traits
+        ends = tuple(sorted({*([] if s.ignore_eos else self.words.eos), *s.stop_tokens}))
+        row = Row(
+            request=request,
+            sink=self._sinks[request.id],
+            chooser=Chooser(s, frozenset(request.prompt), ends),
+            text=None if self.words.tokenizer is None else Text(self.words.decode, s.stop),
+            traits=traits,
+            todo=list(request.prompt),
+            eos=self.words.eos,
+            limit=min(s.max_tokens, self.max_length - len(request.prompt) - traits.added),
+        )
+        if row.limit < 1:
+            row.limit = 1  # the positions before a prompt leave room for one token at least: slots grow
+        self._batch.join(row)
+
+    def _speak(self, said: list[tuple[Row, torch.Tensor]]) -> list[tuple[Row, Event]]:
+        """A token for each row and the text that it makes."""
+        if not said:
+            return []
+        rows = [row for row, _ in said]
+        tokens, told = choose(torch.stack([logits for _, logits in said]), [r.chooser for r in rows])
+        return [(row, row.say(token, logprob)) for row, token, logprob in zip(rows, tokens, told)]
+
+    def _finish(self, row: Row, event: Event, events: Events, spoilt: bool = False) -> None:
+        request = row.request
+        row.ended = True
+        self._batch.leave(row, spoilt)
+        self._schedule.done(request)
+        if request.version is not None:
+            self._residents.versions[request.version].running -= 1
+            self._residents.end(request.version)
+        counts = self._counts.setdefault(request.version or "", Counter())
+        counts["requests"] += 1
+        counts[event.finish or ""] += 1
+        counts["prompt"] += len(request.prompt)
+        counts["generated"] += len(row.said)
+        counts["cached"] += row.cached
+        self._done.append(time.monotonic())
+        events.append((self._sinks.pop(request.id), event))
+
+    def _end_waiting(self, request: Request, event: Event, events: Events) -> None:
+        if request.version is not None:
+            self._residents.end(request.version)
+        counts = self._counts.setdefault(request.version or "", Counter())
+        counts["requests"] += 1
+        counts[event.finish or ""] += 1
+        events.append((self._sinks.pop(request.id), event))
+
+    def _end_cancelled(self, events: Events) -> None:
+        while self._cancelled:
+            request_id = self._cancelled.pop()
+            waiting = self._schedule.remove(request_id)
+            if waiting is not None:
+                aside = self._aside.pop(request_id, None)
+                event = Event(request_id, finish="cancelled", prompt_tokens=len(waiting.prompt))
+                event = event if aside is None else aside.event(finish="cancelled")
+                self._end_waiting(waiting, event, events)
+                continue
+            for row in self._batch.everybody:
+                if row.request.id == request_id:
+                    self._finish(row, row.event(finish="cancelled"), events)
+
+    def _ids_of(self, version: str) -> list[str]:
+        requests = [*self._schedule.waiting(), *(r.request for r in self._batch.everybody)]
+        return [r.id for r in requests if r.version == version]
+
+    def _emit(self, events: Events) -> None:
+        """One call for each sink; one that raises hurts nobody else."""
+        by_sink: dict[Any, tuple[Sink, list[Event]]] = {}
+        for sink, event in events:
+            by_sink.setdefault(_same(sink), (sink, []))[1].append(event)
+        for sink, own in by_sink.values():
+            try:
+                sink(own)
+            except Exception:
+                log.exception("a sink raised")
+
+    def _end(self) -> None:
+        """The thread's last act: every request gets its finish, every waiter an answer."""
+        events: Events = []
+        with self._news:
+            self._closing = True
+            finish = "error" if self._error is not None else "cancelled"
+            error = None
+            if self._error is not None:
+                error = VeneerError(f"the engine has stopped: {self._error}", next_step="start it again")
+            for request_id, sink in self._sinks.items():
+                events.append((sink, Event(request_id, finish=finish, error=error)))  # type: ignore[arg-type]
+            self._sinks.clear()
+            commands, self._commands = list(self._commands), deque()
+            for version in self._residents.versions.values():
+                version.users = version.running = 0
+                version.leaving = True
+            try:
+                self._residents.sweep()
+                free(self.model)
+            except Exception:
+                log.exception("the base could not be given back")
+            self._batch.clear()
+            self._news.notify_all()
+        for command in commands:
+            command()
+        self._emit(events)
+
+
+def _same(sink: Sink) -> Any:
+    """Bound methods are made anew at each mention, and are equal."""
+    try:
+        hash(sink)
+        return sink
+    except TypeError:
+        return id(sink)
