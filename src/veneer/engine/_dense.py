@@ -22,7 +22,7 @@ from ._fused import beside
 from ._kept import may_keep, sources_of
 from ._outputs import cut_features, first, with_first
 from ._plan import SitePlan
-from ._program import Op, by_rows, is_shift, narrow
+from ._program import LATER, Op, SiteOps, adds_of, by_rows, is_shift, narrow
 from ._rows import Rows
 from ._swap import NAME, plain_class, twin
 from ._weights import cut, features, paste, stored
@@ -36,7 +36,7 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         if made is not None:
             return made
         y = plain(*args, **kwargs)
-        return with_first(y, _add_branches(module, ops, frame, x, first(y), None))
+        return with_added(module, ops, frame, x, y)
     factored = [op for op in ops if _is_factored(op, frame)]
     dense = [op for op in ops if not _is_factored(op, frame)]
     if dense and factored:
@@ -87,6 +87,24 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         x = args[0] if args else next(iter(kwargs.values()))
         y = with_first(y, _add_branches(module, factored, frame, x, first(y), bias))
     return y
+
+
+def may_add(frame: Frame) -> bool:
+    """Whether edits of a settled program may be added in place: no gradient, no transform and no flat tokens here."""
+    return frame.layout is None and not torch.is_grad_enabled() and not _transformed()
+
+
+def added(ops: SiteOps, x: Tensor, y: Tensor) -> bool:
+    """y, a linear layer's own output, with what all edits of the layer add; False, and y as it was, where they
+    cannot be added in place."""
+    if ops.adds is LATER:
+        ops.adds = adds_of(ops.weight)
+    return ops.adds is not None and ops.adds.into(x, y)
+
+
+def with_added(module: nn.Module, ops: list[Op], frame: Frame, x: Tensor, y: Any) -> Any:
+    """The module's output y with what its edits add, op by op."""
+    return with_first(y, _add_branches(module, ops, frame, x, first(y), None))
 
 
 def weighted_flat(
@@ -349,12 +367,20 @@ def _add_branches(
 def _may_write(module: nn.Module) -> bool:
     """Whether the module's output is nobody else's: a linear layer's is new at each call, and no backward reads it.
     Compiled code needs no such help, and under `vmap` the change may have an axis that the output lacks."""
-    made = plain_class(module)
-    linear = getattr(made, "forward", None) is nn.Linear.forward or getattr(made, "forms_its_product", False)
-    if not linear or torch.compiler.is_compiling():
-        return False
-    level = getattr(torch._C._functorch, "maybe_current_level", None)
-    return level is not None and level() is None
+    return new_output(plain_class(module)) and not torch.compiler.is_compiling() and not _transformed()
+
+
+def new_output(made: type) -> bool:
+    """Whether modules of this class give a new tensor at each call, which nobody else reads."""
+    return getattr(made, "forward", None) is nn.Linear.forward or getattr(made, "forms_its_product", False)
+
+
+_LEVEL: Any = getattr(torch._C._functorch, "maybe_current_level", lambda: 0)
+
+
+def _transformed() -> bool:
+    """Under `vmap` and the like; also where torch does not tell."""
+    return _LEVEL() is not None
 
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)

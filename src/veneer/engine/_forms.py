@@ -18,6 +18,7 @@ from veneer import kernels
 from veneer.edits import At, Tensors, add_row_axis, call
 from veneer.errors import BadOption, nearest
 
+from ._low_rank import factors
 from ._plan import SitePlan
 
 FORMS = ("bmm", "packed", "segments", "vmap", "kernel")
@@ -56,8 +57,7 @@ def choose(
         return "vmap"
     if not (may_broadcast(sp) and broadcasts(sp, tensors)):
         return "vmap" if maps(sp) else "segments"
-    packs = "low_rank" in sp.method.arguments and not training and not torch.is_grad_enabled()
-    packs = packs and sp.site.kind in ("linear", "conv1d") and sp.method.low_rank(tensors[0]) is not None  # type: ignore[attr-defined]
+    packs = not training and not torch.is_grad_enabled() and bool(factors(sp, tensors))
     if form == "packed" and packs:
         return "packed"
     if form in (None, "kernel") and packs and kernels.ready(_device(tensors[0])):
@@ -234,72 +234,3 @@ def over_rows(m: Any, function: str, t: Tensors, mapped: frozenset[str], have: d
 
 def _device(t: Tensors) -> torch.device:
     return next((v.device for _, v in t.items() if isinstance(v, Tensor)), torch.device("cpu"))
-
-
-class Kernel:
-    """Low-rank products by Triton's kernels: adapters are read where they are, and no copy is made for each row."""
-
-    __slots__ = ("_tiles", "down", "ranks", "slots", "up")
-
-    def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> None:
-        self.down, self.up, self.ranks = kernels.padded(factors)
-        self.slots = slots.to(torch.int32)
-        self._tiles: dict[int, kernels.Tiles] = {}  # by tokens of a row
-
-    def for_rows(self, chosen: Sequence[int]) -> Kernel:
-        """The same adapters for some of the rows."""
-        made = object.__new__(Kernel)
-        made.down, made.up, made.ranks, made._tiles = self.down, self.up, self.ranks, {}
-        made.slots = self.slots[list(chosen)]
-        return made
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(rows, tokens, in) -> (rows, tokens, out)"""
-        from veneer.kernels import _triton
-
-        rows, tokens, _ = x.shape
-        flat = x.reshape(rows * tokens, -1).contiguous()
-        y = flat.new_zeros(rows * tokens, self.up.shape[1])
-        if tokens == 1:
-            _triton.bgmv(y, flat, self.down, self.up, self.slots, self.ranks)
-        else:
-            _triton.sgmv(y, flat, self.down, self.up, self._tiles_for(tokens), self.ranks)
-        return y.view(rows, tokens, -1)
-
-    def _tiles_for(self, tokens: int) -> kernels.Tiles:
-        """Neighbouring rows of one adapter are one segment."""
-        found = self._tiles.get(tokens)
-        if found is None:
-            owners = self.slots.tolist()
-            begins = [i for i, a in enumerate(owners) if i == 0 or a != owners[i - 1]]
-            starts = [i * tokens for i in (*begins, len(owners))]
-            found = kernels.tiles_of(starts, [owners[i] for i in begins], self.slots.device)
-            self._tiles[tokens] = found
-        return found
-
-
-class Packed:
-    """Low-rank products with the factors of all adapters side by side: two products, and a mask between them."""
-
-    __slots__ = ("down", "mask", "up")
-
-    def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], slots: Tensor) -> None:
-        self.down = torch.cat([down for down, _ in factors]).mT.contiguous()  # (in, columns)
-        self.up = torch.cat([up.mT for _, up in factors]).contiguous()  # (columns, out)
-        owner = torch.repeat_interleave(
-            torch.arange(len(factors)), torch.tensor([down.shape[0] for down, _ in factors])
-        ).to(slots.device)
-        self.mask = (slots[:, None] == owner).to(self.down.dtype)[:, None]  # (rows, 1, columns)
-
-    def for_rows(self, chosen: Sequence[int]) -> Packed:
-        """The same adapters for some of the rows."""
-        made = object.__new__(Packed)
-        made.down, made.up, made.mask = self.down, self.up, self.mask[list(chosen)]
-        return made
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """(rows, tokens, in) -> (rows, tokens, out)"""
-        return ((x @ self.down) * self.mask) @ self.up
-
-
-LOW_RANK: dict[str, Any] = {"packed": Packed, "kernel": Kernel}

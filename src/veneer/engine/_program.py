@@ -15,15 +15,18 @@ from torch import Tensor
 
 from veneer.edits import Tensors, call
 
-from . import _forms
+from . import _forms, _low_rank
 from ._adapter import Adapter
+from ._adds import Adds, Piece
 from ._forms import is_shift
 from ._frame import Names
+from ._low_rank import LowRank
 from ._plan import SitePlan
 from ._residual import reads
 from ._rows import Rows
 from ._weights import cut
 
+LATER: Any = object()
 PORTS = ("input", "weight", "output", "attention", "around", "tokens", "exit")
 
 
@@ -33,6 +36,7 @@ class Op:
     __slots__ = (
         "adapter",
         "adds_alone",
+        "chosen",
         "count",
         "level",
         "live",
@@ -64,6 +68,7 @@ class Op:
         self.mapped: frozenset[str] = frozenset()  # the `vmap` form: the tensors that rows have of their own
         self.still = False  # its tensors are the adapter's kept ones: no step is about to move them
         self.adds_alone = adds_alone(plan)
+        self.chosen = False  # whether its form was chosen by a person or a table
 
     @property
     def by_row(self) -> bool:
@@ -105,7 +110,7 @@ class Op:
 class SiteOps:
     """What runs at one module, by port, in the order of the stack of adapters."""
 
-    __slots__ = ("around", "attention", "capture", "exit", "input", "output", "tokens", "weight")
+    __slots__ = ("adds", "around", "attention", "capture", "exit", "input", "output", "tokens", "weight")
 
     def __init__(self) -> None:
         self.input: list[Op] = []
@@ -116,6 +121,7 @@ class SiteOps:
         self.tokens: list[Op] = []
         self.exit: list[Op] = []
         self.capture = False
+        self.adds: Any = None  # a settled program's low-rank edits, in place of `weight`; LATER: not yet made
 
 
 Program = dict[str, SiteOps]
@@ -139,7 +145,7 @@ def build(
     if isinstance(rows, tuple) and all(isinstance(n, str) for n in rows):
         for level, name in enumerate(rows):
             _add(program, host, [(find(name), None)], training, level=level)
-        return program
+        return _settled(program, training, form)
     total = len(rows)
     for level in range(max((len(names) for names in rows), default=0)):
         by_name: dict[str, list[int]] = {}
@@ -155,7 +161,45 @@ def build(
             banks.setdefault(id(adapter.plan) if _can_bank(adapter) else name, []).append((adapter, chosen))
         for members in banks.values():
             _add(program, host, members, training, total, level, form, tokens)
+    return _settled(program, training, form)
+
+
+def _settled(program: Program, training: bool, form: str | None) -> Program:
+    """Sites whose edits all add low-rank products will add them in place, once they are called."""
+    if training or torch.is_grad_enabled() or form is not None:
+        return program
+    for at in program.values():
+        alone = len(at.weight) and not (at.capture or any(getattr(at, p) for p in PORTS if p != "weight"))
+        if alone and all(op.adds_alone and not (op.site.ranges or op.chosen) for op in at.weight):
+            at.adds = LATER
     return program
+
+
+@torch.no_grad()
+def adds_of(ops: Sequence[Op]) -> Adds | None:
+    """What the ops of one site add, in place; None where one of them is more than a low-rank product."""
+    pieces, total = [], 0
+    for op in ops:
+        low = op.low
+        if not op.rowed:
+            how = _low_rank.factors(op.plan, [op.t])
+            if not how or op.method.low_rank(op.t) is None:  # type: ignore[attr-defined]
+                return None
+            low = LowRank(
+                op.method, [op.t], [0] * (len(op.rows.indices) if op.rows else 1), how == "together"
+            )
+        if not isinstance(low, LowRank):
+            return None
+        total = op.rows.total if op.rows is not None else op.count or total
+        rows: dict[int, list[int]] = {}
+        for row, slot in zip(op.rows.indices if op.rows is not None else range(op.count), low.slots):
+            rows.setdefault(slot, []).append(row)
+        rank = low.pair(0)[0].shape[0]
+        if op.rows is None and not op.rowed:
+            pieces.append(Piece(low, 0, None, op.level, rank))
+        pieces += [Piece(low, slot, tuple(mine), op.level, rank) for slot, mine in rows.items()]
+    n_out, n_in = ops[0].site.shape
+    return Adds(pieces, total, n_in, n_out)
 
 
 def _can_bank(adapter: Adapter) -> bool:
@@ -193,15 +237,21 @@ def _add(
         else:
             shared = {n for n, key in first.plan.keys[i].items() if key in first.frozen_shared}
             own = _forms.own_names(here, shared)
-            t = Tensors() if way in _forms.LOW_RANK else _forms.stacked(here, slots, own, way != "vmap")
+            free = way == "bmm" and form is None and not training and not torch.is_grad_enabled()
+            how = _low_rank.factors(sp, here) if free else ""
+            plain = not how and way not in _low_rank.FORMS
+            t = _forms.stacked(here, slots, own, way != "vmap") if plain else Tensors()
             op = Op(sp, t, rows, True, first, len(slots))
             op.singles = [here[slot] for slot in slots.tolist()]
             if way == "vmap":
                 op.mapped = own
-            if way in _forms.LOW_RANK:
-                op.low = _forms.LOW_RANK[way]([sp.method.low_rank(t) for t in here], slots)  # type: ignore[attr-defined]
+            if how:
+                op.low = LowRank(sp.method, here, slots.tolist(), how == "together")
+            elif way in _low_rank.FORMS:
+                op.low = _low_rank.FORMS[way]([sp.method.low_rank(t) for t in here], slots)  # type: ignore[attr-defined]
             ops = [op]
         for op in ops:
+            op.chosen = way != "bmm" and slots is not None
             op.level, op.still = level, not op.rowed and op.adapter.keeps(i, op.t)
             if op.adapter.of:
                 op.members = _members(host, op, training)

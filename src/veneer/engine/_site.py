@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ._around import around, leave
-from ._dense import weighted, weighted_flat
+from ._dense import added, may_add, new_output, weighted, weighted_flat, with_added
 from ._facts import apply, facts
 from ._flat import laid_out
 from ._frame import Frame, current, local
@@ -38,6 +38,7 @@ def frame_of(module: nn.Module) -> Frame | None:
 @kind("site")
 def _site(base: type) -> dict[str, Any]:
     plain = base.forward  # type: ignore[attr-defined]
+    writable = new_output(base)
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,6 +48,9 @@ def _site(base: type) -> dict[str, Any]:
         ops = frame.program.get(self.__dict__[NAME])
         if ops is None:
             return plain(self, *args, **kwargs)
+        if ops.adds is not None and writable and len(args) == 1 and may_add(frame):
+            y = plain(self, *args, **kwargs)
+            return y if added(ops, args[0], y) else with_added(self, ops.weight, frame, args[0], y)
         return run(self, functools.partial(plain, self), ops, frame, args, kwargs)
 
     return {"forward": forward}

@@ -25,9 +25,10 @@ from torch import nn
 from veneer._cache import cache_folder
 from veneer.edits import Tensors
 
+from ._adds import Adds, Piece
 from ._attach import host_of
-from ._forms import Packed, stacked
 from ._host import Host
+from ._low_rank import LowRank, Packed
 
 ROWS, TOKENS, ADAPTERS = 16, (1, 8, 64), (2, 4, 16)
 SHAPES, REPEATS = 4, 7  # the most frequent layers of a model; samples of each form
@@ -106,7 +107,7 @@ def measure(size: Size, dtype: torch.dtype, device: torch.device) -> dict[str, f
     ]
     owners = [i * adapters // rows for i in range(rows)]
     slots = torch.tensor(owners, device=device)
-    by_row = stacked(pairs, slots)
+    in_place = Adds(_pieces(pairs, owners, rank), rows, n_in, n_out)
     packed = Packed([(t.A, t.B) for t in pairs], slots)
     parts = [
         (slice(owners.index(i), rows - owners[::-1].index(i)), t) for i, t in enumerate(pairs) if i in owners
@@ -117,7 +118,7 @@ def measure(size: Size, dtype: torch.dtype, device: torch.device) -> dict[str, f
             y[part] += (x[part] @ t.A.mT) @ t.B.mT
 
     forms: dict[str, Callable[[], Any]] = {
-        "bmm": lambda: y.add_((x @ by_row.A.mT) @ by_row.B.mT),
+        "bmm": lambda: in_place.into(x, y),
         "packed": lambda: y.add_(packed(x)),
         "segments": segments,
     }
@@ -126,6 +127,20 @@ def measure(size: Size, dtype: torch.dtype, device: torch.device) -> dict[str, f
         for form, run in forms.items():
             samples[form].append(_timed(run, device))
     return {form: statistics.median(found[1:]) for form, found in samples.items()}
+
+
+class _Factors:
+    """A method whose tensors are its factors."""
+
+    @staticmethod
+    def low_rank(t: Tensors) -> tuple[torch.Tensor, torch.Tensor]:
+        return t.A, t.B
+
+
+def _pieces(pairs: list[Tensors], owners: list[int], rank: int) -> list[Piece]:
+    low = LowRank(_Factors, pairs, owners, as_one=True)
+    rows = {slot: tuple(i for i, owner in enumerate(owners) if owner == slot) for slot in owners}
+    return [Piece(low, slot, mine, 0, rank) for slot, mine in rows.items()]
 
 
 def _timed(run: Callable[[], Any], device: torch.device) -> float:
@@ -141,7 +156,7 @@ def machine_key(host: Host) -> str:
     device = host.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     threads = torch.get_num_threads() if device.type == "cpu" else 0
-    return f"{name}, {threads} threads, {host.dtype}, torch {torch.__version__}"
+    return f"{name}, {threads} threads, {host.dtype}, torch {torch.__version__}, in place"
 
 
 @functools.cache

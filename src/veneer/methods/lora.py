@@ -131,7 +131,7 @@ class LoRA(WeightMethod):
         if self.bias_delta(t) is not None:
             return None
         if "A0" in t:
-            return torch.cat([self.scale * t.A, -self.scale * t.A0]), torch.cat([t.B, t.B0], -1)
+            return torch.cat([self.scale * t.A, -self.scale * t.A0], -2), torch.cat([t.B, t.B0], -1)
         return self.scale * t.A, t.B
 
     def bias_delta(self, t: Tensors) -> Tensor | None:
