@@ -604,6 +604,10 @@ def test_metrics_count_by_adapter_and_the_rest_together(engine):
     assert 'veneer_http_responses_total{status="404"} 1.0' in text
     assert "veneer_batch_rows 0.0" in text
     assert "vllm:num_requests_running 0.0" in text
+    assert 'vllm:request_success_total{finished_reason="length"} 3.0' in text
+    assert "vllm:time_to_first_token_seconds_count 3.0" in text
+    assert "vllm:inter_token_latency_seconds_count 3.0" in text
+    assert "vllm:e2e_request_latency_seconds_count 3.0" in text
 
 
 def test_health_readiness_version_and_tokens(server):

@@ -158,6 +158,21 @@ class FineTuning:
             raise BadOption(f"job '{id}' has {job.state} already.", next_step="GET /v1/fine_tuning/jobs/ID")
         return self.job(id)
 
+    def stats(self) -> dict[str, Any]:
+        """What an operator looks at, as plain data. Of jobs: in the order in which they began here."""
+        spare = self.spare
+        return {
+            "jobs": self.table.counts(KIND),
+            "members": len(self.cohort),
+            "steps": dict(self.steps),
+            "tokens": {id: self.cohort.tokens[id] for id in list(self.steps)},
+            "slices": dict(spare.slices),
+            "recent": [seconds for _, seconds in list(spare.recent)],
+            "seconds": dict(spare.seconds),
+            "put_off": spare.put_off,
+            "slack": spare.guard.slack,
+        }
+
     def say(self, id: str, message: str, data: Mapping[str, Any] | None = None, level: str = "info") -> None:
         self.table.note(id, {"message": message, "level": level, "data": dict(data) if data else None})
 
@@ -215,6 +230,7 @@ class FineTuning:
                 self._ended_badly(job, error)
                 continue
             self.say(job.id, "Fine-tuning job started")
+            self.steps[job.id] += 0
             self._running[job.id] = _Running(job, sliced, told, self.cohort.join(sliced))
             self.spare.wake()
 

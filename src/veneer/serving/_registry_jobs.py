@@ -75,6 +75,13 @@ class Jobs:
         )
         return [self.job(row["id"]) for row in rows]
 
+    def counts(self, kind: str) -> dict[str, int]:
+        """How many jobs of a kind are in each state."""
+        rows = self._tables.rows(
+            "SELECT state, COUNT(*) AS jobs FROM jobs WHERE kind = ? GROUP BY state", (kind,)
+        )
+        return {row["state"]: row["jobs"] for row in rows}
+
     def update(
         self,
         id: str,

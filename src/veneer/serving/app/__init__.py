@@ -49,10 +49,13 @@ def create_app(
     """
     settings, keys = settings or Settings(), keys or Keys()
 
-    def stats() -> dict[str, Any]:
-        return engine.stats() if getattr(engine, "is_open", True) else {}
+    def stats_of(thing: Any) -> Any:
+        return None if thing is None else lambda: thing.stats() if getattr(thing, "is_open", True) else {}
 
-    metrics = Metrics(stats, settings.metric_labels, settings.vllm_names)
+    metrics = Metrics(
+        stats_of(engine), settings.metric_labels, settings.vllm_names,
+        reading=stats_of(reading), training=stats_of(tuning),
+    )  # fmt: skip
     service = Service(engine, registry, keys, settings, metrics, Limits(settings), reading)
 
     @contextlib.asynccontextmanager

@@ -79,6 +79,7 @@ class Call:
         self.prompt_tokens = [0] * len(rows)
         self.completion_tokens = [0] * len(rows)
         self.cached_tokens = [0] * len(rows)
+        self.finishes: list[str] = []  # of rows that have ended
         self.first: float | None = None  # when the first token came
         self.gaps: list[float] = []  # seconds between tokens of one row
         self._last: dict[str, float] = {}
@@ -129,6 +130,7 @@ class Call:
             self._last[event.id] = now
         if event.finish is not None:
             self.running.discard(event.id)
+            self.finishes.append(event.finish)
             self.prompt_tokens[place] = event.prompt_tokens
             self.cached_tokens[place] = event.cached_tokens
             self.completion_tokens[place] = event.completion_tokens or self.completion_tokens[place]

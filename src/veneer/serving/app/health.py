@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +48,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/metrics", response_class=Response, responses=refusals, summary="For Prometheus")
     async def metrics(http: Request, key: Key = Depends(authorise("use"))) -> Response:  # noqa: B008
-        body, kind = service.metrics.text(http.headers.get("accept", ""))
+        # On another thread: the engine's numbers may have to be waited for.
+        body, kind = await asyncio.to_thread(service.metrics.text, http.headers.get("accept", ""))
         return Response(body, headers={"content-type": kind})
 
     return routes

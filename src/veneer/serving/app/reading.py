@@ -183,16 +183,23 @@ async def _run(
     record = record_of(http)
     record.facts.update(model=target.name, version=target.version)
     service.limits.enter(key)
+    record.outcome, tokens = "error", 0
     try:
         found = await asyncio.wrap_future(ask())
         tokens = sum(one.tokens for one in found)
         record.facts["prompt_tokens"] = tokens
         service.limits.pay(key, tokens)
+        record.outcome = "done"
         return found
     except VeneerError as error:
+        record.outcome = "refused"
         raise _refused(error) from None
+    except asyncio.CancelledError:
+        record.outcome = "disconnected"
+        raise
     finally:
         service.limits.leave(key)
+        service.metrics.read(target, record, tokens)
 
 
 def _refused(error: VeneerError) -> ApiError:
