@@ -128,13 +128,14 @@ if (held) {
   });
   const score = (item, arm) => {
     const value = data.binary ? `right in ${Math.round(item.s[arm] * data.seeds)} of ${data.seeds}` : item.s[arm].toPrecision(4);
-    const said = item.p[arm] < 0 ? [] : [make("b", {}, data.said[item.p[arm]]), " "];
-    return [data.arms[arm] + " ", ...said, value];
+    const said = item.p[arm] < 0 ? [] : [make("b", {}, data.said[item.p[arm]]), ", "];
+    return [data.arms[arm] + ": ", ...said, value];
   };
   const line = (item, a, b) => {
     const what = make("p", { class: "what" }, item.t || `item ${item.i}`);
-    const label = item.l ? ["label ", make("b", {}, item.l), " · "] : [];
-    const said = make("p", { class: "said" }, ...label, ...score(item, a), " · ", ...score(item, b));
+    const label = item.l ? [make("span", {}, "label ", make("b", {}, item.l), " ·"), " "] : [];
+    const said = make("p", { class: "said" }, ...label,
+      make("span", {}, ...score(item, a), " ·"), " ", make("span", {}, ...score(item, b)));
     const picture = item.g ? [make("img", { src: item.g, alt: `picture of item ${item.i}` })] : [];
     return make("li", {}, ...picture, make("div", {}, what, said));
   };
