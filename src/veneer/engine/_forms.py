@@ -57,7 +57,7 @@ def choose(
         return "vmap"
     if not (may_broadcast(sp) and broadcasts(sp, tensors)):
         return "vmap" if maps(sp) else "segments"
-    packs = not training and not torch.is_grad_enabled() and bool(factors(sp, tensors))
+    packs = not training and not torch.is_grad_enabled() and bool(factors(sp, tensors[0]))
     if form == "packed" and packs:
         return "packed"
     if form in (None, "kernel") and packs and kernels.ready(_device(tensors[0])):
@@ -119,12 +119,19 @@ def _is_dense(sp: SitePlan, tensors: Sequence[Tensors]) -> bool:
 # -- does a definition broadcast? -----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def broadcasts(sp: SitePlan, tensors: Sequence[Tensors]) -> bool:
     """Whether a function gives for rows of two adapters what it gives for each alone: tried once on random numbers.
 
     One that needs more than numbers (facts of a call) is believed to do what its class says.
     """
+    found = sp.__dict__.get("_broadcasts")
+    if found is None:
+        found = sp.__dict__["_broadcasts"] = _tried(sp, tensors)
+    return found
+
+
+@torch.no_grad()
+def _tried(sp: SitePlan, tensors: Sequence[Tensors]) -> bool:
     m, site = sp.method, sp.site
     function = "branch" if site.port == "weight" else site.port
     if function == "attention" or is_shift(sp) or function not in m.arguments:

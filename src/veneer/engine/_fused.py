@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from veneer.errors import VeneerError
 
+from ._low_rank import factors
 from ._swap import plain_class
 
 if TYPE_CHECKING:
@@ -36,10 +37,10 @@ def beside(module: nn.Module, ops: Sequence[Op], frame: Frame, x: Any) -> Tensor
         return None
     if getattr(op.method, "dropout", 0.0):  # what is dropped is drawn between the two products
         return None
-    factors = op.method.low_rank(op.t)  # type: ignore[attr-defined]
-    if factors is None or any(f.dtype != x.dtype for f in factors):
+    pair = op.method.low_rank(op.t) if factors(op.plan, op.t) else None  # type: ignore[attr-defined]
+    if pair is None or any(f.dtype != x.dtype for f in pair):
         return None
-    down, up = factors
+    down, up = pair
     multiply = product_of(module, x)
     return None if multiply is None else fused(x, down, up, multiply)
 

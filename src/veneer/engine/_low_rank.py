@@ -22,17 +22,24 @@ ERROR = 1e-4  # of one way against another; relative to the largest entry, float
 _TRIED: dict[Any, str] = {}
 
 
-@torch.no_grad()
-def factors(sp: SitePlan, tensors: Sequence[Tensors]) -> str:
+def factors(sp: SitePlan, t: Tensors) -> str:
     """How `low_rank` gives what `branch` adds: "together" for tensors with a row axis, "apart" adapter by adapter, ""
-    where it does not. Tried once on random numbers, since a class may have changed one of the two."""
+    where it does not. Tried once for a site, on random numbers, since a class may have changed one of the two."""
+    found = sp.__dict__.get("_factors")
+    if found is None:
+        found = sp.__dict__["_factors"] = _tried(sp, t)
+    return found
+
+
+@torch.no_grad()
+def _tried(sp: SitePlan, t: Tensors) -> str:
     m, site = sp.method, sp.site
     if "low_rank" not in m.arguments or "branch" not in m.arguments or site.kind not in ("linear", "conv1d"):
         return ""
-    shapes = tuple((n, tuple(v.shape)) for n, v in tensors[0].items() if isinstance(v, Tensor))
-    key = (type(m), str(m), "low_rank", site.kind, site.shape, shapes)
+    shapes = tuple((n, tuple(v.shape)) for n, v in t.items() if isinstance(v, Tensor))
+    key = (type(m), str(m), site.kind, site.shape, shapes)
     if key not in _TRIED:
-        _TRIED[key] = _probe_factors(sp, tensors[0])
+        _TRIED[key] = _probe_factors(sp, t)
     return _TRIED[key]
 
 

@@ -182,7 +182,7 @@ def adds_of(ops: Sequence[Op]) -> Adds | None:
     for op in ops:
         low = op.low
         if not op.rowed:
-            how = _low_rank.factors(op.plan, [op.t])
+            how = _low_rank.factors(op.plan, op.t)
             if not how or op.method.low_rank(op.t) is None:  # type: ignore[attr-defined]
                 return None
             low = LowRank(
@@ -238,7 +238,7 @@ def _add(
             shared = {n for n, key in first.plan.keys[i].items() if key in first.frozen_shared}
             own = _forms.own_names(here, shared)
             free = way == "bmm" and form is None and not training and not torch.is_grad_enabled()
-            how = _low_rank.factors(sp, here) if free else ""
+            how = _low_rank.factors(sp, here[0]) if free else ""
             plain = not how and way not in _low_rank.FORMS
             t = _forms.stacked(here, slots, own, way != "vmap") if plain else Tensors()
             op = Op(sp, t, rows, True, first, len(slots))
