@@ -110,7 +110,13 @@ def _file_routes(routes: APIRouter, tuning: Any) -> None:
         """One file's record."""
         return Json(_file(await _done(lambda: tuning.files.get(id))))
 
-    @routes.get("/v1/files/{id}/content", responses=some(401, 403, 404, 503))
+    lines: dict[int | str, Any] = {
+        200: {"content": {"application/jsonl": {"schema": {"type": "string"}}}, "description": "JSON lines"}
+    }
+
+    @routes.get(
+        "/v1/files/{id}/content", response_class=Response, responses={**some(401, 403, 404, 503), **lines}
+    )
     async def content(id: str) -> Any:
         """One file's bytes."""
         return Response(await _done(lambda: tuning.files.content(id)), media_type="application/jsonl")
