@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from veneer.anatomy._axes import tokens_first
 from veneer.anatomy._by_name import read_names
 from veneer.anatomy._by_trace import read_trace
 from veneer.anatomy._facts import bias_names, build_facts, known_weights, parameter_sites
@@ -37,6 +38,7 @@ class Anatomy:
         self.module_names: list[str] = [name for name, _ in model.named_modules() if name]
         self.sites: list[Site] = build_sites(model, known, found)
         self.facts: BaseFacts = build_facts(model, known, found)
+        self.tokens_first: frozenset[str] = found.tokens_first  # modules that are given (tokens, rows, width)
         self.notes: list[str] = list(found.notes)
         self.stacks: dict[str, tuple[str, ...]] = {s.name: tuple(s.blocks) for s in found.stacks}
         self._order = {name: i for i, name in enumerate(self.module_names)}
@@ -127,6 +129,7 @@ class Anatomy:
             "roles": self.roles,
             "blocks": {stack: list(blocks) for stack, blocks in self.stacks.items()},
             "facts": dataclasses.asdict(self.facts),
+            "tokens_first": sorted(self.tokens_first),
             "sites": [dataclasses.asdict(site) for site in self.sites],
             "notes": self.notes,
         }
@@ -199,6 +202,7 @@ def _find(model: nn.Module, probe: Mapping[str, Any] | torch.Tensor | None) -> F
         found.causal = True
         for stack in found.stacks:
             stack.causal = True
+    found.tokens_first = tokens_first(model, tape, arguments)
     reached = {call.module for call in tape.calls}
     towers: list[str] = []
     for name, module in model.named_modules():

@@ -88,6 +88,7 @@ class Findings:
     class_token: bool = False
     norm_place: str = ""
     widths: dict[str, int] = field(default_factory=dict)  # last axis of a module's first output
+    tokens_first: frozenset[str] = frozenset()  # modules that are given (tokens, rows, width)
     notes: list[str] = field(default_factory=list)
 
     def tell_stacks_apart(self) -> None:
@@ -128,5 +129,6 @@ class Findings:
         self.norms += [there(n) for n in other.norms]
         self.transposed |= {(there(m), p): v for (m, p), v in other.transposed.items()}
         self.widths |= {there(m): v for m, v in other.widths.items()}
+        self.tokens_first |= {there(n) for n in other.tokens_first}
         self.notes += [f"{prefix}: {note}" for note in other.notes]
         self.tell_stacks_apart()

@@ -169,9 +169,12 @@ def _program_by_stack(host: Any, session: Session, totals: dict[str, int], train
             for port in PORTS:
                 mine = [op for op in getattr(ops, port) if op.site.stack == stack]
                 if mine:
-                    getattr(merged.setdefault(module, SiteOps()), port).extend(mine)
+                    made = merged.setdefault(module, SiteOps())
+                    made.turned = ops.turned
+                    getattr(made, port).extend(mine)
             if ops.capture and host.stack_of(module) == stack:
-                merged.setdefault(module, SiteOps()).capture = True
+                made = merged.setdefault(module, SiteOps())
+                made.capture, made.turned = True, ops.turned
     return merged
 
 

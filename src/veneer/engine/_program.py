@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from veneer.edits import Tensors, call
+from veneer.errors import Unsupported
 
 from . import _forms, _low_rank
 from ._adapter import Adapter
@@ -110,7 +111,18 @@ class Op:
 class SiteOps:
     """What runs at one module, by port, in the order of the stack of adapters."""
 
-    __slots__ = ("adds", "around", "attention", "capture", "exit", "input", "output", "tokens", "weight")
+    __slots__ = (
+        "adds",
+        "around",
+        "attention",
+        "capture",
+        "exit",
+        "input",
+        "output",
+        "tokens",
+        "turned",
+        "weight",
+    )
 
     def __init__(self) -> None:
         self.input: list[Op] = []
@@ -122,6 +134,7 @@ class SiteOps:
         self.exit: list[Op] = []
         self.capture = False
         self.adds: Any = None  # a settled program's low-rank edits, in place of `weight`; LATER: not yet made
+        self.turned = False  # the module is given (tokens, rows, width): edits see it turned round
 
 
 Program = dict[str, SiteOps]
@@ -319,9 +332,36 @@ def place(program: Program, op: Op) -> None:
     site = op.site
     at = program.setdefault(site.module, SiteOps())
     getattr(at, op.port).append(op)
+    first = op.adapter.plan.anatomy.tokens_first
+    if site.module in first:
+        _turn(at, op)
     for each in (op, *op.members):
         for name in reads(each.adapter.plan.anatomy.facts, each.method, site):
-            program.setdefault(name, SiteOps()).capture = True
+            source = program.setdefault(name, SiteOps())
+            source.capture = True
+            source.turned = name in first
+
+
+def _turn(at: SiteOps, op: Op) -> None:
+    """Where a module is given (tokens, rows, width): layers that treat tokens alike can run turned round, others
+    serve whole batches alone."""
+    at.turned = at.turned or _can_turn(op)
+    stiff = [o for port in PORTS for o in getattr(at, port) if not _can_turn(o)]
+    if stiff and (
+        at.turned or any(o.port != "weight" or o.rows is not None or o.live is not None for o in stiff)
+    ):
+        what = "all of it" if stiff[0].port == "weight" else f"its {stiff[0].port}"
+        raise Unsupported(
+            f"'{op.site.module}' is given tokens before rows, (tokens, rows, width), and '{stiff[0].adapter.name}' "
+            f"edits {what}, which is there for whole batches alone.",
+            next_step=f"exclude={op.site.module!r}, or a base that is built with batch_first=True",
+        )
+
+
+def _can_turn(op: Op) -> bool:
+    """Whether the edit runs on (rows, tokens, width) in a module that is given them the other way round."""
+    layer = op.port == "weight" and op.site.kind in ("linear", "conv1d", "embedding", "norm")
+    return layer or op.port in ("input", "output")
 
 
 def adds_alone(sp: SitePlan) -> bool:
@@ -352,7 +392,7 @@ def narrow(program: Program, rows: Rows, module: str) -> Program:
         if module and not name.startswith(module + "."):
             continue
         made = small[name] = SiteOps()
-        made.capture = ops.capture
+        made.capture, made.turned = ops.capture, ops.turned
         for port in PORTS:
             for op in getattr(ops, port):
                 mine = op.rows.indices if op.rows is not None else tuple(range(rows.total))

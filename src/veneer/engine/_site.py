@@ -48,12 +48,32 @@ def _site(base: type) -> dict[str, Any]:
         ops = frame.program.get(self.__dict__[NAME])
         if ops is None:
             return plain(self, *args, **kwargs)
+        if ops.turned:
+            return _run_turned(self, functools.partial(plain, self), ops, frame, args, kwargs)
         if ops.adds is not None and writable and len(args) == 1 and may_add(frame):
             y = plain(self, *args, **kwargs)
             return y if added(ops, args[0], y) else with_added(self, ops.weight, frame, args[0], y)
         return run(self, functools.partial(plain, self), ops, frame, args, kwargs)
 
     return {"forward": forward}
+
+
+def _run_turned(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args: tuple, kwargs: dict) -> Any:
+    """A module that is given (tokens, rows, width): its edits see (rows, tokens, width), the module its own."""
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        return _turned(plain(*_turned(args), **_turned(kwargs)))
+
+    return _turned(run(module, own, ops, frame, _turned(args), _turned(kwargs)))
+
+
+def _turned(value: Any) -> Any:
+    """The first two axes of all tensors exchanged, in tuples and dicts too. Its own inverse."""
+    if isinstance(value, Tensor):
+        return value.transpose(0, 1) if value.dim() > 1 else value
+    if isinstance(value, tuple):
+        return tuple(map(_turned, value))
+    return {k: _turned(v) for k, v in value.items()} if type(value) is dict else value
 
 
 def run(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args: tuple, kwargs: dict) -> Any:
