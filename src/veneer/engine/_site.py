@@ -64,7 +64,9 @@ def _run_turned(module: nn.Module, plain: Any, ops: SiteOps, frame: Frame, args:
     def own(*args: Any, **kwargs: Any) -> Any:
         return _turned(plain(*_turned(args), **_turned(kwargs)))
 
-    return _turned(run(module, own, ops, frame, _turned(args), _turned(kwargs)))
+    y = _turned(run(module, own, ops, frame, _turned(args), _turned(kwargs)))
+    # A view of what a hand-written backward returned may not be written to, as the base is free to do.
+    return y.clone() if isinstance(y, Tensor) and torch.is_grad_enabled() and y.requires_grad else y
 
 
 def _turned(value: Any) -> Any:
