@@ -52,10 +52,15 @@ def test_runs_that_have_ended_say_better_than_a_probe_what_the_others_take():
         {"arm": "lora", "status": "ok", "seconds": 4.0},
         {"arm": "full", "status": "ok", "seconds": 9.0},
         {"arm": "full", "status": "failed", "seconds": 100.0},
+        {"arm": "untrained", "status": "ok", "seconds": 0.5},
     ]
     found = from_ledger(design, lines)
-    assert (found.seconds["lora"], found.seconds["full"], found.seconds["dora"]) == (3.0, 9.0, 5.0)
-    assert from_ledger(design, lines[3:]) is None
+    assert (found.seconds["lora"], found.seconds["full"]) == (3.0, 9.0)
+    assert found.seconds["dora"] == pytest.approx(
+        2 * 2.0
+    )  # two passes, at the mean of 1, 2 and 3 seconds a pass
+    assert "3 runs" in found.how
+    assert from_ledger(design, lines[3:]) is None, "the untrained base says nothing of what training takes"
 
 
 def test_what_is_done_is_not_forecast_again(tmp_path):

@@ -42,18 +42,22 @@ class Measured:
 
 
 def from_ledger(design: Comparison, lines: Sequence[Mapping[str, Any]]) -> Measured | None:
-    """The mean seconds of the runs that have ended, by arm; of all arms for those without a run."""
+    """The mean seconds of the runs that have ended, by arm; an arm without one takes what its passes took elsewhere.
+
+    None where nothing that is trained has ended: the untrained base says nothing of what training takes.
+    """
+    passes = {str(arm): _passes(arm) for arm in design.parsed_arms if arm.is_trained}
     known: dict[str, list[float]] = {}
     done = Counter(line["arm"] for line in lines if line["status"] != "failed")
     for line in lines:
-        if line["status"] == "ok" and line.get("seconds"):
+        if line["status"] == "ok" and line.get("seconds") and line["arm"] in passes:
             known.setdefault(line["arm"], []).append(line["seconds"])
     if not known:
         return None
-    every = fmean(seconds for of_arm in known.values() for seconds in of_arm)
+    of_pass = fmean(seconds / passes[arm] for arm, of_arm in known.items() for seconds in of_arm)
     count = sum(map(len, known.values()))
     return Measured(
-        {arm: fmean(known.get(arm, [every])) for arm in design.arms},
+        {arm: fmean(known.get(arm, [of_pass * times])) for arm, times in passes.items()},
         f"from {count} runs that have ended",
         done=done,
     )
