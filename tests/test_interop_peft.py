@@ -133,6 +133,17 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
         "llama",
         lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 4], "lm_head": [8]}),
     ),
+    "rows alone": ("llama", lambda: peft.TrainableTokensConfig(token_indices=[3, 7, 60])),
+    "rows alone, that the head shares": ("gpt2", lambda: peft.TrainableTokensConfig(token_indices=[5, 4])),
+    "rows alone, of an encoder-decoder": ("t5", lambda: peft.TrainableTokensConfig(token_indices=[4, 9])),
+    "rows alone, with a task": (
+        "bert",
+        lambda: peft.TrainableTokensConfig(token_indices=[3, 7], task_type="SEQ_CLS"),
+    ),
+    "rows alone, at both ends": (
+        "llama",
+        lambda: peft.TrainableTokensConfig(token_indices=[8, 3], target_modules=["embed_tokens", "lm_head"]),
+    ),
     "lora of Conv1D layers": ("gpt2", lora(target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)),
     "lora of an encoder-decoder": ("t5", lora(target_modules=["q", "v", "wo"])),
     "rank and alpha by pattern, rank-stabilised": (
@@ -509,7 +520,8 @@ def gradients_as_file(adapted: nn.Module) -> dict[str, Tensor]:
         heads = {n.replace(".modules_to_save.default", ""): p.grad for n, p in adapted.named_parameters()
                  if ".modules_to_save." in n}  # fmt: skip
         return {"prompt_embeddings": table, **heads}
-    grads = {n: p.grad for n, p in adapted.named_parameters() if p.grad is not None}
+    named = adapted.named_parameters(remove_duplicate=False)  # one table may have several names
+    grads = {n: p.grad for n, p in named if p.grad is not None}
     every = {**adapted.state_dict(), **grads}
     return peft.get_peft_model_state_dict(adapted, state_dict=every)
 

@@ -387,3 +387,61 @@ def test_any_damage_to_the_files_is_refused_in_words(data, good, tmp_path_factor
             content[data.draw(st.integers(0, min(len(content), 2000) - 1))] = data.draw(st.integers(0, 255))
     victim.write_bytes(bytes(content))
     load_or_refuse(folder)
+
+
+def rows_alone(folder: Path, table: torch.Tensor, **config: Any) -> Path:
+    """A TRAINABLE_TOKENS folder of two rows of a llama's table."""
+    rows = table.detach()[[3, 7]] + 1
+    key = "base_model.model.model.embed_tokens.trainable_tokens_delta"
+    safetensors.torch.save_file({key: rows, **config.pop("more", {})}, folder / TENSORS)
+    text = {"peft_type": "TRAINABLE_TOKENS", "token_indices": [3, 7], **config}
+    (folder / CONFIG).write_text(json.dumps(text))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"token_indices": []}, "token_indices=\\[\\]"),
+        ({"token_indices": [3, 3]}, "each id stands once"),
+        ({"token_indices": [3, 1000]}, "1000"),
+        ({"token_indices": [3, 7, 9]}, r"\(2, 32\), expected \(3, 32\)"),
+        ({"target_modules": ["q_proj"]}, "missing"),
+        ({"target_modules": ["embed"]}, "embed"),
+        ({"token_indices": {"embed_tokens": [3, 7]}}, "a list of token ids"),
+    ],
+)
+def test_rows_alone_that_do_not_fit_are_refused_in_words(config, words, folder):
+    model = llama()
+    with pytest.raises(VeneerError, match=words):
+        veneer.load(model, rows_alone(folder, model.model.embed_tokens.weight, **config))
+    assert is_untouched(model)
+
+
+def test_rows_alone_with_other_rows_for_a_head_that_shares_the_table_are_refused(folder):
+    import transformers as t
+
+    base = t.LlamaForCausalLM(t.LlamaConfig(**zoo._LLAMA, tie_word_embeddings=True))
+    table = base.model.embed_tokens.weight
+    key = "base_model.model.lm_head.trainable_tokens_delta"
+    with pytest.raises(ShapeDiffers, match=r"other rows for 'lm_head'"):
+        veneer.load(base, rows_alone(folder, table, more={key: torch.zeros(2, 32)}))
+    assert "veneer" not in base._modules
+
+
+def test_rows_alone_save_in_veneer_s_own_form_and_several_lists_are_not_written_for_hf_peft(folder, tmp_path):
+    model, ids = llama(), {"input_ids": torch.tensor([[3, 5, 7, 9]])}
+    veneer.load(model, rows_alone(folder, model.model.embed_tokens.weight), "theirs")
+    with torch.no_grad():
+        expected = model(**ids).logits
+    veneer.save(model, "theirs", tmp_path / "own")
+    veneer.detach(model, "theirs")
+    veneer.load(model, tmp_path / "own", "own")
+    with torch.no_grad():
+        assert torch.equal(model(**ids).logits, expected)
+    veneer.detach(model, "own")
+    veneer.attach(model, "lora", "two", sites=[], trainable_tokens={"embed_tokens": [3], "lm_head": [4]})
+    with pytest.raises(Unsupported, match=r"one list of tokens for all tables"):
+        veneer.export(model, "two", tmp_path / "out", format="peft")
+    assert not (tmp_path / "out").exists()
+    veneer.detach(model, "two")

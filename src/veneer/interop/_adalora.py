@@ -57,7 +57,7 @@ class AdaLora(Lora):
                 next_step='"total_step": 1000 in that file',
             )
         made.total_steps = steps
-        token_rows(job, made)
+        token_rows(job, made, job.config["trainable_token_indices"])
         return made
 
     def options(self, job: Reading) -> dict[str, Any]:

@@ -49,6 +49,10 @@ class Tensorfile:
     def names(self) -> list[str]:
         return list(self._left)
 
+    def put(self, key: str, value: Tensor) -> None:
+        """The tensor by another name than the file's."""
+        self._left[key] = value
+
     def pop(self, key: str) -> Tensor | None:
         return self._left.pop(key, None)
 
@@ -165,6 +169,7 @@ class Converter:
     fields: Mapping[str, Field] = TARGETS
     prefix = PREFIX  # of the names of tensors
     stem = "lora_"  # what the type's tensors are called
+    beside = True  # whether modules trained whole, heads and rows of tokens may stand beside it
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -192,6 +197,10 @@ class Converter:
     def options(self, job: Reading) -> dict[str, Any]:
         """Config -> hyperparameters of the method."""
         raise NotImplementedError
+
+    def writes(self, adapter: Adapter) -> bool:
+        """Whether an adapter has a form of this type: one of its methods, with sites of its own."""
+        return adapter.method.key in self.methods and any(sp.part == 0 for sp in adapter.plan.sites)
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
         """File tensors -> the site's tensors, by the names of the method. prefix: "base_model.model.a.b."."""
@@ -231,21 +240,22 @@ def converter(cls: type[Converter]) -> type[Converter]:
 
 def converters() -> dict[str, Converter]:
     """Type of HF PEFT -> its converter."""
-    from . import _adalora, _context, _dense, _lora, _lycoris, _weights  # noqa: F401  # they register themselves
+    # They register themselves.
+    from . import _adalora, _context, _dense, _lora, _lycoris, _tokens, _weights  # noqa: F401
 
     return dict(_CONVERTERS)
 
 
-def writer_for(key: str) -> Converter:
-    """The converter that writes a method. Raises Unsupported with the methods that can be written."""
-    found = {m: c for c in converters().values() for m in c.methods}
-    if key not in found:
+def writer_for(adapter: Adapter) -> Converter:
+    """The converter that writes an adapter. Raises Unsupported with the methods that can be written."""
+    found = next((c for c in converters().values() if c.writes(adapter)), None)
+    if found is None:
         raise Unsupported(
-            f"HF PEFT has no form for '{key}' that veneer writes.",
-            nearest=sorted(found),
-            next_step="veneer.save(model, name, folder)    keeps veneer's own form",
+            f"HF PEFT has no form for '{adapter.method.key}' that veneer writes.",
+            nearest=sorted({m for c in converters().values() for m in c.methods}),
+            next_step=OWN_FORM,
         )
-    return found[key]
+    return found
 
 
 def beside_default(fields: Mapping[str, Field], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class Lora(Converter):
         places = {(m, "weight") for m in modules} | {(s.module, s.parameter) for s in parameters}
         job.nested = nesting(job.host, parameters)
         made = Request(self.method_of(config), options, places)
-        token_rows(job, made)
+        token_rows(job, made, config["trainable_token_indices"])
         return made
 
     def method_of(self, config: Config) -> str:
@@ -213,11 +213,9 @@ def own_bias(job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
     return {"base_bias": found - bare.detach().cpu()}
 
 
-def token_rows(job: Reading, made: Request) -> None:
+def token_rows(job: Reading, made: Request, given: Any) -> None:
     """The option `trainable_tokens`, and in job.rows {module that reads a table: the table's name in the file}."""
-    made.options["trainable_tokens"], job.rows = _token_rows(
-        job, job.config["trainable_token_indices"], made.places
-    )
+    made.options["trainable_tokens"], job.rows = _token_rows(job, given, made.places)
 
 
 def _token_rows(job: Reading, given: Any, places: set[tuple[str, str]]) -> tuple[Any, dict[str, str]]:

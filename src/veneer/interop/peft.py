@@ -42,7 +42,7 @@ OTHERS = {
     "MULTITASK_PROMPT_TUNING": "PROMPT_TUNING", "CPT": "PROMPT_TUNING",
     "CARTRIDGE": "PREFIX_TUNING", "ADAMSS": "ADALORA", "HRA": "OFT", "PSOFT": "OFT", "ROAD": "IA3",
     "BEFT": "IA3", "PVERA": "VERA", "RANDLORA": "VERA", "VBLORA": "VERA", "UNILORA": "VERA",
-    "TINYLORA": "VERA", "FROD": "VERA", "TRAINABLE_TOKENS": "LORA",
+    "TINYLORA": "VERA", "FROD": "VERA", 
     **dict.fromkeys(
         ("LILY", "POLY", "GLORA", "XLORA", "MISS", "C3A", "WAVEFT",
          "OSF", "DELORA", "GRALORA", "PEANUT", "SHADOW", "SUPERTUNING", "DEFT"), "LORA"),
@@ -178,13 +178,15 @@ def write(
     adapter.project()
     if name in host.merged:
         raise Unsupported(f"adapter '{name}' is merged.", next_step="veneer.unmerge(model) first")
-    kind = writer_for(adapter.method.key)
+    kind = writer_for(adapter)
     job = Writing(host, adapter, options, kind.prefix)
     fields = kind.write(job)
-    fields.update(write_copies(job))
-    fields.update(write_rows(job))
     kept = adapter.info.get("peft", {})
-    task = with_head(job, fields, task_type, kept.get("task_type") or _task(model))
+    task = task_type or kept.get("task_type") or _task(model)
+    if kind.beside:
+        fields.update(write_copies(job))
+        fields.update(write_rows(job))
+        task = with_head(job, fields, task_type, kept.get("task_type") or _task(model))
     if options:
         raise Unsupported(
             f"{kind.peft_type} has no export option '{next(iter(options))}'.",
