@@ -4,9 +4,11 @@ import json
 import sys
 
 import pytest
+import torch
 
 from training_tiny import opened, saved_bert
 from veneer.comparing import parse_budget
+from veneer.comparing.planning.control_hooks import anchors_of, kept_norms
 from veneer.comparing.planning.prepare import prepare
 from veneer.comparing.run import run_prepared
 from veneer.comparing.running import together as together_room
@@ -139,7 +141,6 @@ def test_a_member_that_cannot_be_is_the_error_of_its_run_alone(folder, tmp_path,
 
 @pytest.mark.parametrize("control", ["random_direction", "duplicate", "broken_scale"])
 def test_a_control_in_a_cohort_is_what_it_is_by_itself(folder, tmp_path, cohorts, control):
-    import torch
     from safetensors.torch import load_file
 
     from veneer.comparing import parse_arm
@@ -166,6 +167,53 @@ def test_a_control_in_a_cohort_is_what_it_is_by_itself(folder, tmp_path, cohorts
     assert mine[1].trainable_parameters == (
         66 if control == "random_direction" else mine[0].trainable_parameters
     )
+
+
+@pytest.mark.parametrize("in_cohorts", [True, False])
+def test_a_random_direction_takes_the_norms_of_the_run_of_its_anchor_that_was_done(
+    folder, tmp_path, cohorts, in_cohorts
+):
+    """The same control comes out, and its anchor is not trained a second time."""
+    from safetensors.torch import load_file
+
+    from veneer.comparing import parse_arm
+
+    options = {"base_dropout": False, "device": "cpu", "batch_size": 8}
+    runner = default_runner(
+        folder, opened(32, 16, 16), task=None, budget=parse_budget("demo"), options=options
+    )
+    trained = []
+    own = runner.train
+    runner.train = lambda arm, *given, **more: trained.append(str(arm)) or own(arm, *given, **more)
+    anchor, control = parse_arm("lora:rank=2"), parse_arm("random_direction:rank=2")
+
+    def done(arm, place, rate=2e-2):
+        runs = [
+            {"arm": arm, "seed": seed, "learning_rate": rate, "splits": ("validation", "test"),
+             "output": tmp_path / place / "runs" / arm.slug / f"seed-{seed}"} for seed in (1, 2)
+        ]  # fmt: skip
+        results = together_room.train_runs(runner, runs) if in_cohorts else [runner(**run) for run in runs]
+        return [load_file(f"{result.folder}/adapter.safetensors") for result in results]
+
+    apart = done(control, "apart")
+    trained.clear(), cohorts.clear()
+    runner.anchors = anchors_of([anchor, control])
+    done(anchor, "beside")
+    beside = done(control, "beside")
+    if in_cohorts:
+        assert len(cohorts) == 2  # a third would be the anchors' once more
+    else:
+        assert trained == ["lora:rank=2"] * 4
+    for one, two in zip(apart, beside):
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6, msg=key)
+    assert any(float(value.norm()) > 1e-3 for key, value in beside[0].items() if key.endswith("/B"))
+    # Of another rate they are not.
+    output = tmp_path / "beside" / "runs" / control.slug / "seed-1"
+    assert kept_norms(control, output, 1, 2e-2) is not None
+    assert kept_norms(control, output, 1, 1e-2) is None
+    assert kept_norms(control, output, 2, 2e-2) is None
 
 
 def test_a_random_direction_whose_anchor_cannot_be_trained_is_an_error_and_no_lora(folder, tmp_path, cohorts):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing.planning.arms import Arm
+from veneer.comparing.planning.control_hooks import anchors_of
 from veneer.comparing.running.ledger import Ledger
 from veneer.comparing.running.together import is_able, look_at, members_at_once, run_folder, train_runs
 
@@ -65,6 +66,7 @@ class Ahead:
     ) -> None:
         self.runner, self.folder, self.rates, self.seeds = runner, folder, rates, seeds
         self.tuning_seeds, self.arms = tuning_seeds, [arm for arm in arms if arm.is_trained]
+        runner.anchors = anchors_of(arms)  # before the workers have their copies
         lines = Ledger(folder).of_kind("run") if (folder / "ledger.jsonl").is_file() else []
         self.done = {
             (x["stage"], x["arm"], x["seed"], x["learning_rate"]) for x in lines if x["status"] != "failed"

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 from veneer.comparing.measures import _machine
+from veneer.comparing.planning.few_steps import for_few_steps
 from veneer.training import Hooks, train
 
 WARM_UP = 2  # on the longest rows: the second has the optimiser's state already, so that memory is at its top
@@ -25,16 +26,6 @@ COUNTED = WARM_UP + 1  # one step whose operations are counted, and which is not
 STEPS = 2  # timed in each turn, always on the same rows
 LATENCIES = 5  # single items in each turn
 THROUGHPUT_ROWS = 16
-SETTINGS = (
-    "epochs",
-    "max_steps",
-    "max_tokens",
-    "max_seconds",
-    "early_stopping",
-    "evaluate_every",
-    "seed",
-    "learning_rate",
-)
 
 
 class Turns(Hooks):
@@ -226,7 +217,9 @@ def work(job: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None], wait:
     if not job["is_trained"]:
         _only_predict(base.model, task, data.train, feeder, device, hook, exact)
         return
-    options = {key: value for key, value in options.items() if key not in SETTINGS}
+    options = for_few_steps(options)
+    for given in ("seed", "learning_rate"):
+        options.pop(given, None)
     train(
         model=base, data=data, method=job["method"], learning_rate=job["learning_rate"], seed=0,
         max_length=max_length, max_steps=hook.steps, evaluate_on=(), hooks=[hook], progress=False, **options,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from veneer.comparing.planning.arms import Arm
+from veneer.comparing.running.ledger import write_atomic
 
 BROKEN = -8.0
 OTHER_DRAWS = 10_000
@@ -42,6 +45,38 @@ class Norms:
     @torch.no_grad()
     def between_steps(self, run: Any, step: int) -> None:
         self.of = {site: _norm(pair) for site, pair in _updates(run.model).items()}
+
+
+def anchors_of(arms: Iterable[Arm]) -> frozenset[str]:
+    """The arms whose norms a random direction among `arms` will need."""
+    return frozenset(str(arm.anchor) for arm in arms if arm.method == "random_direction")
+
+
+def keep_norms(norms: Norms, output: Path, seed: int, rate: float | None) -> None:
+    """Beside the folder of the run that they are of, which may not stay."""
+    said = {"seed": seed, "learning_rate": rate, "norms": norms.of}
+    write_atomic(_norms_path(output), json.dumps(said) + "\n")
+
+
+def kept_norms(arm: Arm, output: Path, seed: int, rate: float | None) -> Norms | None:
+    """The norms of the anchor's own run with this seed and rate, where it kept them: it is not trained again.
+
+    output: the folder of the random direction's run, in the same comparison.
+    """
+    path = _norms_path(output.parent.parent / arm.anchor.slug / output.name)
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if (said.get("seed"), said.get("learning_rate")) != (seed, rate) or not said.get("norms"):
+        return None
+    found = Norms()
+    found.of = said["norms"]
+    return found
+
+
+def _norms_path(output: Path) -> Path:
+    return output.with_name(f"norms-{output.name}.json")
 
 
 class RandomDirection:

@@ -19,6 +19,7 @@ from typing import Any
 
 from veneer.comparing.planning.arms import Arm
 from veneer.comparing.planning.design import Comparison
+from veneer.comparing.planning.few_steps import for_few_steps
 
 PASSES = {"linear_probe": 1.0, "full": 3.0, "random_direction": 4.0}  # which trains its anchor first
 OTHERS = 2.0
@@ -121,22 +122,12 @@ def _timed(runner: Any, arm: Arm, arms: Sequence[Arm]) -> tuple[dict[str, float]
     from veneer.data import Splits
     from veneer.training import Settings, train
 
-    data, options = runner.data, dict(runner.options)
+    data, options = runner.data, for_few_steps(runner.options)
     batch = options.get("batch_size", 16)
     few = Splits(
         data.train[: STEPS * batch], data.validation[: 2 * batch], [], data.task, data.columns, data.labels,
         None, data.spec,
     )  # fmt: skip
-    for name in (
-        "epochs",
-        "max_steps",
-        "max_tokens",
-        "max_seconds",
-        "early_stopping",
-        "evaluate_every",
-        "save_every",
-    ):
-        options.pop(name, None)
     for count in (1, STEPS):  # the first imports what all later runs find loaded
         began = time.perf_counter()
         with _as_before(runner.model):

@@ -17,6 +17,7 @@ from typing import Any
 
 from veneer.comparing.measures.further import ASKED, MOST_ROWS, TRAIN_SAMPLE, further_of, train_sample
 from veneer.comparing.planning.arms import OPTIONAL_CONTROLS, Arm
+from veneer.comparing.planning.control_hooks import Norms, changes, fixed_numbers, keep_norms, kept_norms
 from veneer.comparing.planning.design import Budget, canonical_json
 from veneer.errors import Unsupported
 
@@ -41,6 +42,7 @@ class TrainingRunner:
 
         self.model, self.budget, self.options = model, budget, dict(options)
         self._base: Any = None  # open while arms are counted
+        self.anchors: frozenset[str] = frozenset()  # arms whose norms a control will need
         self.reading = {key: self.options.pop(key) for key in READING if key in self.options}
         asked = {key: self.options.pop(key) for key in ASKED if key in self.options}
         overlap = float(self.options.pop("near_duplicates", THRESHOLD))
@@ -129,7 +131,15 @@ class TrainingRunner:
             found = self.control(arm, splits, seed=seed, learning_rate=learning_rate, output=output)
             return self.with_off_task(found, splits, output)
         given = {"seed": seed, "learning_rate": learning_rate, "output": output}
-        return self.with_off_task(self.train(arm, splits, **given), splits, output)
+        norms = self.norms_to_keep(arm, splits)
+        found = self.train(arm, splits, **given, **({} if norms is None else {"hooks": [norms]}))
+        if norms is not None:
+            keep_norms(norms, output, seed, learning_rate)
+        return self.with_off_task(found, splits, output)
+
+    def norms_to_keep(self, arm: Arm, splits: tuple[str, ...]) -> Norms | None:
+        """A hook for a run that a random direction will be measured by: one that is confirmed, of its anchor."""
+        return Norms() if str(arm) in self.anchors and "test" in splits else None
 
     def train(self, arm: Arm, splits: tuple[str, ...], **given: Any) -> Any:
         """One training of an arm, with the options of all, evaluated on those of `splits` that are of this task."""
@@ -162,16 +172,16 @@ class TrainingRunner:
 
     def control(self, arm: Arm, splits: tuple[str, ...], **given: Any) -> Any:
         """A run of a control: see `veneer.comparing.planning.controls`."""
-        from veneer.comparing.planning import control_hooks as controls
-
         norms = None
         if arm.method == "random_direction":
             self.check_norms(arm)
-            norms = controls.Norms()
-            self.train(arm.anchor, (), **given | {"output": None}, hooks=[norms])
-        changed = controls.changes(arm, given["seed"], norms)
+            norms = kept_norms(arm, given["output"], given["seed"], given["learning_rate"])
+            if norms is None:
+                norms = Norms()
+                self.train(arm.anchor, (), **given | {"output": None}, hooks=[norms])
+        changed = changes(arm, given["seed"], norms)
         found = self.train(arm.anchor, splits, **given | changed)
-        found.trainable_parameters -= controls.fixed_numbers(changed)
+        found.trainable_parameters -= fixed_numbers(changed)
         return found
 
     def check_norms(self, arm: Arm) -> None:

@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing.planning.arms import Arm
-from veneer.comparing.planning.control_hooks import Norms, changes, fixed_numbers
+from veneer.comparing.planning.control_hooks import (
+    Norms,
+    anchors_of,
+    changes,
+    fixed_numbers,
+    keep_norms,
+    kept_norms,
+)
 from veneer.comparing.planning.design import Comparison
 from veneer.errors import VeneerError
 
@@ -124,6 +131,9 @@ def _cohort(runner: Any, runs: Sequence[Mapping[str, Any]]) -> list[Any]:
     began = time.monotonic()
     norms, failed = _norms_of_anchors(runner, runs)
     changed = [changes(run["arm"], run["seed"], norms.get(i)) for i, run in enumerate(runs)]
+    keeps = {
+        i: kept for i, run in enumerate(runs) if (kept := runner.norms_to_keep(run["arm"], run["splits"]))
+    }
     data: dict[Any, Any] = {}
     members = {}
     for i, run in enumerate(runs):
@@ -134,6 +144,7 @@ def _cohort(runner: Any, runs: Sequence[Mapping[str, Any]]) -> list[Any]:
             data[inside] = runner.beyond.beside(runner.data, inside)
         members[str(i)] = {
             **_options(run), "output": run["output"], "evaluate_on": inside, "data": data[inside], **changed[i],
+            **({"hooks": [keeps[i]]} if i in keeps else {}),
         }  # fmt: skip
     found = train_cohort(members, model=runner.model, task=runner.data.task, progress=False, **runner.options)
     took = (time.monotonic() - began) / len(runs)
@@ -143,6 +154,8 @@ def _cohort(runner: Any, runs: Sequence[Mapping[str, Any]]) -> list[Any]:
         if result is None:
             results.append(failed[i] if i in failed else found.failed[str(i)])
             continue
+        if i in keeps:
+            keep_norms(keeps[i], run["output"], run["seed"], run["learning_rate"])
         result = runner.with_off_task(result, run["splits"], run["output"])
         result.trainable_parameters -= fixed_numbers(changed[i])
         # Shares of a cohort are no costs; measured ones take their place where costs are measured.
@@ -162,14 +175,19 @@ def _norms_of_anchors(
     """({place of a random direction: the norms that its anchor's update has after the same training}, errors)."""
     from veneer.training import train_cohort
 
-    norms = {i: Norms() for i, run in enumerate(runs) if run["arm"].method == "random_direction"}
+    known: dict[int, Norms] = {}
+    norms: dict[int, Norms] = {}
+    for i, run in enumerate(runs):
+        if run["arm"].method == "random_direction":
+            kept = kept_norms(run["arm"], run["output"], run["seed"], run["learning_rate"])
+            (norms if kept is None else known)[i] = kept or Norms()
     if not norms:
-        return {}, {}
-    members = {str(i): {**_options(runs[i]), "hooks": [kept], "evaluate_on": ()} for i, kept in norms.items()}
+        return known, {}
+    members = {str(i): {**_options(runs[i]), "hooks": [hook], "evaluate_on": ()} for i, hook in norms.items()}
     found = train_cohort(
         members, model=runner.model, data=runner.data, task=runner.data.task, progress=False, **runner.options
     )
-    return norms, {int(name): error for name, error in found.failed.items()}
+    return known | norms, {int(name): error for name, error in found.failed.items()}
 
 
 class Together:
@@ -236,6 +254,8 @@ def run_folder(folder: Path, stage: str, arm: Arm, seed: int, rate: float | None
 
 def together(run_arm: Any, design: Comparison, folder: Path, lines: Sequence[Mapping[str, Any]]) -> Any:
     """The trainer, made to train runs together where it can; others stay as they are."""
+    if hasattr(run_arm, "anchors"):
+        run_arm.anchors = anchors_of(design.parsed_arms)
     if not hasattr(run_arm, "open_base") or members_at_once(run_arm.options) < 2:
         return run_arm
     done = {(x["stage"], x["arm"], x["seed"], x["learning_rate"]) for x in lines if x["status"] != "failed"}
