@@ -14,7 +14,18 @@ from veneer.bench import _clock, _training
 from veneer.errors import UnknownName, VeneerError
 
 QUICK = [*bench.GROUPS["residents"], "forward", "decode", *bench.GROUPS["training"]]
-SLOW = ("bare", "bare_decode", "matmul", "tokens", "cohort", "many", "methods", "import", "serve")
+SLOW = (
+    "bare",
+    "bare_decode",
+    "matmul",
+    "tokens",
+    "cohort",
+    "many",
+    "methods",
+    "import",
+    "serve",
+    "serve_peers",
+)
 
 
 @pytest.fixture(scope="module")

@@ -43,12 +43,14 @@ CASES: dict[str, tuple[str, str, tuple[Any, ...]]] = {  # case -> module, functi
     "import": ("_imports", "imports", ()),
     "scores": ("_scores", "scores", ()),
     "serve": ("_serve", "serve", ()),
+    "serve_peers": ("_serve_peers", "peers", ()),
     "uneven": ("_uneven", "uneven", ()),
 }
 GROUPS = {
     "residents": ("attach", "load", "activate"),
     "rows": ("forward", "decode", "bare", "bare_decode"),
     "forms": ("matmul", "tokens", "scores"),
+    "serving": ("serve", "serve_peers"),
     "training": ("lora", "dora", "ia3", "prefix_tuning"),
 }
 

@@ -36,6 +36,7 @@ TITLES = {
     "attach": "Attaching", "load": "Loading", "activate": "Activating",
     "methods": "Every method's training step over LoRA's",
     "import": "Importing",
+    "serve_peers": "Serving beside other servers, with one adapter",
     "serve": "Serving over HTTP, beside HF PEFT's generate",
 }  # fmt: skip
 HEAD = """# Benchmarks

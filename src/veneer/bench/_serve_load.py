@@ -1,6 +1,7 @@
 """The load generator of `veneer bench serve`, run by its path as a process of its own: it imports nothing of veneer.
 
-A line of JSON on standard input is a plan: {"url", "at_once", "requests": [{"model", "prompt", "max_tokens"}]}. A line
+A line of JSON on standard input is a plan: {"url", "at_once", "requests": [{"model", "prompt", "max_tokens"}]}, and
+"fields" that go into every request, where there are others than those of veneer. A line
 on standard output answers it: seconds of the whole, and of each request when it began, spoke first, and ended.
 """
 
@@ -15,9 +16,11 @@ from typing import Any
 import httpx
 
 
-async def ask(client: httpx.AsyncClient, free: asyncio.Semaphore, request: dict[str, Any]) -> dict[str, Any]:
+FIELDS = {"stream": True, "temperature": 0, "ignore_eos": True}
+
+
+async def ask(client: httpx.AsyncClient, free: asyncio.Semaphore, body: dict[str, Any]) -> dict[str, Any]:
     """One streamed completion; seconds since the beginning of the plan are made by the caller."""
-    body = {**request, "stream": True, "temperature": 0, "ignore_eos": True}
     async with free:
         began, first = time.perf_counter(), None
         async with client.stream("POST", "/v1/completions", json=body) as answer:
@@ -27,7 +30,7 @@ async def ask(client: httpx.AsyncClient, free: asyncio.Semaphore, request: dict[
             async for line in answer.aiter_lines():
                 if first is None and line.startswith("data: {"):
                     first = time.perf_counter()
-        return {"model": request["model"], "began": began, "first": first, "ended": time.perf_counter()}
+        return {"model": body["model"], "began": began, "first": first, "ended": time.perf_counter()}
 
 
 async def run(plan: dict[str, Any]) -> dict[str, Any]:
@@ -35,7 +38,9 @@ async def run(plan: dict[str, Any]) -> dict[str, Any]:
     async with httpx.AsyncClient(base_url=plan["url"], timeout=600, limits=limits) as client:
         free = asyncio.Semaphore(plan["at_once"])
         began = time.perf_counter()
-        rows = await asyncio.gather(*(ask(client, free, request) for request in plan["requests"]))
+        rows = await asyncio.gather(
+            *(ask(client, free, {**r, **plan.get("fields", FIELDS)}) for r in plan["requests"])
+        )
     for row in rows:
         row.update({name: row[name] - began for name in ("began", "first", "ended")})
     return {"seconds": time.perf_counter() - began, "rows": rows}
