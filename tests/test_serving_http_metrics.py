@@ -83,6 +83,7 @@ def test_jobs_are_counted_with_their_steps_slices_and_refusals(tmp_path: Path) -
                 assert after["veneer_train_members"] == 1
                 assert after['veneer_step_seconds_count{phase="serve"}'] >= 40
                 assert after["veneer_train_slack_seconds"] < 0
+                assert httpx.get(app.url + "/v1/load").json()["training"] == 1
                 tuning.cancel(waits.id)
                 names = {"job", "adapter", "version", "tier", "state", "kind", "phase", "method", "outcome",
                          "status", "tenant", "le"}  # fmt: skip

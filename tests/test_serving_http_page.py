@@ -38,6 +38,7 @@ ASK = """
   await until(() => get("slots").textContent === "64");
   const root = d.documentElement;
   document.getElementById("said").textContent = JSON.stringify({
+    on: get("adapters-title").textContent, jobs: get("training").hidden,
     title: d.title, base: get("base").textContent, said: get("said").textContent, slots: get("slots").textContent,
     rows: [...d.querySelectorAll("tbody tr")].map((row) => row.cells[1].textContent),
     answers: [...d.querySelectorAll("article")].map((a) => [
@@ -96,6 +97,7 @@ def test_one_prompt_goes_to_several_adapters_and_every_answer_is_shown_as_it_cam
     shown = chromium(tmp_path, f"{server.url}/page/drive?script=ask&width={width}")
     found = json.loads(html.unescape(re.search(r'<pre id="said">(.*?)</pre>', shown, re.S)[1]))
     assert found["base"] == "builtin:echo"
+    assert (found["on"], found["jobs"]) == ("Adapters on builtin:echo", True)
     assert found["title"] == "builtin:echo · veneer"
     assert found["rows"] == ["builtin:echo", *sorted(NAMES)]
     assert found["said"] == "3 answered."

@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 
-
 FIELDS = {"stream": True, "temperature": 0, "ignore_eos": True}
 
 

@@ -29,7 +29,7 @@ from veneer.errors import VeneerError
 from . import _bases, _drawn
 from ._clock import Quartiles
 from ._report import Row
-from ._serve import Shelf, Version, _child, _server
+from ._serve import Version, _child, _server
 from ._size import Size
 
 NEW, AT_ONCE = 8, 8

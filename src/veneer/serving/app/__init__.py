@@ -56,7 +56,7 @@ def create_app(
         stats_of(engine), settings.metric_labels, settings.vllm_names,
         reading=stats_of(reading), training=stats_of(tuning),
     )  # fmt: skip
-    service = Service(engine, registry, keys, settings, metrics, Limits(settings), reading)
+    service = Service(engine, registry, keys, settings, metrics, Limits(settings), reading, tuning)
 
     @contextlib.asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

@@ -101,4 +101,9 @@ def busy(service: Service) -> dict[str, Any]:
     tokens = sum(c.get("generated", 0) for c in stats.get("tokens", {}).values())
     names = ("rows", "queue", "slots", "adapters_running", "steps", "resident_bytes", "cache_bytes")
     in_memory = sum(r["bytes"] > 0 for r in stats.get("residents", {}).values())
-    return {**{n: stats.get(n, 0) for n in names}, "generated": tokens, "in_memory": in_memory}
+    return {
+        **{n: stats.get(n, 0) for n in names},
+        "generated": tokens,
+        "in_memory": in_memory,
+        "training": service.training,
+    }

@@ -108,6 +108,7 @@ class Service:
     metrics: Metrics
     limits: Limits
     reading: Any = None  # the engine of adapters with a head, where there is one
+    tuning: Any = None  # the jobs that train, where there are any
     began: float = field(default_factory=time.time)
     draining: bool = False
     mailbox: Mailbox | None = None
@@ -131,6 +132,12 @@ class Service:
     def is_ready(self) -> bool:
         is_open = getattr(self.engine, "is_open", True)
         return bool(is_open and not self.draining and self.engine.alive)
+
+    @property
+    def training(self) -> int:
+        """Jobs that train now."""
+        is_there = self.tuning is not None and getattr(self.tuning, "is_open", True)
+        return len(self.tuning.cohort) if is_there else 0
 
     @functools.cached_property
     def pieces(self) -> Pieces:

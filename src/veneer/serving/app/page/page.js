@@ -54,6 +54,7 @@ async function list() {
   const [models, adapters] = await Promise.all([json("/v1/models"), json("/v1/adapters")]);
   state.base = models.data[0].id;
   get("base").textContent = state.base;
+  get("on").textContent = `on ${state.base}`;
   document.title = `${state.base} · veneer`;
   const is_first = !state.adapters.length && !state.chosen.size;
   state.adapters = adapters.data;
@@ -227,6 +228,10 @@ async function look() {
   get("slots").textContent = load.slots;
   get("queue").textContent = load.queue;
   get("memory").textContent = load.in_memory;
+  get("memory-word").textContent = load.in_memory === 1 ? "adapter" : "adapters";
+  get("training").hidden = !load.training;
+  get("jobs").textContent = load.training;
+  get("jobs-word").textContent = load.training === 1 ? "job trains" : "jobs train";
   get("bytes").textContent = size(load.resident_bytes);
   get("speed").textContent = speed < 10 ? speed.toFixed(1) : Math.round(speed);
   notice(load.draining ? "The server is stopping: what runs is answered, nothing new is let in." : "");
