@@ -84,7 +84,8 @@ class Adapter(nn.Module):
             )
 
     def leaves(self) -> list[nn.Parameter]:
-        return [getattr(self, f"leaf_{i}") for i in range(len(self.groups))]
+        own = self.__dict__["_parameters"]
+        return [own[f"leaf_{i}"] for i in range(len(self.groups))]
 
     def _refresh(self) -> None:
         """Forget what was made from the leaves. `still` are the same leaves for compiled code without gradients:
@@ -97,6 +98,15 @@ class Adapter(nn.Module):
         """Whether what is made from the leaves may be kept: no optimiser is about to move them. Versions alone do
         not tell, since torch's fused optimisers do not raise them."""
         return not torch.compiler.is_compiling() and all(p.grad is None for p in self.leaves())
+
+    def stamp(self) -> tuple[Any, ...] | None:
+        """Its version, where it is settled, else None."""
+        found: list[Any] = []
+        for p in self.leaves():
+            if p.grad is not None:
+                return None
+            found += (p._version, p.data_ptr())
+        return None if torch.compiler.is_compiling() else tuple(found)
 
     def version(self) -> tuple[Any, ...]:
         """Changes when a leaf is written to, or given other data."""

@@ -22,7 +22,7 @@ from ._fused import beside
 from ._kept import may_keep, sources_of
 from ._outputs import cut_features, first, with_first
 from ._plan import SitePlan
-from ._program import LATER, Op, SiteOps, adds_of, by_rows, is_shift, narrow
+from ._program import Op, by_rows, is_shift, narrow
 from ._rows import Rows
 from ._swap import NAME, plain_class, twin
 from ._weights import cut, features, paste, stored
@@ -89,17 +89,11 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
     return y
 
 
-def may_add(frame: Frame) -> bool:
+def may_add(frame: Frame, args: tuple) -> bool:
     """Whether edits of a settled program may be added in place: no gradient, no transform and no flat tokens here."""
-    return frame.layout is None and not torch.is_grad_enabled() and not _transformed()
-
-
-def added(ops: SiteOps, x: Tensor, y: Tensor) -> bool:
-    """y, a linear layer's own output, with what all edits of the layer add; False, and y as it was, where they
-    cannot be added in place."""
-    if ops.adds is LATER:
-        ops.adds = adds_of(ops.weight)
-    return ops.adds is not None and ops.adds.into(x, y)
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return frame.layout is None and len(args) == 1 and _LEVEL() is None
 
 
 def with_added(module: nn.Module, ops: list[Op], frame: Frame, x: Tensor, y: Any) -> Any:
@@ -367,7 +361,7 @@ def _add_branches(
 def _may_write(module: nn.Module) -> bool:
     """Whether the module's output is nobody else's: a linear layer's is new at each call, and no backward reads it.
     Compiled code needs no such help, and under `vmap` the change may have an axis that the output lacks."""
-    return new_output(plain_class(module)) and not torch.compiler.is_compiling() and not _transformed()
+    return new_output(plain_class(module)) and not torch.compiler.is_compiling() and _LEVEL() is None
 
 
 def new_output(made: type) -> bool:
@@ -375,13 +369,8 @@ def new_output(made: type) -> bool:
     return getattr(made, "forward", None) is nn.Linear.forward or getattr(made, "forms_its_product", False)
 
 
+# Under `vmap` and the like it gives a number; 0 where torch does not tell.
 _LEVEL: Any = getattr(torch._C._functorch, "maybe_current_level", lambda: 0)
-
-
-def _transformed() -> bool:
-    """Under `vmap` and the like; also where torch does not tell."""
-    return _LEVEL() is not None
-
 
 _CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 

@@ -107,7 +107,7 @@ def enter(
     """One call: choose rows, collect facts, run under the frame, add penalties."""
     session = session_of(host)
     if adapters is not UNSET:
-        session = session_for(host, adapters)
+        session = session_for(host, adapters, banks=torch.compiler.is_compiling())
     named = named_inputs(names, args, kwargs)
     extra = taken(host, named, kwargs)
     total, stack_totals = totals(host, named)

@@ -349,14 +349,15 @@ class Host(nn.Module):
             find = self.adapter if adapters is None else _finder(self, adapters)
             used = self._with_members({n: find(n) for n in names})
             self.pages.use(used.values())
-            if torch.is_grad_enabled() or training or not all(a.settled for a in used.values()):
+            stamps = {n: a.stamp() for n, a in used.items()}
+            if torch.is_grad_enabled() or training or None in stamps.values():
                 self._trained.update(names if torch.is_grad_enabled() else ())
                 return build(self, rows, training, find, form, tokens)
             if not self._trained.isdisjoint(used):  # a step may have moved them since
                 self._programs.clear()
                 self.dense.drop()
                 self._trained.clear()
-            versions = tuple((n, id(used[n]), used[n].version()) for n in sorted(used))
+            versions = tuple((n, id(used[n]), stamps[n]) for n in sorted(used))
             size = _forms.bucket(tokens) if form is None and self.forms is not None else 0
             key = (rows if _is_names(rows) else tuple(rows), versions, self.dtype, len(self.kept), form, size)
             found = self._programs.get(key)

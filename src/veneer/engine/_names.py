@@ -14,8 +14,11 @@ from ._program import banks_of
 UNSET: Any = object()  # no `adapters=` in the call; None is the bare base
 
 
-def session_for(host: Any, names: Any, form: str | None = None) -> Session:
-    """A session from what a person gives: a name, None, a list of names by row, or {stack: names by row}; a form."""
+def session_for(host: Any, names: Any, form: str | None = None, banks: bool = True) -> Session:
+    """A session from what a person gives: a name, None, a list of names by row, or {stack: names by row}; a form.
+
+    banks: for compiled code that may be called under it; eager code reads names alone.
+    """
     if isinstance(names, Mapping):
         return Session(host, by_stack={s: _row_names(host, n) for s, n in names.items()}, form=check(form))
     if check(form) is not None and (names is None or isinstance(names, str)):
@@ -23,9 +26,9 @@ def session_for(host: Any, names: Any, form: str | None = None) -> Session:
     if names is None or isinstance(names, str):
         chosen = () if names is None else (names,)
         _known(host, chosen)
-        return Session(host, names=chosen, banks=banks_of(host, chosen))
+        return Session(host, names=chosen, banks=banks_of(host, chosen) if banks else None)
     rows = _row_names(host, names)
-    return Session(host, rows=rows, banks=banks_of(host, rows), form=form)
+    return Session(host, rows=rows, banks=banks_of(host, rows) if banks else None, form=form)
 
 
 def _row_names(host: Any, names: Sequence[Any]) -> list[Names]:

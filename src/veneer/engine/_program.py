@@ -69,7 +69,7 @@ class Op:
         self.mapped: frozenset[str] = frozenset()  # the `vmap` form: the tensors that rows have of their own
         self.still = False  # its tensors are the adapter's kept ones: no step is about to move them
         self.adds_alone = adds_alone(plan)
-        self.chosen = False  # whether its form was chosen by a person or a table
+        self.chosen = False  # whether a table of measurements chose to go adapter by adapter
 
     @property
     def by_row(self) -> bool:
@@ -264,7 +264,7 @@ def _add(
                 op.low = _low_rank.FORMS[way]([sp.method.low_rank(t) for t in here], slots)  # type: ignore[attr-defined]
             ops = [op]
         for op in ops:
-            op.chosen = way != "bmm" and slots is not None
+            op.chosen = host.forms is not None and slots is not None and way == "segments"
             op.level, op.still = level, not op.rowed and op.adapter.keeps(i, op.t)
             if op.adapter.of:
                 op.members = _members(host, op, training)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ._around import around, leave
-from ._dense import added, may_add, new_output, weighted, weighted_flat, with_added
+from ._dense import may_add, new_output, weighted, weighted_flat, with_added
 from ._facts import apply, facts
 from ._flat import laid_out
 from ._frame import Frame, current, local
 from ._outputs import cut_features, first, first_input, paste_features, with_first
-from ._program import Op, SiteOps
+from ._program import LATER, Op, SiteOps, adds_of
 from ._residual import norm, residual, wants_residual
 from ._swap import HOST, NAME, kind, kinds_of
 from ._tokens import forget_rows, insert
@@ -42,17 +42,24 @@ def _site(base: type) -> dict[str, Any]:
 
     @functools.wraps(plain)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        frame = frame_of(self)
-        if frame is None:
-            return plain(self, *args, **kwargs)
-        ops = frame.program.get(self.__dict__[NAME])
+        state = self.__dict__
+        frame = local.frame
+        if frame is None or frame.host is not state[HOST]:
+            frame = frame_of(self)
+            if frame is None:
+                return plain(self, *args, **kwargs)
+        ops = frame.program.get(state[NAME])
         if ops is None:
             return plain(self, *args, **kwargs)
         if ops.turned:
             return _run_turned(self, functools.partial(plain, self), ops, frame, args, kwargs)
-        if ops.adds is not None and writable and len(args) == 1 and may_add(frame):
+        if ops.adds is not None and writable and may_add(frame, args):
             y = plain(self, *args, **kwargs)
-            return y if added(ops, args[0], y) else with_added(self, ops.weight, frame, args[0], y)
+            if ops.adds is LATER:
+                ops.adds = adds_of(ops.weight)
+            if ops.adds is not None and ops.adds.into(args[0], y):
+                return y
+            return with_added(self, ops.weight, frame, args[0], y)
         return run(self, functools.partial(plain, self), ops, frame, args, kwargs)
 
     return {"forward": forward}
