@@ -9,6 +9,7 @@ from ._cohort import alone, draws, is_still, put_draws, random_places, require_g
 from ._draws import dropout_seeds
 from ._flat_calls import flat_tokens, why_not_flat
 from ._host import Host, fingerprint
+from ._joined import why_not_joined
 from ._memory import MemoryUse, memory_budget
 from ._merge import MergeReport, merge, unmerge, why_not
 from ._plan import Plan
@@ -105,6 +106,7 @@ __all__ = [
     "unmerge",
     "why_not",
     "why_not_flat",
+    "why_not_joined",
     "within",
     "without_dropout",
 ]

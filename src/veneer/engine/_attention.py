@@ -77,7 +77,16 @@ def _attention(base: type) -> dict[str, Any]:
 
 def _has_work(module: nn.Module, frame: Frame) -> bool:
     ops = frame.program.get(module.__dict__[NAME])
-    return bool(ops is not None and ops.attention) or bool(frame.key_mask) or frame.layout is not None
+    return (
+        bool(ops is not None and ops.attention)
+        or bool(frame.key_mask or _own(frame))
+        or frame.layout is not None
+    )
+
+
+def _own(frame: Frame) -> Any:
+    """The attention that a loop brings."""
+    return None if frame.session is None else frame.session.attend
 
 
 def check(module: nn.Module, name: str) -> None:
@@ -121,6 +130,8 @@ def attention(
     """What transformers calls: q, k, v (rows, heads, tokens, d) -> output (rows, tokens, heads, d)."""
     base, eager = _implementation(module)
     frame = frame_of(module)
+    if frame is not None and _own(frame):
+        base, eager = _own(frame), False
     ops = frame.program.get(module.__dict__[NAME]) if frame is not None else None
     layout = None if frame is None else frame.layout
     if frame is None or (not frame.key_mask and not (ops and ops.attention)):

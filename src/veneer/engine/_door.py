@@ -21,6 +21,7 @@ from ._flat_calls import through
 from ._frame import Frame, Session, current, entered, session_of
 from ._generate import generating, saving
 from ._host import keep_history
+from ._joined import kept
 from ._names import UNSET, adapters_of, any_names, session_for
 from ._program import PORTS, Program, SiteOps, build_banked
 from ._prompts import cut_back, extend_for_cache, put_in, shift_positions, token_ops
@@ -40,7 +41,7 @@ def _backbone(base: type) -> dict[str, Any]:
             if not host.names:
                 return plain(self, *args, **kwargs)
             return enter(host, self, functools.partial(forward, self), names, args, kwargs, UNSET)
-        return _with_tokens(host, self, plain, names, frame, args, kwargs)
+        return kept(frame, _with_tokens(host, self, plain, names, frame, args, kwargs))
 
     return {"forward": forward}
 

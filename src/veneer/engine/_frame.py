@@ -38,6 +38,8 @@ class Session:
     banks: Any = None  # for compiled code: the live banks, each with its slots
     adapters: dict[str, Any] | None = None  # those that a generation began with
     form: str | None = None  # in which all rows are computed; None: the engine chooses
+    attend: Any = None  # a loop's own attention, in place of the base's (see `_joined`)
+    keep: Tensor | None = None  # the rows of the backbone's output that go on to its head
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch import nn
 from veneer.bases import fingerprint
 from veneer.errors import VeneerError
 
-from ._batch import Batch
+from ._batch import Batch, Said
 from ._prefix import Prefixes
 from ._request import Event, Request
 from ._residents import Residents, free
@@ -260,12 +260,13 @@ class Loop:
             row.limit = 1  # the positions before a prompt leave room for one token at least: slots grow
         self._batch.join(row)
 
-    def _speak(self, said: list[tuple[Row, torch.Tensor]]) -> list[tuple[Row, Event]]:
+    def _speak(self, said: list[Said]) -> list[tuple[Row, Event]]:
         """A token for each row and the text that it makes."""
         if not said:
             return []
-        rows = [row for row, _ in said]
-        tokens, told = choose(torch.stack([logits for _, logits in said]), [r.chooser for r in rows])
+        rows = [row for group, _ in said for row in group]
+        logits = said[0][1] if len(said) == 1 else torch.cat([x for _, x in said])
+        tokens, told = choose(logits, [r.chooser for r in rows])
         return [(row, row.say(token, logprob)) for row, token, logprob in zip(rows, tokens, told)]
 
     def _finish(self, row: Row, event: Event, events: Events, spoilt: bool = False) -> None:

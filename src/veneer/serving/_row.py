@@ -39,6 +39,7 @@ class Row:
     aside: Any = None  # keys and values of a row that made way for another
     joined: float = field(default_factory=time.monotonic)
     ended: bool = False
+    kind: tuple[bool, int] = (False, 0)  # rows of one kind of adapter lie next to one another
 
     @property
     def name(self) -> str | None:

@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from veneer.errors import Unsupported
+
+from ._joint import Joint, by_mask
+
 STEP = 256  # positions by which the memory grows
+MEANINGFUL = ("softcap", "s_aux", "position_bias", "head_mask")  # of an attention, and not run here
 
 
 @dataclass
@@ -50,7 +55,8 @@ class Slots(Cache):
         self.capacity = 0
         self.k: list[Tensor] = []
         self.v: list[Tensor] = []
-        self.now: Placing | None = None
+        self.now: Placing | Joint | None = None
+        self._given: Tensor | None = None  # the keys that `update` gave last
 
     # -- what a forward is for ----------------------------------------------------------------------------------
 
@@ -85,10 +91,21 @@ class Slots(Cache):
         )  # fmt: skip
         return self.now
 
+    def join(
+        self, slots: Sequence[int], lengths: Sequence[int], counts: Sequence[int], speaking: int, device: Any,
+        aligned: bool = False,
+    ) -> Joint:  # fmt: skip
+        """Say which single tokens the next forward is of (see `Joint`), and make room for them."""
+        self.now = Joint(slots, lengths, counts, speaking, device, aligned)
+        self._grow(self.now.keys)
+        return self.now
+
     def mask(self, window: int | None = None) -> Tensor:
         """(rows, 1, tokens, keys) bool, True where a token sees a position. Padding sees itself, so that nothing is
         made of no keys at all; nobody reads it."""
         now = self._placed()
+        if isinstance(now, Joint):
+            return now.mask(window)
         device = now.rows.device
         column = torch.arange(now.tokens, device=device)
         at = now.real.long().cumsum(1) - 1 + now.where[:, None]  # position of each token in its row
@@ -106,6 +123,8 @@ class Slots(Cache):
     def position_ids(self) -> Tensor:
         """(rows, tokens): position of each token in its row; 0 for padding."""
         now = self._placed()
+        if isinstance(now, Joint):
+            return now.position_ids()
         at = now.real.long().cumsum(1) - 1 + now.where[:, None]
         return torch.where(now.real, at, 0)
 
@@ -120,6 +139,12 @@ class Slots(Cache):
             self.k.append(self._room(key_states))
             self.v.append(self._room(value_states))
         k, v = self.k[layer_idx], self.v[layer_idx]
+        if isinstance(now, Joint):
+            k[now.slot, :, now.at] = key_states[:, :, 0]
+            v[now.slot, :, now.at] = value_states[:, :, 0]
+            found = now.rows_of(k, v) if now.aligned else (key_states, value_states)
+            self._given = found[0]
+            return found
         if now.tokens == 1:
             k[now.rows, :, now.where] = key_states[:, :, 0]
             v[now.rows, :, now.where] = value_states[:, :, 0]
@@ -131,12 +156,28 @@ class Slots(Cache):
             return key_states, value_states
         return k[now.span][:, :, : now.keys], v[now.span][:, :, : now.keys]
 
+    def attend(
+        self, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scaling: float | None = None,
+        sliding_window: int | None = None, **others: Any,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """The attention of a forward of single tokens: over slots, or over what an edit made of some rows' keys."""
+        more = [n for n in MEANINGFUL if others.get(n) is not None]
+        if more:
+            raise Unsupported(
+                f"an attention with {', '.join(more)} is not run over slots.", next_step="slots=1"
+            )
+        now = self._placed()
+        if isinstance(now, Joint) and k is self._given:
+            whole = self.k[module.layer_idx], self.v[module.layer_idx]
+            return now.attend(q, whole, scaling, sliding_window), None
+        return by_mask(q, k, v, mask, scaling), None
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0 if self.now is None else max(self.now.lengths)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         now = self._placed()
-        return (now.tokens if now.fresh else now.keys), 0
+        return (now.tokens if isinstance(now, Placing) and now.fresh else now.keys), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.positions
@@ -181,7 +222,7 @@ class Slots(Cache):
                 stack[i] = self._room(old)
                 stack[i][:, :, :before] = old
 
-    def _placed(self) -> Placing:
+    def _placed(self) -> Placing | Joint:
         if self.now is None:
             raise RuntimeError("no forward was placed")
         return self.now

@@ -23,11 +23,13 @@ PROBE = 6  # tokens
 @dataclass(frozen=True)
 class Traits:
     """whole: the prompt goes in at once, and its beginning is not shared. alone: a cache of its own. added: positions
-    that it puts before the prompt."""
+    that it puts before the prompt. attention: it edits attentions. head: it edits what stands behind the backbone."""
 
     whole: bool = False
     alone: bool = False
     added: int = 0
+    attention: bool = False
+    head: bool = False
 
 
 @torch.no_grad()
@@ -50,7 +52,13 @@ def traits_of(model: nn.Module, name: str) -> Traits:
         )
     conditional = any("condition" in sp.method.arguments for sp in adapter.plan.sites)
     alone = "history" in read or conditional
-    adapter.plan.cache["traits"] = made = Traits(bool(read), alone, added)
+    sites = [sp.site for sp in adapter.plan.sites]
+    stacks = tuple(f"{name}." for name in host.anatomy.facts.backbones)
+    adapter.plan.cache["traits"] = made = Traits(
+        bool(read), alone, added,
+        attention=any(site.port == "attention" for site in sites),
+        head=any(not site.module.startswith(stacks) for site in sites),
+    )  # fmt: skip
     return made
 
 
