@@ -456,6 +456,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
         "bart",
         lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"),
     ),
+    "prefix of an encoder-decoder with sinusoids": (
+        "marian",
+        lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"),
+    ),
     "prefix by a network": (
         "llama",
         lambda: peft.PrefixTuningConfig(
@@ -551,11 +555,12 @@ def test_a_folder_of_hf_peft_reads_to_the_same_outputs_and_gradients_and_is_writ
         torch.testing.assert_close(output(again, kwargs, tokens), expected.detach(), rtol=0, atol=close)
 
 
-def test_positions_of_a_prefix_move_for_its_rows_alone(tmp_path):
-    """BART's decoder counts by itself: its table is read further for rows with the prefix, and not for bare ones."""
+@pytest.mark.parametrize("family", ["bart", "marian"])
+def test_positions_of_a_prefix_move_for_its_rows_alone(family, tmp_path):
+    """These decoders count by themselves: the table is read further for rows with the prefix, and not for bare ones."""
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")
-    _, expected = witness("bart", config, tmp_path / "theirs")
-    model, kwargs = base_of("bart")
+    _, expected = witness(family, config, tmp_path / "theirs")
+    model, kwargs = base_of(family)
     bare = output(model, kwargs).detach()
     veneer.load(model, tmp_path / "theirs", "mine")
     with veneer.rows(model, ["mine", None]), torch.no_grad():

@@ -56,6 +56,8 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
         args, kwargs = _spread_rows(segments[0][0].total, args, kwargs)
     y = twin(module, replaced).forward(*args, **kwargs) if replaced else plain(*args, **kwargs)
     # A table of positions that counts for the whole batch gives one row to all: each adapter's rows get its own.
+    rowless = bool(segments) and parts[0].site.kind == "embedding" and _is_rowless(first(y), args, kwargs)
+    y = with_first(y, first(y)[None]) if rowless else y
     shared = bool(segments) and first(y).shape[0] == 1 < segments[0][0].total
     if shared:
         y = with_first(y, first(y).expand(segments[0][0].total, *first(y).shape[1:]))
@@ -72,6 +74,7 @@ def weighted(module: nn.Module, plain: Any, ops: list[Op], frame: Frame, args: t
                 part = stand_in.forward(*chosen, **named)
         else:
             part = stand_in.forward(*chosen, **named)
+        part = with_first(part, first(part)[None]) if rowless else part
         if shared:
             part = with_first(part, first(part).expand(len(rows.indices), *first(part).shape[1:]))
         y = _put(rows, y, part)
@@ -159,6 +162,11 @@ def _spread_rows(total: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return v
 
     return tuple(spread(v) for v in args), {k: spread(v) for k, v in kwargs.items()}
+
+
+def _is_rowless(y: Tensor, args: tuple, kwargs: dict) -> bool:
+    """Whether a table was asked for positions alone: (tokens, width), and no input has an axis of rows."""
+    return y.dim() == 2 and all(not isinstance(v, Tensor) or v.dim() < 2 for v in (*args, *kwargs.values()))
 
 
 def _is_factored(op: Op, frame: Frame) -> bool:

@@ -265,7 +265,6 @@ def _check_prefix(host: Any) -> str:
     tables = [
         s.module for s in host.anatomy.whole_sites()
         if s.kind == "embedding" and s.module.startswith(owner + ".") and s.module not in tokens
-        and host.flags.get(f"{s.module}.weight", True)  # fixed ones are made once for all rows of a batch
     ]  # fmt: skip
     if len(tables) != 1:
         raise Unsupported(
