@@ -296,6 +296,25 @@ def test_a_base_whose_rows_are_not_apart_when_flat_is_seen_and_trained_with_padd
     assert any("padding is computed: flat, loss or gradients differ" in n for n in result.notes)
 
 
+@pytest.mark.parametrize("method", ["lora", "lora:sites=block[-1:].attention.{query,value}"])
+def test_the_look_costs_a_few_short_rows_whether_states_are_kept_or_not(method, monkeypatch):
+    from veneer.training import _flat
+
+    seen = []
+    inside = _flat.FlatTokens._gradients
+
+    def noted(self, batch):
+        seen.append(batch.inputs["input_ids"].shape)
+        return inside(self, batch)
+
+    monkeypatch.setattr(_flat.FlatTokens, "_gradients", noted)
+    made = blocks_seen(monkeypatch)
+    trained(base_dropout=False, method=method)
+    assert len(made) > 5
+    assert len(seen) == 2  # both ways, once a run
+    assert {shape[0] for shape in seen} == {3}
+
+
 def test_what_a_run_found_of_flat_tokens_is_in_its_checkpoint(tmp_path):
     class Stop(Hooks):
         def between_steps(self, run, step):

@@ -222,13 +222,11 @@ def child() -> None:
         optimizer.zero_grad(set_to_none=True)
 
     step(1, 2)  # libraries load their code and the optimiser its state; both stay resident
-    _trim()
-    before = _status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the high-water mark starts again at what is resident now
+    trim()
+    before = resident(anew=True)
     step(*inputs["input_ids"].shape)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(_status("VmHWM") - before, trained)
+    print(resident(peak=True) - before, trained)
 
 
 def _attach(model: nn.Module, setting: Setting) -> None:
@@ -246,10 +244,21 @@ def _attach(model: nn.Module, setting: Setting) -> None:
     veneer.attach(model, setting.method, name="mine", **options)
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give back what importing left free in the heap, or a step would find room there that nobody counts."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident(anew: bool = False, peak: bool = False) -> int:
+    """Bytes that this process holds; anew: its high-water mark begins again there. peak: that mark."""
+    if peak:
+        return _status("VmHWM")
+    found = _status("VmRSS")
+    if anew:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    return found
 
 
 def _status(field: str) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from veneer import engine
 from veneer.tasks import Batch
 from veneer.training._evaluate import evaluating
+from veneer.training._kept import Played, played
 from veneer.training._seeds import own_randomness
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 NEAR = {torch.float32: 1e-4, torch.float64: 1e-8}  # of loss and gradients, relative; rougher types below
 ROUGH = 0.05
-FEW = 4  # rows that are looked at: the look runs them twice, with gradients, before the first step
+FEW = 2  # shortest rows that are looked at, with a longer one: the look runs them twice, with gradients
+LONGER = 1.1  # times the shortest: a row beside which the others are padded
 
 
 class FlatTokens:
@@ -55,8 +57,8 @@ class FlatTokens:
         found = engine.why_not_flat(model)
         if found:
             return found
-        batch = self._few(batch)
-        with own_randomness(), evaluating(model):
+        batch, states = self._few(batch)
+        with own_randomness(), evaluating(model), played(model, states):
             expected = self._gradients(batch)
             try:
                 with engine.flat_tokens(model):
@@ -69,16 +71,20 @@ class FlatTokens:
         apart = max(_distance(a, b) for a, b in zip(ours, expected))
         return "" if apart <= near else f"flat, loss or gradients differ by {apart:.0e} of their size"
 
-    def _few(self, batch: Batch) -> Batch:
-        """The shortest and the longest rows of this step, if any of them is padded then; else the batch itself,
-        as where kept states are played back, which are those of its rows."""
+    def _few(self, batch: Batch) -> tuple[Batch, Played | None]:
+        """The shortest rows of this step and the next longer one, with what is kept of them: a look at a whole batch
+        costs four steps. The batch itself where none is longer, or where nothing is kept of so few."""
         rows = self.run.rows_of(self.run.step_now)
-        kept = self.run.frozen.tables is not None
-        if kept or len(rows) <= FEW or any("input_ids" not in row for row in rows):
-            return batch
+        kept = self.run.frozen.of(batch)
+        if len(rows) <= FEW or any("input_ids" not in row for row in rows):
+            return batch, kept
         rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-        few = self.run.collate([*rows[: FEW // 2], *rows[-FEW // 2 :]])
-        return few if _has_padding(few) else batch
+        longer = [row for row in rows[FEW:] if len(row["input_ids"]) >= LONGER * len(rows[0]["input_ids"])]
+        few = self.run.part_of([*rows[:FEW], *longer[:1]])
+        states = self.run.frozen.of(few)
+        if (states is None) != (kept is None) or not _has_padding(few):
+            return batch, kept
+        return few, states
 
     def _gradients(self, batch: Batch) -> list[Tensor]:
         run = self.run

@@ -163,7 +163,7 @@ class Run:
         rows = self.encoded[split].features[:limit]
         return [self.collate(rows[at : at + batch_size]) for at in range(0, len(rows), batch_size)]
 
-    def _of_rows(self, rows: Sequence[dict[str, Any]]) -> Batch:
+    def part_of(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """A part of a step, which remembers its rows: what is kept of them is found by them."""
         batch = self.collate(rows)
         batch.extra = {**batch.extra, ROWS: rows}
@@ -224,7 +224,7 @@ class Run:
         if self.step_now % self.steps_an_epoch == 0:
             self._hold_trained()
         rows = self.rows_of(self.step_now)
-        micro = [self._of_rows(part) for part in parts(rows, self.settings.accumulate)]
+        micro = [self.part_of(part) for part in parts(rows, self.settings.accumulate)]
         set_rates(
             self.optimizer, rate_factor(self.settings.schedule, self.step_now, self.total_steps, self.warmup)
         )
