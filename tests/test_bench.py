@@ -51,7 +51,7 @@ def test_the_longer_cases_run_and_give_rows(case):
 
 
 def test_every_case_is_tested_or_needs_files_that_are_fetched():
-    assert set(bench.CASES) - {*QUICK, *SLOW} <= {"memory", "kept", "scores", "mixed", "uneven"}
+    assert set(bench.CASES) - {*QUICK, *SLOW} <= {"memory", "kept", "scores", "mixed", "uneven", "forecast"}
 
 
 def test_a_run_is_kept_and_a_page_is_written_of_all_that_are_kept(tmp_path):

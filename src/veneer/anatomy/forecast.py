@@ -19,6 +19,7 @@ OPTIMISERS = {"sgd": 0, "momentum": 4, "adam": 8, "adamw": 8, "adafactor": 1, "a
 # arXiv:2205.05198, count 34 bytes a token and width in half precision (17 numbers), dropout masks
 # included; 16 without them.
 KEPT_BY_BLOCK = 16.0
+WORKSPACE = 3  # gradients and outputs of the widest tensor's size that a backward has at a time
 LOGITS_HELD = 3 << 24  # bytes: a piece of the logits, its softmax, and what a softmax needs beside
 
 
@@ -38,6 +39,8 @@ def memory(
     fused_attention: bool = True,
     lowest_block: int = 0,
     copies: int = 0,
+    kept: int | None = None,
+    largest: int = 0,
 ) -> dict[str, int]:
     """Bytes of a training step, by what they hold, and their total. A base with `n_parameters`, of which
     (or beside which) `trainable` are trained.
@@ -51,7 +54,9 @@ def memory(
                                               never more than the pieces that training makes of them
 
     `bytes_of_weights` is what the base really takes (quantised forms); else n_parameters times the size of
-    `dtype`. `copies`: bytes that a form of the frozen matmul keeps beside them.
+    `dtype`. `copies`: bytes that a form of the frozen matmul keeps beside them. `kept`: bytes of
+    activations that were seen, in place of the formula's; `largest`: those of the largest of them, of which a backward
+    holds WORKSPACE besides.
     """
     for name, value in (
         ("n_parameters", n_parameters),
@@ -76,6 +81,8 @@ def memory(
     if not fused_attention:
         block += batch_size * heads * length * length * size
     activations = blocks * state + block if checkpointing and blocks else blocks * block
+    if kept is not None:
+        activations = kept
     logits = min(2 * batch_size * length * facts.vocabulary * 4, LOGITS_HELD) if facts.causal else 0
     found = {
         "weights": weights,
@@ -84,5 +91,6 @@ def memory(
         "activations": activations if trainable else 0,
         "logits": logits,
         **({"copies": copies} if copies else {}),
+        **({"workspace": WORKSPACE * largest} if kept is not None and trainable else {}),
     }
     return {**found, "total": sum(found.values())}

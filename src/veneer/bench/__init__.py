@@ -45,6 +45,7 @@ CASES: dict[str, tuple[str, str, tuple[Any, ...]]] = {  # case -> module, functi
     "serve": ("_serve", "serve", ()),
     "serve_peers": ("_serve_peers", "peers", ()),
     "uneven": ("_uneven", "uneven", ()),
+    "forecast": ("_forecast", "forecast", ()),
 }
 GROUPS = {
     "residents": ("attach", "load", "activate"),

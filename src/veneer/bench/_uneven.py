@@ -2,9 +2,9 @@
 
 The Trainer trains HF PEFT's LoRA of the same size as its documentation shows it (padded batches in random order), and
 at its best: grouped by length, and under bfloat16 autocast. veneer trains with plain products, packed ones (equal to
-the sixth digit) and bfloat16 ones. All sides have the same base, rows, batch size, rate, schedule and optimiser, not the
-same draws, so each row says the validation score that either ended with. Timed are the steps, from the first to the
-last, in process CPU time; the peak is of the memory above what was resident before them, in a child process a side.
+the sixth digit) and bfloat16 ones. All sides have the same base, rows, batch size, rate, schedule and optimiser, not
+the same draws, so each row says the validation score that either ended with. Timed are the steps, from the first to
+the last, in process CPU time; the peak is of the memory above what was resident before them; a child process a side.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ._size import Size
 from ._training import CHILD, resident, trim
 
 RATE = 1e-3
-SHARED = "Four products of each frozen weight a real token, which both sides pay; batches of one length have no padding."
+SHARED = "Both sides pay the products of each frozen weight with the real tokens, forth and back."
 MEMORY = Expectation.at_most(0.70, SHARED)
 # case -> base, data, rows, validation rows, batch size, column of the score, expected of each form over random order
 CASES: dict[str, tuple[str, str, int, int, int, str, float]] = {

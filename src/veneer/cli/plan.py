@@ -55,6 +55,7 @@ def plan(
     from veneer import engine
     from veneer.bases import open_base
     from veneer.bases.matmul import matmul_of
+    from veneer.training.forecast import step_memory
 
     key, options = arm_of(method)
     flags = [f"--{name}" for name in ("batch-size", "length", "task", "dtype", "matmul", "option")]
@@ -67,7 +68,7 @@ def plan(
         note(f"note: {text}")
     made = engine.plan(base.model, key, **options)
     copies = matmul_of(base.model).copies_in_training
-    parts = made.memory(batch_size=batch_size, length=length, copies=copies)
+    parts = step_memory(base.model, key, options, rows=batch_size, length=length, copies=copies)
     total = sum(p.numel() for p in base.model.parameters())
     plain = made.to_dict() | {
         "model": base.name, "parameters": total, "share": made.trainable_parameters / max(1, total),
