@@ -83,6 +83,34 @@ def test_a_prompt_for_what_does_not_write_is_told_where_to_ask(tmp_path):
     reading.close()
 
 
+class OutOfMemoryError(RuntimeError):
+    """As torch calls it."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12 bytes."),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_too_little_memory_is_a_reason_to_come_again_and_ends_nothing_else(error, stream, monkeypatch):
+    with (
+        Engine(model(words=256), byte_tokenizer(), name="tiny") as engine,
+        TestClient(create_app(engine, Shelf(), Settings(hosts=None))) as web,
+    ):
+        ask = {"model": "tiny", "prompt": "abc", "max_tokens": 3, "stream": stream}
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.model, "forward", lambda *_, **__: (_ for _ in ()).throw(error))
+            answer = web.post("/v1/completions", json=ask)
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "out_of_memory"
+        assert int(answer.headers["retry-after"]) >= 5
+        assert web.post("/v1/completions", json=ask).status_code == 200
+
+
 @pytest.mark.parametrize("more", [{}, {"logprobs": 2}, {"n": 3}, {"stop": ["\x10", "zz"]}, {"echo": True}])
 def test_a_stream_adds_up_to_the_whole_answer_where_characters_lie_over_several_tokens(bytewise, more):
     asked = {"model": "tiny", "prompt": "añb€", "max_tokens": 24, "seed": 7, "temperature": 1.3, **more}

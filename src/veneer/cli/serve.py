@@ -91,6 +91,7 @@ def serve(
     between_tokens: Annotated[
         float, typer.Option(help="seconds that a job may put between two tokens of an answer", min=0)
     ] = 0.2,
+    jobs: Annotated[int, typer.Option(help="fine-tuning jobs that train together", min=1)] = 4,
     device: Device = None,
     dtype: Dtype = None,
     quiet: Quiet = False,
@@ -129,7 +130,7 @@ def serve(
         model, named_folders(adapter or ()), _folder(adapters), tuple(allow_folder or ()), state, host, port,
         {"slots": slots, "max_length": max_length, "queue_limit": queue, "dtype": dtype, "quantise": quantise,
          "device": device, "memory_budget": None if memory_budget is None else bytes_of(memory_budget)},
-        between_tokens,
+        between_tokens, jobs,
     )  # fmt: skip
     still()
     log_to_stderr()

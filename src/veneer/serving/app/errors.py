@@ -91,7 +91,10 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     413: {"model": ErrorBody, "description": "The body is too large"},
     429: {"model": ErrorBody, "description": "Too much at once: try again after Retry-After seconds"},
     500: {"model": ErrorBody, "description": "The model failed on this request"},
-    503: {"model": ErrorBody, "description": "The server is starting or stopping"},
+    503: {
+        "model": ErrorBody,
+        "description": "The server is starting or stopping, or has not enough memory now",
+    },
 }
 
 
@@ -119,7 +122,22 @@ def as_api_error(error: BaseException, param: str | None = None) -> ApiError:
         return ApiError(404, without_paths(_words(error)), param="model", code="model_not_found")
     if isinstance(error, VeneerError):
         return ApiError(400, without_paths(_words(error)), param=param)
+    if _is_out_of_memory(error):
+        return ApiError(
+            503, "There was not enough memory for this request beside the others: try again, or ask for less.",
+            code="out_of_memory", retry_after=5,
+        )  # fmt: skip
     return ApiError(500, "The server failed on this request; its log says more under the request's id.")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """By its name and words: nothing here knows torch, whose CPU raises a plain RuntimeError."""
+    name, said = type(error).__name__, str(error)
+    return (
+        name in ("OutOfMemoryError", "MemoryError")
+        or "allocate memory" in said
+        or "not enough memory" in said
+    )
 
 
 def _words(error: BaseException) -> str:

@@ -34,7 +34,8 @@ class Plan:
     adapters: names and folders that it starts with. watched: a folder whose sub-folders are adapters.
     allowed: folders that clients may register adapters from. state: what is registered is kept here; None: nothing is.
     engine: options of `veneer.serving.Engine.open`.
-    between_tokens: seconds that may pass between two tokens for the sake of a job that trains.
+    between_tokens: seconds that may pass between two tokens for the sake of jobs that train; jobs: how many of them
+    train together.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Plan:
     port: int = 8000
     engine: Mapping[str, Any] = field(default_factory=dict)
     between_tokens: float = 0.2
+    jobs: int = 4
 
 
 class Server(uvicorn.Server):
@@ -94,7 +96,9 @@ class Opening:
             watcher.look(patient=False)
             watcher.start()
             self._keep(watcher.stop)
-        tuning = FineTuning(engine, registry, ready=ready, between_tokens=plan.between_tokens)
+        tuning = FineTuning(
+            engine, registry, ready=ready, between_tokens=plan.between_tokens, together=plan.jobs
+        )
         tuning.start()
         if not self._keep(tuning.stop):
             return
