@@ -20,7 +20,7 @@ from serving_tools import running, until
 from training_tiny import CHATML, WORDS, llama, word_tokenizer
 from veneer.errors import BadData
 from veneer.serving import Engine, FineTuning, Registry, Wish, check_on
-from veneer.serving._jobs_spare import Guard, Spare
+from veneer.serving._jobs_spare import PATIENCE, Guard, Spare
 from veneer.serving.app import Keys, Settings, create_app, new_key
 from veneer.training import Slice, train
 
@@ -298,8 +298,10 @@ class Parts:
         return Slice("part", 16) if self.left else None
 
     def smaller(self) -> Slice | None:
-        self.shared -= 1
-        return Slice("part", 8) if self.shared else None
+        if self.shared == 1:
+            return None
+        self.shared = 1
+        return Slice("part", 8)
 
     def do(self) -> None:
         self.left -= 1
@@ -319,6 +321,43 @@ def test_slices_wait_while_rows_speak_and_run_when_nobody_does() -> None:
         spare.turn(False, 0.0)
     assert work.done == [2, 2, 2]
     assert spare.slices == {"part": 3}
+
+
+def test_a_slice_that_nobody_has_timed_is_tried_under_requests_without_an_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("veneer.serving._jobs_spare.time.monotonic", lambda: now[0])
+    work = Parts()
+    spare = Spare(Guard(between_tokens=0.1), work)
+    for _ in range(3):
+        spare.turn(True, 0.01)
+    assert work.done == []
+    now[0] = PATIENCE + 1
+    spare.turn(True, 0.01)
+    assert work.done == [1]  # once, for one run alone
+    spare.turn(True, 0.01)
+    assert work.done == [1, 1]  # what is known to fit waits no longer
+    # One slow moment: it waits, and is tried again, since it was fast before.
+    spare.guard.learn(Slice("part", 8), 5.0)
+    spare.turn(True, 0.01)
+    assert work.done == [1, 1]
+    now[0] += PATIENCE + 1
+    spare.turn(True, 0.01)
+    assert work.done == [1, 1, 1]
+
+
+def test_a_slice_that_is_known_not_to_fit_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("veneer.serving._jobs_spare.time.monotonic", lambda: now[0])
+    for slow in (Slice("part", 8), Slice("part", 4)):
+        work = Parts()
+        spare = Spare(Guard(between_tokens=0.1), work)
+        spare.guard.learn(slow, 0.2)
+        for _ in range(5):
+            spare.turn(True, 0.01)
+            now[0] += PATIENCE + 1
+        assert work.done == []
 
 
 def test_where_a_part_for_all_is_too_long_it_is_done_for_fewer() -> None:

@@ -1,8 +1,10 @@
 """Time that requests leave: work in slices, run by the engine's thread between two steps.
 
 While rows run, a slice is begun only if it is known to take less than what is left of the seconds that may pass
-between two tokens. How long a slice takes is learned from slices of its kind and size; one that is not known waits
-until nobody does. Without requests slices follow one another, and a request that comes waits for one at the most.
+between two tokens. How long a slice takes is learned from slices of its kind and size. One that is not known, or was
+slow once and fast before, is tried when it has waited for `PATIENCE`: under requests without an end a job would never
+begin, or stop for ever after one slow moment. Without requests slices follow one another, and a request that comes
+waits for one at the most.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Protocol
 
 from veneer.training import Slice
 
+PATIENCE = 30.0  # seconds
 REMEMBERED = 8  # of slices of one kind and size, and twice as many of the engine's steps
 
 
@@ -42,6 +45,12 @@ class Guard:
             return math.inf
         nearest = min(known, key=lambda s: abs(s - size))
         return max(self._known[kind, nearest]) * 2.0 ** max(0, size - nearest)
+
+    def may_try(self, coming: Slice) -> bool:
+        """Whether a slice that is not allowed may fit all the same: nobody knows, or it did lately."""
+        kind, size = _size(coming)
+        known = [found for (k, s), found in self._known.items() if k == kind and s <= size]
+        return self.slack > 0 and (not known or min(map(min, known)) < self.slack)
 
     @property
     def slack(self) -> float:
@@ -82,6 +91,7 @@ class Spare:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.recent: deque[tuple[str, float]] = deque(maxlen=1024)
         self.put_off = 0  # times that rows had to go first
+        self._waits: float | None = None  # since when nothing was done for the sake of rows
 
     # -- on the engine's thread ------------------------------------------------------------------------------------
 
@@ -95,11 +105,16 @@ class Spare:
             self.guard.saw_step(step_seconds)
         coming = self.work.coming() if self.wanted else None
         while coming is not None and busy and not self.guard.allows(coming):
-            coming = self.work.smaller()
-            if coming is None:
+            smaller = self.work.smaller()
+            if smaller is None and self._may_wait(coming):
                 self.put_off += 1
+                return
+            if smaller is None:
+                break
+            coming = smaller
         if coming is None:
             return
+        self._waits = None
         began = time.perf_counter()
         self.work.do()
         took = time.perf_counter() - began
@@ -107,6 +122,12 @@ class Spare:
         self.seconds[coming.kind] += took
         self.recent.append((coming.kind, took))
         self.guard.learn(coming, took)
+
+    def _may_wait(self, coming: Slice) -> bool:
+        """Whether a slice that is not known to fit goes on waiting."""
+        now = time.monotonic()
+        self._waits = now if self._waits is None else self._waits
+        return now - self._waits < PATIENCE or not self.guard.may_try(coming)
 
     def close(self) -> None:
         """The engine ends: what was under way is stopped where it is."""
