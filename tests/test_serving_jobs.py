@@ -337,14 +337,15 @@ def test_a_slice_that_nobody_has_timed_is_tried_under_requests_without_an_end(
     spare.turn(True, 0.01)
     assert work.done == [1]  # once, for one run alone
     spare.turn(True, 0.01)
-    assert work.done == [1, 1]  # what is known to fit waits no longer
+    assert work.done == [1, 2]  # what is known to fit waits no longer
     # One slow moment: it waits, and is tried again, since it was fast before.
-    spare.guard.learn(Slice("part", 8), 5.0)
+    for tokens in (8, 16):
+        spare.guard.learn(Slice("part", tokens), 5.0)
     spare.turn(True, 0.01)
-    assert work.done == [1, 1]
+    assert work.done == [1, 2]
     now[0] += PATIENCE + 1
     spare.turn(True, 0.01)
-    assert work.done == [1, 1, 1]
+    assert work.done == [1, 2, 1]
 
 
 def test_a_slice_that_is_known_not_to_fit_is_never_tried(monkeypatch: pytest.MonkeyPatch) -> None:
