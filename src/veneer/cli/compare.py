@@ -94,6 +94,12 @@ def compare(
     ] = "published",
     seeds: Annotated[int, typer.Option(help="runs of each arm")] = 6,
     trials: Annotated[int | None, typer.Option(help="learning rates of each arm; default 7")] = None,
+    halving: Annotated[
+        bool,
+        typer.Option(
+            "--halving", help="try every rate on a part of the budget, and the better half on twice as much"
+        ),
+    ] = False,
     contrast: Annotated[
         list[str] | None, typer.Option(help="a planned pair, lora,dora; default: all against the best")
     ] = None,

@@ -440,6 +440,7 @@ def trials_of(records: Sequence[Record]) -> list[dict[str, Any]]:
             "validation": trial.get("validation"),
             "status": trial["status"],
             "seconds": trial.get("seconds"),
+            **({"share": trial["share"]} if "share" in trial else {}),
             "chosen": trial["learning_rate"] == record.learning_rate,
         }
         for record in records

@@ -7,7 +7,7 @@ confirmed on the same new seeds; only then the test split is opened, by a step o
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from veneer.comparing.planning.design import (
     same_question,
 )
 from veneer.comparing.planning.file import write_comparison
+from veneer.comparing.planning.halving import best_rates, last_rung, trials_of
 from veneer.comparing.planning.prepare import Prepared, prepare
 from veneer.comparing.planning.rates import extension
 from veneer.comparing.results import CompareResult, Record, publish
@@ -52,8 +53,10 @@ def compare(
 
     seeds (6), budget ("published"), task, metric, contrasts, smallest_effect (0.01); rates: learning rates by arm
     or method, else evenly spaced over the range that the method declares; trials: rates for each arm (7; in the
-    demo budget 3); extend_rates: further rates on each side where the best lies on the edge (2; demo 0); controls: see
-    `veneer.comparing.planning.controls`; match_parameters: see `veneer.comparing.planning.match`; what is
+    demo budget 3); halving: a part of the budget for each rate, more for the better ones (off; see
+    `veneer.comparing.planning.halving`); extend_rates: further rates on each side where the best lies on the edge
+    (2; demo 0); controls: see `veneer.comparing.planning.controls`; match_parameters: see
+    `veneer.comparing.planning.match`; what is
     no field is an option of every training. run_arm: a trainer (see `runs`); without it `veneer.training` is used.
 
     Writes comparison.toml, design.json, ledger.jsonl, results.jsonl, scores.jsonl, trials.jsonl, summary.json,
@@ -194,36 +197,48 @@ def _run_arm_through(runs: Runs, arm: Arm, anchor: Record | None = None) -> Reco
     return record
 
 
-def _tuning(runs: Runs, arm: Arm) -> Iterable[dict[str, Any]]:
-    """The trials of an arm: its grid, then the allowance on the side where the best lies on the edge."""
+def _tuning(runs: Runs, arm: Arm) -> Iterator[dict[str, Any]]:
+    """The trials of an arm: its grid (halved, where the design says so), then the allowance on the side where the
+    best lies on the edge."""
     design = runs.design
-    rates = list(design.rates[str(arm)])
+    rates, seeds = list(design.rates[str(arm)]), design.tuning_seeds
+    ladder = trials_of(len(rates), design.halving)
     left = {"low": design.extension, "high": design.extension}
-    tried: list[dict[str, Any]] = []
-    while rates:
-        for rate in rates:
-            for seed in design.tuning_seeds:
-                line = runs.once("tune", arm, seed, rate)
-                tried.append(line)
+
+    def rung(share: float) -> Iterator[dict[str, Any]]:
+        wanted = [(rate, seed) for rate in rates for seed in seeds]
+        runs.expect(arm, [(seed, rate, share) for rate, seed in wanted])
+        for rate, seed in wanted:
+            yield runs.once("tune", arm, seed, rate, share)
+
+    last: list[dict[str, Any]] = []
+    for size, share in ladder:
+        rates = best_rates(last, size, design.higher_is_better) if last else rates
+        last = []
+        for line in rung(share):
+            last.append(line)
+            yield line
+    tried = list(design.rates[str(arm)])
+    while True:
+        best = choose_rate(last, design.higher_is_better)
+        further = extension(tried, best, left)
+        if further is None:
+            return
+        left["low" if further < best else "high"] -= 1
+        rates, tried = [further], [*tried, further]
+        for _, share in ladder:  # as every rate had it
+            for line in rung(share):
+                last += [line] if share == ladder[-1][1] else []
                 yield line
-        best = choose_rate(tried, design.higher_is_better)
-        further = extension([line["learning_rate"] for line in tried], best, left)
-        rates = [] if further is None else [further]
-        if further is not None:
-            left["low" if further < best else "high"] -= 1
 
 
 def choose_rate(trials: Sequence[Mapping[str, Any]], higher_is_better: bool = True) -> float:
     """The rate with the best mean validation score over the tuning seeds; of equal ones the smallest.
 
-    A rate at which any run diverged is worse than every rate at which none did.
+    A rate at which any run diverged is worse than every rate at which none did. Of halved trials those of the last
+    rung decide.
     """
-    sign = 1 if higher_is_better else -1
-    values: dict[float, list[float]] = {}
-    for trial in trials:
-        value = sign * trial["validation"] if trial["status"] == "ok" else float("-inf")
-        values.setdefault(trial["learning_rate"], []).append(value)
-    return max(values, key=lambda rate: (round(sum(values[rate]) / len(values[rate]), 12), -rate))
+    return best_rates(last_rung(trials), 1, higher_is_better)[0]
 
 
 def _read_test_once(runs: Runs, records: Sequence[Record], progress: Callable[[Progress], None]) -> int:

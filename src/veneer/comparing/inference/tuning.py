@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from veneer.comparing.planning.halving import first_rung
+
 Trial = Mapping[str, Any]  # arm, learning_rate, seed, validation, status
 
 
@@ -53,7 +55,7 @@ def tuned(arm: str, trials: Sequence[Trial], chosen: float, higher_is_better: bo
     there is none. at_edge: the chosen rate is the smallest or largest tried, so that a better may lie beyond.
     """
     by_rate: dict[float, list[Trial]] = {}
-    for trial in trials:
+    for trial in first_rung(trials):  # all rates alike, where the better ones were tried again on more
         by_rate.setdefault(trial["learning_rate"], []).append(trial)
     means: dict[float, float | None] = {}
     for rate in sorted(by_rate):
@@ -80,7 +82,7 @@ def tuned(arm: str, trials: Sequence[Trial], chosen: float, higher_is_better: bo
 def scores_for_best_of(trials: Sequence[Trial], worst: float | None) -> list[float]:
     """The mean validation score of each rate; a rate at which a run diverged counts as `worst`, if that is known."""
     by_rate: dict[float, list[float | None]] = {}
-    for trial in trials:
+    for trial in first_rung(trials):
         value = trial["validation"] if trial["status"] == "ok" else worst
         by_rate.setdefault(trial["learning_rate"], []).append(value)
     return [sum(v) / len(v) for v in by_rate.values() if all(one is not None for one in v)]  # type: ignore[arg-type]

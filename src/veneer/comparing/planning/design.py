@@ -14,6 +14,7 @@ from typing import Any
 
 from veneer.comparing.inference.statistics import Spread, sign_flip_can_decide, smallest_for
 from veneer.comparing.planning.arms import Arm, parse_arm
+from veneer.comparing.planning.halving import trials_of
 from veneer.errors import BadOption, UnknownName, nearest
 
 DEMO = "demonstration budget: a screen, no claims"
@@ -78,6 +79,7 @@ class Comparison:
     options: of every training. reading: how the data were read. claim: a published claim, and its rule.
     beyond: groups of test items and further sets, each with its digest (`further`).
     near_duplicates: how many rows were left out as such.
+    halving: learning-rate trials by successive halving (`halving`), the same rungs for every arm.
     match_parameters: how near the trained parameters are to the anchor's, and matched what became of each arm.
     """
 
@@ -104,6 +106,7 @@ class Comparison:
     near_duplicates: Mapping[str, Any] = field(default_factory=dict)
     match_parameters: str = ""
     matched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    halving: bool = False
 
     def __post_init__(self) -> None:
         if self.correction not in ("holm", "fdr_bh"):
@@ -166,6 +169,8 @@ class Comparison:
             "near_duplicates": dict(self.near_duplicates),
             "match_parameters": self.match_parameters,
             "matched": {arm: dict(said) for arm, said in self.matched.items()},
+            # Only where it is on: designs that were hashed before there was a choice keep their hash.
+            **({"halving": True} if self.halving else {}),
         }
 
     @classmethod
@@ -336,18 +341,20 @@ def forecast(
     """
     sizes, assumed, done = sizes or {}, assumed or Assumed(), done or {}
     trained = sum(arm.is_trained for arm in design.parsed_arms)
-    trials = sum(len(rates) for rates in design.rates.values()) * len(design.tuning_seeds)
-    runs = {
-        str(arm): len(design.rates.get(str(arm), ())) * len(design.tuning_seeds) + len(design.seeds)
-        for arm in design.parsed_arms
-        if arm.is_trained
-    }
+    ladders = {arm: trials_of(len(rates), design.halving) for arm, rates in design.rates.items()}
+    trials = sum(size for ladder in ladders.values() for size, _ in ladder) * len(design.tuning_seeds)
+    shares = {arm: sum(size * share for size, share in ladder) for arm, ladder in ladders.items()}
+    runs, left = {}, {}  # by arm: as many as whole ones, and the part of them that has not ended
+    for arm in (str(arm) for arm in design.parsed_arms if arm.is_trained):
+        runs[arm] = shares.get(arm, 0) * len(design.tuning_seeds) + len(design.seeds)
+        count = sum(size for size, _ in ladders.get(arm, ())) * len(design.tuning_seeds) + len(design.seeds)
+        left[arm] = max(0.0, 1 - done.get(arm, 0) / count)
     contrasts = len(design.contrasts) or len(design.arms) - 1
     test = sizes.get("test")
     return Forecast(
         tuning_runs=trials,
         confirming_runs=trained * len(design.seeds) + len(design.arms) - trained,
-        seconds=sum(max(0, count - done.get(arm, 0)) * seconds.get(arm, 0.0) for arm, count in runs.items())
+        seconds=sum(count * left[arm] * seconds.get(arm, 0.0) for arm, count in runs.items())
         if seconds
         else None,
         time_from=time_from,

@@ -30,6 +30,7 @@ FIELDS: dict[str, tuple[str, str]] = {
     "tuning_seeds": ("seeds", "the list of the seeds on which rates are tried; default [0]"),
     "trials": ("count", "learning rates of each arm; default 7"),
     "extend_rates": ("count", "further rates on each side where the best lies on the edge; default 2"),
+    "halving": ("flag", "try every rate on a part of the budget, and the better half on twice as much; default false"),
     "rates": ("rates", "learning rates by arm or method; default: spaced over the range that the method declares"),
     "contrasts": ("pairs", "planned pairs of arms; default: all against the best"),
     "correction": ("text", "holm (planned) or fdr_bh (screens)"),

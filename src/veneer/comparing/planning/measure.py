@@ -20,6 +20,7 @@ from typing import Any
 from veneer.comparing.planning.arms import Arm
 from veneer.comparing.planning.design import Comparison
 from veneer.comparing.planning.few_steps import for_few_steps
+from veneer.comparing.planning.halving import share_of
 
 PASSES = {"linear_probe": 1.0, "full": 3.0, "random_direction": 4.0}  # which trains its anchor first
 OTHERS = 2.0
@@ -52,7 +53,7 @@ def from_ledger(design: Comparison, lines: Sequence[Mapping[str, Any]]) -> Measu
     done = Counter(line["arm"] for line in lines if line["status"] != "failed")
     for line in lines:
         if line["status"] == "ok" and line.get("seconds") and line["arm"] in passes:
-            known.setdefault(line["arm"], []).append(line["seconds"])
+            known.setdefault(line["arm"], []).append(line["seconds"] / share_of(line))
     if not known:
         return None
     of_pass = fmean(seconds / passes[arm] for arm, of_arm in known.items() for seconds in of_arm)

@@ -73,7 +73,8 @@ class Prepared:
             *(f"         {note}" for note in self.notes),
             f"metric   {design.metric} ({'higher' if design.higher_is_better else 'lower'} is better)",
             f"budget   {parse_budget(design.budget).label}",
-            f"seeds    {_listed(design.seeds)}; rates are tried on {_listed(design.tuning_seeds)}",
+            f"seeds    {_listed(design.seeds)}; rates are tried on {_listed(design.tuning_seeds)}"
+            + (", halved from rung to rung" if design.halving else ""),
         ]
         for arm in design.arms:
             said = [arm]
@@ -107,6 +108,7 @@ def prepare(
     tuning_seeds: int | Sequence[int] = (0,),
     trials: int | None = None,
     extend_rates: int | None = None,
+    halving: bool = False,
     rates: Mapping[str, Sequence[float]] | None = None,
     contrasts: Sequence[tuple[str, str]] = (),
     correction: str = "holm",
@@ -132,7 +134,8 @@ def prepare(
     given = {
         "model": model, "data": data, "methods": methods, "task": task, "metric": metric, "budget": str(budget),
         "seeds": seeds, "tuning_seeds": tuning_seeds, "trials": trials, "extend_rates": extend_rates, "rates": rates,
-        "contrasts": contrasts, "correction": correction, "smallest_effect": smallest_effect, "claim": claim,
+        "halving": halving or None, "contrasts": contrasts,
+        "correction": correction, "smallest_effect": smallest_effect, "claim": claim,
         "near_duplicates": near_duplicates,
         "controls": controls if controls is None or isinstance(controls, str) else list(controls) or "none",
         "match_parameters": match_parameters, "match_to": match_to,
@@ -161,6 +164,11 @@ def prepare(
             from veneer.tasks import find_metric
 
             higher_is_better = find_metric(metric).greater_is_better
+    if halving and not hasattr(run_arm, "shared"):
+        raise BadOption(
+            "halving needs a trainer that takes a share of the budget; this comparison has one of its own.",
+            next_step="leave halving out, or give the trainer `shared(share)` and run_arm(..., share=)",
+        )
     is_demo = parse_budget(budget).kind == "demo"
     arms = parse_arms(methods, known_methods, known_recipes, families)
     wanted = parse_controls(controls) if runner is not None or controls is not None else ()
@@ -199,6 +207,7 @@ def prepare(
         beyond=run_arm.beyond.to_dict() if hasattr(run_arm, "beyond") else {},
         match_parameters="" if not matches else str(match_parameters or "2%"),
         matched=matches,
+        halving=halving,
     )
     notes = (str(runner.near),) if runner is not None else ()
     return Prepared(design, run_arm, _writable(given), notes=notes)

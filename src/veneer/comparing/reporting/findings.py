@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from veneer.comparing.inference import tuning
+from veneer.comparing.planning.halving import first_rung
 from veneer.comparing.reporting import charts, curves, disagreements, tables
 from veneer.comparing.reporting.axes import Quantity, brief, tick_text
 from veneer.comparing.reporting.filling import script_json
@@ -21,6 +22,13 @@ PRICES: dict[str, tuple[str, str, Any]] = {
     "tuning_seconds": ("time of tuning", "Tuning", seconds_text),
 }
 STATIC_ITEMS = 12  # disagreements of the first pair that stand in the page itself
+
+
+HALVED = (
+    " Rates were halved from rung to rung, by the same rule for every arm: shown is the first rung, where every rate "
+    "had the same part of the budget; the better ones were tried again on twice as much, which chose. All are in "
+    "trials.jsonl."
+)
 
 
 def prices(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
@@ -103,7 +111,8 @@ def tried(page: Published) -> dict[str, Any] | None:
     if not found:
         return None
     s = page.summary
-    ok = [t["validation"] for one in found for t in page.trials[one.arm] if t["status"] == "ok"]
+    trials = {one.arm: first_rung(page.trials[one.arm]) for one in found}
+    ok = [t["validation"] for of_arm in trials.values() for t in of_arm if t["status"] == "ok"]
     low, high = min(ok, default=0.0), max(ok, default=1.0)
     seeds = len(s["comparison"]["tuning_seeds"])
     metric = Quantity.of(s["metric"].replace("_", " "), page.metric_in_percent)
@@ -111,9 +120,10 @@ def tried(page: Published) -> dict[str, Any] | None:
         "say": f"Validation {s['metric'].replace('_', ' ')}, "
         + ("on one seed that was" if seeds == 1 else f"means over {seeds} seeds that were")
         + " not used again, the same number of trials for every arm. The full point is the rate that was chosen; of "
-        "equal ones the smaller. A cross is a run that diverged. All panels share one vertical axis.",
+        "equal ones the smaller. A cross is a run that diverged. All panels share one vertical axis."
+        + (HALVED if s["comparison"].get("halving") else ""),
         "charts": [
-            (one.arm, charts.trials(page.trials[one.arm], one.chosen, (low, high), one.arm, metric.text))
+            (one.arm, charts.trials(trials[one.arm], one.chosen, (low, high), one.arm, metric.text))
             for one in found
         ],
         "table": tables.sensitivity_table(page, found, metric.text),

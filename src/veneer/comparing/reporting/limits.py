@@ -7,6 +7,11 @@ from typing import Any
 
 from veneer.comparing.reporting.words import Scale
 
+HALVED = (
+    "a rate was judged by a part of the budget first, so that one that is slow to start and best at the end may have "
+    "been left behind; "
+)
+
 
 def limits_of(summary: Mapping[str, Any], at_edge: Sequence[str] = ()) -> list[str]:
     """Sentences, the weightiest first. at_edge: arms whose chosen rate is the smallest or largest tried."""
@@ -59,8 +64,8 @@ def _of_tuning(summary: Mapping[str, Any], at_edge: Sequence[str]) -> list[str]:
     tuning = len(design["tuning_seeds"])
     found = [
         f"Each arm had {trials} learning rates{extended}, tried on {'one seed' if tuning == 1 else f'{tuning} seeds'}; "
-        "all other settings are the methods' documented defaults. An arm that needs other settings is shown below what "
-        "it can do.",
+        f"{HALVED if design.get('halving') else ''}all other settings are the methods' documented defaults. An arm "
+        "that needs other settings is shown below what it can do.",
         "Equal time is not equal passes over the data: an arm with slower steps saw fewer rows, and with more time the "
         "order may change."
         if design["budget"].startswith("minutes")

@@ -123,19 +123,43 @@ class TrainingRunner:
             parse(recipe.name, **dict(recipe.options))
 
     def __call__(
-        self, *, arm: Arm, seed: int, learning_rate: float | None, splits: tuple[str, ...], output: Path
+        self,
+        *,
+        arm: Arm,
+        seed: int,
+        learning_rate: float | None,
+        splits: tuple[str, ...],
+        output: Path,
+        share: float = 1.0,
     ) -> Any:
+        """One run. share: of the budget."""
         if arm.method == "untrained" and self.task.name in ("classify", "regress"):
             return self.constant_guess(splits, output)
         if arm.method in OPTIONAL_CONTROLS:
             found = self.control(arm, splits, seed=seed, learning_rate=learning_rate, output=output)
             return self.with_off_task(found, splits, output)
-        given = {"seed": seed, "learning_rate": learning_rate, "output": output}
+        given = {"seed": seed, "learning_rate": learning_rate, "output": output, **self.shared(share)}
         norms = self.norms_to_keep(arm, splits)
         found = self.train(arm, splits, **given, **({} if norms is None else {"hooks": [norms]}))
         if norms is not None:
             keep_norms(norms, output, seed, learning_rate)
         return self.with_off_task(found, splits, output)
+
+    def shared(self, share: float) -> dict[str, Any]:
+        """What the options of training say of its length, for a share of the budget; its schedule is as long."""
+        if share == 1:
+            return {}
+        from veneer.training import Settings
+
+        ends = {
+            name: self.options[name]
+            for name in ("max_steps", "max_tokens", "max_seconds")
+            if self.options.get(name)
+        }
+        if not ends:
+            return {"epochs": share * self.options.get("epochs", Settings.epochs)}
+        whole = {"max_steps", "max_tokens"}
+        return {k: max(1, round(share * v)) if k in whole else share * v for k, v in ends.items()}
 
     def norms_to_keep(self, arm: Arm, splits: tuple[str, ...]) -> Norms | None:
         """A hook for a run that a random direction will be measured by: one that is confirmed, of its anchor."""

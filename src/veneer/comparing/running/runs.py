@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from veneer.comparing.measures.calibration import confidence_of
 from veneer.comparing.measures.further import TRAIN_SAMPLE
 from veneer.comparing.planning.arms import Arm
 from veneer.comparing.planning.design import Comparison, canonical_json, duration
+from veneer.comparing.planning.halving import share_of
 from veneer.comparing.running.history import compact
 from veneer.comparing.running.ledger import Ledger, write_atomic
 from veneer.errors import (
@@ -91,26 +92,37 @@ class Runs:
         self.seconds: list[float] = []
         self.failed_now: set[str] = set()
 
-    def find(self, stage: str, arm: Arm, seed: int, rate: float | None) -> dict[str, Any] | None:
+    def find(
+        self, stage: str, arm: Arm, seed: int, rate: float | None, share: float = 1.0
+    ) -> dict[str, Any] | None:
         """The line of a run that has ended, or None. A run that failed is not done: it is tried again."""
         for line in reversed(self.ledger.of_kind("run")):
             same = line["stage"] == stage and line["arm"] == str(arm) and line["seed"] == seed
-            if same and line["learning_rate"] == rate and line["status"] != "failed":
+            same = same and line["learning_rate"] == rate and share_of(line) == share
+            if same and line["status"] != "failed":
                 return line
         return None
 
     def done(self) -> list[dict[str, Any]]:
         return [line for line in self.ledger.of_kind("run") if line["status"] != "failed"]
 
-    def once(self, stage: str, arm: Arm, seed: int, rate: float | None) -> dict[str, Any]:
-        """The line of this run, from the ledger or by running it now."""
-        found = self.find(stage, arm, seed, rate)
+    def expect(self, arm: Arm, trials: Sequence[tuple[int, float, float]]) -> None:
+        """Say which trials (seed, rate, share) will be asked for next, to a trainer that trains runs together."""
+        expected = getattr(self.run_arm, "expect", None)
+        if expected is not None:
+            expected(arm, trials)
+
+    def once(self, stage: str, arm: Arm, seed: int, rate: float | None, share: float = 1.0) -> dict[str, Any]:
+        """The line of this run, from the ledger or by running it now. share: of the budget, for a halved trial."""
+        found = self.find(stage, arm, seed, rate, share)
         if found is not None:
             return found
         further = tuple(getattr(self.run_arm, "beyond", ()))
         splits = ("validation",) if stage == "tune" else ("validation", "test", *further)
-        name = f"seed-{seed}" if stage == "confirm" else f"tune-seed-{seed}-rate-{rate:g}"
-        output = self.folder / "runs" / arm.slug / name
+        output = run_folder(self.folder, stage, arm, seed, rate, share)
+        part = (
+            {} if share == 1 else {"share": share}
+        )  # a trainer need not know of it where trials are not halved
         line: dict[str, Any] = {
             "kind": "run",
             "design": self.design.sha256,
@@ -118,10 +130,13 @@ class Runs:
             "arm": str(arm),
             "seed": seed,
             "learning_rate": rate,
+            **part,
         }
         start, took = time.monotonic(), None
         try:
-            result = self.run_arm(arm=arm, seed=seed, learning_rate=rate, splits=splits, output=output)
+            result = self.run_arm(
+                arm=arm, seed=seed, learning_rate=rate, splits=splits, output=output, **part
+            )
             line.update(self._outcome(result, stage, arm, seed))
             took = getattr(result, "run_seconds", None)  # of a trainer that began before it was asked
         except Exception as error:
@@ -230,6 +245,12 @@ class Runs:
                 f"{line['arm']}, {line['stage']}, seed {line['seed']}{rate}: {what}", done, self.of, left
             )
         )
+
+
+def run_folder(folder: Path, stage: str, arm: Arm, seed: int, rate: float | None, share: float = 1.0) -> Path:
+    """Where a run lies."""
+    name = f"seed-{seed}" if stage == "confirm" else f"tune-seed-{seed}-rate-{rate:g}"
+    return folder / "runs" / arm.slug / (name if share == 1 else f"{name}-share-{share:g}")
 
 
 def _forget_test(folder: Path) -> None:

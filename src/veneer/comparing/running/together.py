@@ -27,13 +27,15 @@ from veneer.comparing.planning.control_hooks import (
     kept_norms,
 )
 from veneer.comparing.planning.design import Comparison
+from veneer.comparing.planning.halving import share_of, trials_of
+from veneer.comparing.running.runs import run_folder
 from veneer.errors import VeneerError
 
 ROWS = 64  # of a shared forward: beyond that, rows in one batch gain little and take memory
 MEMBERS = 16
 SHARE = 0.05  # of the base's parameters that an arm may train in a cohort
 
-Key = tuple[str, str, int, float | None]  # stage, arm, seed, rate
+Key = tuple[str, str, int, float | None, float]  # stage, arm, seed, rate, share of the budget
 
 
 def members_at_once(options: Mapping[str, Any]) -> int:
@@ -145,6 +147,7 @@ def _cohort(runner: Any, runs: Sequence[Mapping[str, Any]]) -> list[Any]:
         members[str(i)] = {
             **_options(run), "output": run["output"], "evaluate_on": inside, "data": data[inside], **changed[i],
             **({"hooks": [keeps[i]]} if i in keeps else {}),
+            **(runner.shared(run["share"]) if "share" in run else {}),
         }  # fmt: skip
     found = train_cohort(members, model=runner.model, task=runner.data.task, progress=False, **runner.options)
     took = (time.monotonic() - began) / len(runs)
@@ -196,17 +199,26 @@ class Together:
     def __init__(self, runner: Any, design: Comparison, folder: Path, done: set[Key]) -> None:
         self.runner, self.design, self.folder, self.done = runner, design, folder, done
         self.found: dict[Key, Any] = {}
+        self.expected: list[tuple[Arm, int, float, float]] = []
         look_at(runner, design.parsed_arms)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.runner, name)
 
     def __call__(
-        self, *, arm: Arm, seed: int, learning_rate: float | None, splits: tuple[str, ...], output: Path
+        self,
+        *,
+        arm: Arm,
+        seed: int,
+        learning_rate: float | None,
+        splits: tuple[str, ...],
+        output: Path,
+        share: float = 1.0,
     ) -> Any:
         run = {"arm": arm, "seed": seed, "learning_rate": learning_rate, "splits": splits, "output": output}
+        run |= _part(share)
         stage = "confirm" if "test" in splits else "tune"
-        key = (stage, str(arm), seed, learning_rate)
+        key = (stage, str(arm), seed, learning_rate, share)
         if key not in self.found:
             runs = {key: run}
             if is_able(self.runner, arm):
@@ -219,6 +231,10 @@ class Together:
             raise result
         return result
 
+    def expect(self, arm: Arm, trials: Sequence[tuple[int, float, float]]) -> None:
+        """Trials (seed, rate, share) that will be asked for, which the design alone does not say."""
+        self.expected = [(arm, *trial) for trial in trials]
+
     def _next(
         self, stage: str, arm: Arm, rate: float | None, splits: tuple[str, ...]
     ) -> dict[Key, dict[str, Any]]:
@@ -227,29 +243,39 @@ class Together:
         if stage == "confirm":
             for seed in self.design.seeds:
                 self._add(found, stage, arm, seed, rate, splits)
+        if stage == "tune":
+            for other, seed, tried, share in self.expected:
+                self._add(found, "tune", other, seed, tried, ("validation",), share)
         arms = list(self.design.parsed_arms)
         for other in arms[arms.index(arm) :] if arm in arms else ():
-            for tried in self.design.rates.get(str(other), ()):
+            rates = self.design.rates.get(str(other), ())
+            share = trials_of(len(rates), self.design.halving)[0][1]
+            for tried in rates:
                 for seed in self.design.tuning_seeds:
-                    self._add(found, "tune", other, seed, tried, ("validation",))
+                    self._add(found, "tune", other, seed, tried, ("validation",), share)
         return found
 
     def _add(
-        self, found: dict[Key, dict[str, Any]], stage: str, arm: Arm, seed: int, rate: Any, splits: Any
+        self,
+        found: dict[Key, dict[str, Any]],
+        stage: str,
+        arm: Arm,
+        seed: int,
+        rate: Any,
+        splits: Any,
+        share: float = 1.0,
     ) -> None:
-        key = (stage, str(arm), seed, rate)
+        key = (stage, str(arm), seed, rate, share)
         if key in self.done or key in self.found or not is_able(self.runner, arm):
             return
         found[key] = {
             "arm": arm, "seed": seed, "learning_rate": rate, "splits": splits,
-            "output": run_folder(self.folder, stage, arm, seed, rate),
+            "output": run_folder(self.folder, stage, arm, seed, rate, share), **_part(share),
         }  # fmt: skip
 
 
-def run_folder(folder: Path, stage: str, arm: Arm, seed: int, rate: float | None) -> Path:
-    """Where a run lies."""
-    name = f"seed-{seed}" if stage == "confirm" else f"tune-seed-{seed}-rate-{rate:g}"
-    return folder / "runs" / arm.slug / name
+def _part(share: float) -> dict[str, float]:
+    return {} if share == 1 else {"share": share}
 
 
 def together(run_arm: Any, design: Comparison, folder: Path, lines: Sequence[Mapping[str, Any]]) -> Any:
@@ -258,5 +284,9 @@ def together(run_arm: Any, design: Comparison, folder: Path, lines: Sequence[Map
         run_arm.anchors = anchors_of(design.parsed_arms)
     if not hasattr(run_arm, "open_base") or members_at_once(run_arm.options) < 2:
         return run_arm
-    done = {(x["stage"], x["arm"], x["seed"], x["learning_rate"]) for x in lines if x["status"] != "failed"}
+    done = {
+        (x["stage"], x["arm"], x["seed"], x["learning_rate"], share_of(x))
+        for x in lines
+        if x["status"] != "failed"
+    }
     return Together(run_arm, design, folder, done)
