@@ -460,6 +460,10 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
         "marian",
         lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"),
     ),
+    "prefix of an encoder-decoder with a bias by distance": (
+        "t5",
+        lambda: peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"),
+    ),
     "prefix by a network": (
         "llama",
         lambda: peft.PrefixTuningConfig(
@@ -555,7 +559,7 @@ def test_a_folder_of_hf_peft_reads_to_the_same_outputs_and_gradients_and_is_writ
         torch.testing.assert_close(output(again, kwargs, tokens), expected.detach(), rtol=0, atol=close)
 
 
-@pytest.mark.parametrize("family", ["bart", "marian"])
+@pytest.mark.parametrize("family", ["bart", "marian", "t5"])
 def test_positions_of_a_prefix_move_for_its_rows_alone(family, tmp_path):
     """These decoders count by themselves: the table is read further for rows with the prefix, and not for bare ones."""
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")
@@ -567,6 +571,51 @@ def test_positions_of_a_prefix_move_for_its_rows_alone(family, tmp_path):
         found = output(model, kwargs)
     torch.testing.assert_close(found[0], expected[0].detach(), rtol=0, atol=1e-10)
     torch.testing.assert_close(found[1], bare[1], rtol=0, atol=1e-12)
+
+
+def test_a_prefix_with_a_bias_by_distance_decodes_with_a_cache_and_far_from_its_keys(tmp_path):
+    """Blocks with tables of their own (UMT5), a text longer than any distance that is told apart, one token a step."""
+    import transformers as t
+
+    def umt5() -> nn.Module:
+        sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            settings = t.UMT5Config(**sizes, num_decoder_layers=2, relative_attention_max_distance=20)
+            return t.UMT5ForConditionalGeneration(settings).eval().double()
+
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        theirs = peft.get_peft_model(umt5(), config).eval().double()
+        theirs.prompt_encoder.default.embedding.weight.data.normal_()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, ids = umt5(), torch.arange(3, 13).view(2, 5)
+    adapter = veneer.load(ours, tmp_path / "theirs", "mine")
+    assert adapter.method.distances >= 20
+    text = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, decoder_input_ids=text).logits
+        torch.testing.assert_close(
+            ours(input_ids=ids, decoder_input_ids=text).logits, expected, rtol=0, atol=1e-9
+        )
+        written = [ours.generate(ids, max_new_tokens=30, do_sample=False, use_cache=c) for c in (True, False)]
+        assert torch.equal(*written)
+        bias = next(v for k, v in adapter.frozen(ours.veneer.shared).items() if k.endswith("bias"))
+        bias.zero_()
+        assert (ours(input_ids=ids, decoder_input_ids=text).logits - expected).abs().max() > 1e-4
+
+    veneer.detach(ours, "mine")
+    veneer.load(ours, tmp_path / "theirs", "mine")
+    veneer.save(ours, "mine", tmp_path / "own")
+    again = umt5()
+    veneer.load(again, tmp_path / "own", "mine")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            again(input_ids=ids, decoder_input_ids=text).logits, expected, rtol=0, atol=1e-6
+        )
+    with pytest.raises(veneer.VeneerError, match=r"distances=20.*comes with a folder of HF PEFT"):
+        veneer.attach(umt5(), "prefix_tuning", distances=20)
 
 
 def compare_gradients(model: nn.Module, adapter: Any, adapted: nn.Module, close: float, folder: Path) -> None:

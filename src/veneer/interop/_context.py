@@ -22,6 +22,7 @@ from veneer.errors import BadFile, NoSiteFound, ShapeDiffers, Unsupported
 from . import _targets
 from ._config import Field
 from ._converter import OWN_FORM, Converter, Reading, Request, Writing, converter
+from ._distances import biases_by_distance
 
 _PROMPT = {
     "num_virtual_tokens": Field(None, "any"), "token_dim": Field(None), "num_transformer_submodules": Field(None),
@@ -147,6 +148,7 @@ class PrefixTuning(Converter):
         table = _check_prefix(job.host)
         length = _count(job, "num_virtual_tokens")
         stack = "decoder." if job.anatomy.facts.encoder_decoder else ""
+        biases = _biases(job.host, stack)
         if stack:
             warnings.warn(
                 f"'{job.config.path}': blocks of an encoder-decoder share prefixes in HF PEFT; each has a copy here: "
@@ -156,7 +158,9 @@ class PrefixTuning(Converter):
         options = {
             "length": length, "position_offset": length, "sites": f"{stack}block.attention",
             "position_table": table and _targets.exact(job.anatomy, table),
+            "distances": next((b.shape[1] for b in biases.values()), 0),
         }  # fmt: skip
+        job.pairs.update({("bias", module): (b, b) for module, b in biases.items()})
         return Request("prefix_tuning", options)
 
     def take(self, job: Reading, sp: SitePlan, prefix: str) -> dict[str, Tensor]:
@@ -173,11 +177,18 @@ class PrefixTuning(Converter):
             )
         rows = table.view(length, layers * 2, heads, d).permute(1, 2, 0, 3)  # (2 layers, heads, length, d)
         key, value = _rows_of(sp.site.block or 0, layers, _submodules(job))
-        return {"K": rows[key].clone(), "V": rows[value].clone()}
+        found = {"K": rows[key].clone(), "V": rows[value].clone()}
+        return found | ({"bias": job.pairs["bias", sp.site.module][0]} if "bias" in sp.specs else {})
 
     def write(self, job: Writing) -> dict[str, Any]:
         m, facts = job.adapter.method, job.host.anatomy.facts
         positions = _check_prefix(job.host)
+        if facts.positions == "relative" and not m.distances:
+            raise Unsupported(
+                "PREFIX_TUNING: HF PEFT gives the prefix's keys the bias of their distance, and this prefix was "
+                "trained without one.",
+                next_step=OWN_FORM,
+            )
         if positions and not m.position_table:
             raise Unsupported(
                 "PREFIX_TUNING: HF PEFT starts the text's positions behind the prefix, and this base counts them by "
@@ -241,23 +252,14 @@ def _rows_of(block: int, layers: int, halves: int) -> tuple[int, int]:
 def _check_prefix(host: Any) -> str:
     """The table of learned positions that has to be moved; "" where the base is told its positions, or has none."""
     facts, name = host.anatomy.facts, host.anatomy.model_class
-    instead = "a method of another port, such as lora"
-    if facts.positions == "relative":
-        raise Unsupported(
-            f"PREFIX_TUNING: HF PEFT's prefix has positions of its own, and this {name} adds a bias by distance to its "
-            "scores there. Which distance gets which bias is code inside of its attention, that only the base itself "
-            "can run, and it runs it for the text alone.",
-            next_step=instead,
-        )
-    stack = "decoder" if facts.encoder_decoder else next(iter(dict(facts.blocks)), "")
-    blocks = dict(facts.blocks).get(stack, ())
-    owners = [b for b in facts.backbones if blocks and (not b or blocks[0].startswith(b + "."))]
-    if not facts.causal or not owners:
+    owner, stack = _owner(host), _stack(host)
+    if not facts.causal or owner is None:
         raise Unsupported(
             f"PREFIX_TUNING: HF PEFT serves a prefix as a cache, which this {name} has not.",
-            next_step=instead,
+            next_step=_INSTEAD,
         )
-    owner = max(owners, key=len)
+    if facts.positions == "relative":
+        return ""
     takes = inspect.signature(host.module(owner).forward).parameters
     if facts.positions == "none" or "position_ids" in takes:
         return ""
@@ -269,10 +271,40 @@ def _check_prefix(host: Any) -> str:
     if len(tables) != 1:
         raise Unsupported(
             f"PREFIX_TUNING: HF PEFT starts the text's positions behind the prefix, and the {stack or 'model'} of this "
-            f"{name} counts them by itself: it takes no position_ids, and has no single table of learned positions.",
-            next_step=instead,
+            f"{name} counts them by itself: it takes no position_ids, and has no single table of positions.",
+            next_step=_INSTEAD,
         )
     return tables[0]
+
+
+def _stack(host: Any) -> str:
+    facts = host.anatomy.facts
+    return "decoder" if facts.encoder_decoder else next(iter(dict(facts.blocks)), "")
+
+
+def _owner(host: Any) -> str | None:
+    """The innermost module that runs the stack's blocks by itself."""
+    facts = host.anatomy.facts
+    blocks = dict(facts.blocks).get(_stack(host), ())
+    owners = [b for b in facts.backbones if blocks and (not b or blocks[0].startswith(b + "."))]
+    return max(owners, key=len, default=None)
+
+
+def _biases(host: Any, stack: str) -> dict[str, Tensor]:
+    """Attention -> what the base adds to its scores by distance; {} where it adds nothing."""
+    if host.anatomy.facts.positions != "relative":
+        return {}
+    found = biases_by_distance(host, f"{stack}block.attention", _owner(host) or "")
+    if not found:
+        raise Unsupported(
+            f"PREFIX_TUNING: HF PEFT's prefix has positions of its own, and this {host.anatomy.model_class} adds to "
+            "its scores there what is no bias by distance alone.",
+            next_step=_INSTEAD,
+        )
+    return found
+
+
+_INSTEAD = "a method of another port, such as lora"
 
 
 @converter

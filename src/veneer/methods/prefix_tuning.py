@@ -15,7 +15,9 @@ sites (AdapterHub keeps one pair a stack of an encoder-decoder, which U makes up
 positions start is a convention that a rotary or absolute base can tell: at 0 here and in AdapterHub, at
 `length` in HF PEFT, which serves the prefix as a cache (`position_offset`). A base that counts by itself
 and has a table of learned positions (BART's decoder) reads `position_table` that many rows further; the last
-rows are then of no use, and a text that would need them comes out as NaN.
+rows are then of no use, and a text that would need them comes out as NaN. A base that adds a bias by distance to its
+scores (T5) gives the prefix none here, and in HF PEFT that of keys in front of the text: a frozen `bias` by distance,
+which comes with the folders that are read (`distances` says up to which; farther keys get the last).
 """
 
 from collections.abc import Sequence
@@ -33,12 +35,14 @@ from veneer.edits import (
     Tensors,
     WeightMethod,
     before,
+    from_base,
     hyper,
     made_prefix,
     method,
     open_before,
     prefix_tensors,
 )
+from veneer.errors import BadOption
 
 
 @method("moved_table", paper="", family="selective", registered=False)
@@ -71,13 +75,30 @@ class PrefixTuning(AttentionMethod):
     position_table: str = hyper(
         "", "table of positions that is read so much further, where a base counts by itself"
     )
+    distances: int = hyper(
+        0, "distances whose bias the prefix's keys get, as in HF PEFT; set by reading its folders", at_least=0
+    )
     sites: Sites = "attention"
+
+    start_reads_weight = False
 
     def also(self) -> Sequence[Method]:
         return (MovedTable(self.position_offset, self.position_table),) if self.position_table else ()
 
     def tensors(self, site: Site) -> Specs:
-        return prefix_tensors(site, self.length, self.hidden if self.projection else 0)
+        found = prefix_tensors(site, self.length, self.hidden if self.projection else 0)
+        if self.distances:
+            found["bias"] = from_base(site.heads, self.distances, trained=False)
+        return found
+
+    def start(self, site: Site, t: Tensors) -> dict[str, Tensor]:
+        if self.distances:
+            raise BadOption(
+                f"prefix_tuning: distances={self.distances} is what the base adds to its scores, which comes with a "
+                "folder of HF PEFT and cannot be made anew.",
+                next_step="distances=0, or veneer.load(model, folder)",
+            )
+        return {}
 
     def derive(self, t: Tensors) -> dict[str, Tensor]:
         """The prefix that the network makes: K and V, (kv_heads, length, head_dim)."""
@@ -85,4 +106,16 @@ class PrefixTuning(AttentionMethod):
 
     def attention(self, t: Tensors, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, attend, at: At) -> Tensor:  # type: ignore[no-untyped-def]
         """q: (rows, heads, queries, head_dim), k and v: (rows, kv_heads, keys, head_dim) -> like q"""
-        return attend(q, before(t.K, k), before(t.V, v), open_before(mask, self.length))
+        wider = open_before(mask, self.length)
+        if "bias" in t:
+            wider = torch.cat(
+                [self._in_front(t, q, at).to(mask.dtype).expand_as(wider[..., : self.length]), mask], -1
+            )
+        return attend(q, before(t.K, k), before(t.V, v), wider)
+
+    def _in_front(self, t: Tensors, q: Tensor, at: At) -> Tensor:
+        """What is added to the scores of the prefix's keys: (rows or 1, heads, queries, length)"""
+        query = at.past + torch.arange(q.shape[-2], device=q.device)[:, None]
+        key = torch.arange(-self.length, 0, device=q.device)
+        found = t.bias[..., (query - key).clamp(max=self.distances) - 1]
+        return found if found.dim() == 4 else found[None]
