@@ -211,3 +211,34 @@ def test_the_end_of_text_ends_an_answer_unless_it_is_to_be_ignored() -> None:
         )
         held = engine.generate([3, 4], logit_bias={end: 100.0}, max_tokens=5, min_tokens=3)
         assert len(held.tokens) == 4
+
+
+def test_a_draw_depends_on_its_own_row_alone_and_the_likeliest_say_what_the_whole_order_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from veneer.serving import _sampling
+    from veneer.serving._sampling import Chooser, _draw
+
+    cuts = [{}, {"top_p": 0.9}, {"top_k": 5}, {"top_k": 40, "top_p": 0.5}, {"min_p": 0.2}, {"top_p": 0.999},
+            {"top_k": 300}, {"min_p": 1e-9}]  # fmt: skip
+    logits = 3 * torch.randn(len(cuts), 400, generator=torch.Generator().manual_seed(0))
+
+    def draws(chosen: list[int], seed: int) -> list[int]:
+        made = [
+            Chooser(Sampling(temperature=1.3, seed=seed + i, **cuts[i]), frozenset(), ())  # type: ignore[arg-type]
+            for i in chosen
+        ]
+        return _draw(logits[chosen], made)
+
+    everybody = list(range(len(cuts)))
+    alone, together, whole = [], [], []
+    for seed in range(0, 400, 20):
+        monkeypatch.setattr(_sampling, "HEAD", 16)  # some cuts lie inside of it, some do not
+        alone.append([draws([i], seed)[0] for i in everybody])
+        together.append(draws(everybody, seed))
+        monkeypatch.setattr(_sampling, "HEAD", 400)
+        whole.append(draws(everybody, seed))
+    assert alone == together == whole
+    assert len({tuple(row) for row in alone}) > 15
+    best = logits.sort(-1, descending=True).indices
+    assert all(row[2] in best[2, :5] and row[1] in best[1] for row in alone)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ._request import Logprob, Sampling
 
 _seeds = itertools.count(1)
+HEAD = 1024  # likeliest tokens that are looked at before a whole vocabulary is put in order
 
 
 @dataclass
@@ -95,41 +96,71 @@ def _change(logits: Tensor, row: Chooser) -> None:
 
 
 def _draw(logits: Tensor, rows: Sequence[Chooser]) -> list[int]:
-    """Drawn by the inverse of the distribution function, with one number a row from its own generator."""
+    """Drawn by the inverse of the distribution function, with one number a row from its own generator.
+
+    In which order a row's tokens are gone through depends on that row alone: as they are numbered where nothing is cut
+    off, else likeliest first, the likeliest HEAD of them where those hold all that is left.
+    """
     device = logits.device
     temperature = torch.tensor([r.sampling.temperature for r in rows], device=device)
     scaled = logits / temperature[:, None]
-    cut = any(r.sampling.top_k or r.sampling.top_p < 1 or r.sampling.min_p for r in rows)
-    order = None
-    if cut:
-        scaled, order = scaled.sort(dim=-1, descending=True, stable=True)
-    p = scaled.double().softmax(-1)
-    if cut:
-        p = p * _kept(p, rows)
-    total = p.cumsum(-1)
     u = torch.stack([torch.rand((), generator=r.generator, dtype=torch.float64) for r in rows]).to(device)
+    found = [0] * len(rows)
+
+    def draw(where: list[int], head: int | None) -> list[int]:
+        """The rows that `where` numbers; those whose cut reaches beyond the head are left for another turn."""
+        own, cuts = scaled[where], [rows[i] for i in where]
+        if head is None:
+            p, order = own.double().softmax(-1), None
+            inside = [True] * len(where)
+        else:
+            best, order = (
+                own.topk(head) if head < own.shape[1] else own.sort(dim=-1, descending=True, stable=True)
+            )
+            p = (best.double() - own.double().logsumexp(-1, keepdim=True)).exp()
+            kept, whole = _kept(p, cuts, own.shape[1])
+            p, inside = p * kept, whole.tolist()
+        for i, token, good in zip(where, _at(p, u[where], order), inside):
+            if good:
+                found[i] = token
+        return [i for i, good in zip(where, inside) if not good]
+
+    cut = [i for i, r in enumerate(rows) if r.sampling.top_k or r.sampling.top_p < 1 or r.sampling.min_p]
+    free = [i for i in range(len(rows)) if i not in set(cut)]
+    if free:
+        draw(free, None)
+    if cut:
+        cut = draw(cut, min(HEAD, logits.shape[1]))
+    if cut:
+        draw(cut, logits.shape[1])
+    return found
+
+
+def _at(p: Tensor, u: Tensor, order: Tensor | None) -> list[int]:
+    """The tokens at which the sums of p (rows, tokens) pass u (rows,) of the whole."""
+    total = p.cumsum(-1)
     place = torch.searchsorted(total, (u * total[:, -1])[:, None], right=True)
     # Rounding may point behind the last token that has any probability.
-    last = (p > 0).long().mul(torch.arange(p.shape[1], device=device)).amax(-1, keepdim=True)
+    last = (p > 0).long().mul(torch.arange(p.shape[1], device=p.device)).amax(-1, keepdim=True)
     place = torch.minimum(place, last)
     return (place if order is None else order.gather(-1, place))[:, 0].tolist()
 
 
-def _kept(p: Tensor, rows: Sequence[Chooser]) -> Tensor:
-    """(rows, vocabulary) bool: what top_k, top_p and min_p leave. p: likeliest first; the first always stays."""
+def _kept(p: Tensor, rows: Sequence[Chooser], vocabulary: int) -> tuple[Tensor, Tensor]:
+    """What top_k, top_p and min_p leave of each row's likeliest tokens, (rows, tokens) bool; and of which rows that is
+    all that they leave of the whole vocabulary, (rows,) bool. p: likeliest first; the first always stays."""
     device = p.device
-    vocabulary = p.shape[1]
     k = torch.tensor([r.sampling.top_k or vocabulary for r in rows], device=device)
     top_p = torch.tensor([r.sampling.top_p for r in rows], device=device, dtype=p.dtype)
     min_p = torch.tensor([r.sampling.min_p for r in rows], device=device, dtype=p.dtype)
-    rank = torch.arange(vocabulary, device=device)
+    rank = torch.arange(p.shape[1], device=device)
     keep = rank[None] < k[:, None]
     before = (p * keep).cumsum(-1) - p * keep
-    share = (p * keep).sum(-1, keepdim=True)
+    share = torch.where(k[:, None] <= p.shape[1], (p * keep).sum(-1, keepdim=True), torch.ones_like(p[:, :1]))
     keep = keep & ((before < top_p[:, None] * share) | (top_p[:, None] >= 1))
     keep = keep & (p >= min_p[:, None] * p[:, :1])
     keep[:, 0] = True
-    return keep
+    return keep, ~keep[:, -1] | (k <= p.shape[1]) | (p.shape[1] == vocabulary)
 
 
 def _told(logprobs: Tensor, token: int, count: int) -> Logprob:
