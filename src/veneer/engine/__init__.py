@@ -7,8 +7,9 @@ from ._attach import attach, detach, host_of, plan, read, relayout
 from ._begin import begin, going_on, within
 from ._cohort import alone, draws, is_still, put_draws, random_places, require_gradients, without_dropout
 from ._draws import dropout_seeds
+from ._fingerprint import fingerprint
 from ._flat_calls import flat_tokens, why_not_flat
-from ._host import Host, fingerprint
+from ._host import Host
 from ._joined import why_not_joined
 from ._memory import MemoryUse, memory_budget
 from ._merge import MergeReport, merge, unmerge, why_not

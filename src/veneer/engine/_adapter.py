@@ -7,6 +7,7 @@ base or from data are the adapter's own buffers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable
@@ -134,9 +135,12 @@ class Adapter(nn.Module):
             delattr(self, f"leaf_{i}")
         self.groups = []
         dtype = self.keep_dtype or torch.float32
-        for i, ((decay, rate, group), entries) in enumerate(sorted(sorted_entries.items(), key=str)):
+        for i, ((decay, rate, group), entries) in enumerate(
+            sorted(sorted_entries.items(), key=lambda found: str(found[0]))
+        ):
             shaped = tuple(
-                Entry(e.key, e.tensor, tuple(values[e.key].shape), e.spec, e.first) for e in entries
+                e if e.shape == (shape := tuple(values[e.key].shape)) else dataclasses.replace(e, shape=shape)
+                for e in entries
             )
             self.groups.append(Group(group, decay, rate, shaped))
             flat = (

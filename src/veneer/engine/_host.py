@@ -7,7 +7,6 @@ were when it began.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import threading
 import urllib.parse
@@ -542,28 +541,4 @@ def child_name(name: str) -> str:
     return urllib.parse.quote(name, safe=" ").replace(".", "%2E")
 
 
-def fingerprint(found: Anatomy, root: nn.Module, plan: Plan | None = None) -> dict[str, Any]:
-    """What tells one base from another: names and shapes of its parameters, and a sample of its values.
-
-    Values that the plan trains whole are left out: a head that no file filled is another one at every opening.
-    """
-    own = {(s.site.module, s.site.parameter) for s in plan.sites if s.part < 0} if plan is not None else set()
-    shapes = hashlib.sha256()
-    values = hashlib.sha256()
-    for name, p in root.named_parameters():
-        if name.startswith("veneer."):
-            continue
-        shapes.update(f"{name}:{tuple(p.shape)};".encode())
-        if name.rpartition(".")[::2] in own:
-            continue
-        flat = p.detach().reshape(-1)
-        step = max(1, flat.numel() // 8)
-        values.update(flat[::step][:8].float().cpu().numpy().tobytes())
-    return {
-        "class": type(root).__name__,
-        "shapes": shapes.hexdigest()[:32],
-        "values": values.hexdigest()[:32],
-    }
-
-
-__all__ = ["Host", "child_name", "fingerprint"]
+__all__ = ["Host", "child_name"]

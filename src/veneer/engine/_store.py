@@ -25,7 +25,8 @@ from veneer.errors import BadFile, ShapeDiffers, UnknownName, Unsupported, Venee
 from ._adapter import Adapter, draw
 from ._attach import _plan_for, attach, frozen_seed, host_of
 from ._beside import beside, sweep
-from ._host import Host, fingerprint
+from ._fingerprint import fingerprint
+from ._host import Host
 
 RECORD, TENSORS = "veneer.json", "adapter.safetensors"
 WRITTEN = (RECORD, TENSORS, "both")  # what a save writes before it moves it
@@ -184,9 +185,8 @@ def _plain(value: Any) -> Any:
 
 
 def _digest(t: Tensor) -> str:
-    return hashlib.sha256(
-        t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    ).hexdigest()
+    flat: Any = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(flat).hexdigest()
 
 
 def _digest_all(tensors: Mapping[str, Tensor]) -> str:
@@ -431,15 +431,16 @@ def inside(folder: Path, name: str) -> Path:
             nearest=sorted(p.name for p in folder.iterdir())[:5],
             next_step="copy the folder again, or save the adapter again",
         )
-    real = path.resolve()
-    # Hub caches link to blobs beside the snapshot; a link to anywhere else is refused.
-    allowed = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
-    if path.is_symlink() and not any(real.is_relative_to(a) for a in allowed):
-        raise BadFile(
-            f"'{path}' is a link that leads out of its folder, to '{real}'.",
-            next_step="put the file itself there, if you trust it",
-        )
-    if not real.is_file():
+    if path.is_symlink():
+        # Hub caches link to blobs beside the snapshot; a link to anywhere else is refused.
+        real = path.resolve()
+        allowed = [folder.resolve(), folder.resolve().parent.parent / "blobs"]
+        if not any(real.is_relative_to(a) for a in allowed):
+            raise BadFile(
+                f"'{path}' is a link that leads out of its folder, to '{real}'.",
+                next_step="put the file itself there, if you trust it",
+            )
+    if not path.is_file():
         raise BadFile(f"'{path}' is not a regular file.", next_step="save the adapter again")
     return path
 

@@ -3,6 +3,7 @@
 W: (..., out, in), a kernel flattened; leading axes (experts) are carried along.
 """
 
+import functools
 import re
 from typing import Any
 
@@ -20,6 +21,7 @@ def named(init: str | bool) -> str:
     return {"True": "default", "False": "none"}.get(str(init), str(init))
 
 
+@functools.cache
 def iterations(init: str | bool) -> int:
     """N of "pissa_niter_N"; 0 for any other start."""
     found = re.fullmatch(r"pissa_niter_([1-9]\d*)", str(init))
@@ -30,6 +32,7 @@ def is_known(init: str | bool) -> bool:
     return named(init) in NAMES or iterations(init) > 0
 
 
+@functools.cache
 def reads_weight(init: str | bool) -> bool:
     """Whether the pair starts at a part of W, which the update then subtracts."""
     return named(init) in ("pissa", "olora") or iterations(init) > 0
