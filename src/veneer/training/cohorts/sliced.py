@@ -35,6 +35,7 @@ class _Member:
     done: Future[None] = field(default_factory=Future)
     coming: Slice | None = None  # None: not looked at yet
     leaving: bool = False
+    ended: bool = False
 
 
 class SlicedCohort:
@@ -128,13 +129,16 @@ class SlicedCohort:
 
     def _end(self, name: str, error: BaseException | None) -> None:
         with self._lock:
-            member = self._members.pop(name, None)
-        if member is None:
-            return
+            member = self._members.get(name)
+            if member is None or member.ended:
+                return
+            member.ended = True
         try:
             member.slices.close()  # type: ignore[attr-defined]
         except BaseException as other:
             error = error or other
+        with self._lock:  # not before: while a run is here its adapter may be on the model
+            self._members.pop(name, None)
         if error is None:
             member.done.set_result(None)
         else:
