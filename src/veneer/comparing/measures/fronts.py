@@ -14,6 +14,7 @@ import numpy as np
 
 from veneer.comparing.inference.analysis import Scores, drawn_means, on_front
 from veneer.comparing.inference.statistics import Array
+from veneer.comparing.measures.hypervolume import hypervolume
 
 RESAMPLES = 2000
 COSTS = {
@@ -34,20 +35,27 @@ COSTS = {
 def fronts(
     scores: Scores, costs: Mapping[str, Mapping[str, Any]], resamples: int = RESAMPLES
 ) -> dict[str, dict[str, Any]]:
-    """{cost: {"about", "probability": {arm: share of resamples on the front}}}, for costs that are known.
+    """{cost: {"about", "probability": {arm: share of resamples on the front}, "hypervolume"}}, for known costs.
 
+    hypervolume: see `hypervolume`, against the untrained base, or the worst arm where that was not measured.
     scores: higher is better. An arm whose cost is not known is left out.
     """
     names = sorted(name for name in scores.of if name in costs)
     quality = drawn_means(scores, names, resamples)
-    found = {}
+    means = np.array([float(np.nanmean(scores.of[name])) for name in names])
+    worst = means[names.index("untrained")] if "untrained" in names else means.min(initial=np.inf)
+    found: dict[str, dict[str, Any]] = {}
     for cost, about in COSTS.items():
         known = [name for name in names if costs.get(name, {}).get(cost) is not None]
         if len(known) < 2:
             continue
         places = [names.index(name) for name in known]
-        probability = on_front(known, quality[places], _prices(known, costs, cost, resamples))
-        found[cost] = {"about": about, "probability": probability}
+        drawn = _prices(known, costs, cost, resamples)
+        found[cost] = {"about": about, "probability": on_front(known, quality[places], drawn)}
+        price = np.array([float(costs[name][cost]) for name in known])
+        area = hypervolume(known, means[places], quality[places], price, drawn, float(worst))
+        if area is not None:
+            found[cost]["hypervolume"] = area
     return found
 
 

@@ -51,6 +51,14 @@ def prices(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> tuple[lis
     return found, table
 
 
+def areas(page: Published, prices: Sequence[Mapping[str, Any]]) -> tables.Table | None:
+    """The hypervolume of the front of each price that has a chart."""
+    fronts = page.summary.get("fronts") or {}
+    known = {cost: front["hypervolume"] for cost, front in fronts.items() if front.get("hypervolume")}
+    titles = {one["cost"]: PRICES[one["cost"]][1] for one in prices}
+    return tables.areas_table(page, known, titles) if known.keys() & titles.keys() else None
+
+
 def contrasts_chart(page: Published) -> str:
     rows = []
     scale = page.scale

@@ -72,6 +72,7 @@ def content(page: Published) -> dict[str, Any]:
         "forest": charts.forest(page.arms, s["groups"], page.chosen, page.scale),
         "prices": prices,
         "fronts": fronts,
+        "areas": findings.areas(page, prices),
         "no_step": telling.without_step(page, costs)
         if any(p["cost"] == "step_seconds" for p in prices)
         else [],
