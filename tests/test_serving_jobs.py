@@ -319,8 +319,21 @@ def test_slices_wait_while_rows_speak_and_run_when_nobody_does() -> None:
     assert spare.put_off == 5
     while spare.wanted:
         spare.turn(False, 0.0)
-    assert work.done == [2, 2, 2]
+    assert work.done == [1, 2, 2]  # the first for one run alone: nobody knew how long it would take
     assert spare.slices == {"part": 3}
+
+
+def test_while_nobody_asks_a_long_part_is_done_for_one_run_so_that_who_comes_waits_less() -> None:
+    work = Parts()
+    spare = Spare(Guard(between_tokens=0.1), work)
+    spare.guard.learn(Slice("part", 16), 3.0)
+    spare.guard.learn(Slice("part", 8), 1.6)
+    spare.turn(False, 0.0)
+    assert work.done == [1]
+    for _ in range(8):
+        spare.guard.learn(Slice("part", 16), 0.8)
+    spare.turn(False, 0.0)
+    assert work.done == [1, 2]
 
 
 def test_a_slice_that_nobody_has_timed_is_tried_under_requests_without_an_end(

@@ -4,7 +4,7 @@ While rows run, a slice is begun only if it is known to take less than what is l
 between two tokens. How long a slice takes is learned from slices of its kind and size. One that is not known, or was
 slow once and fast before, is tried when it has waited for `PATIENCE`: under requests without an end a job would never
 begin, or stop for ever after one slow moment. Without requests slices follow one another, and a request that comes
-waits for one at the most.
+waits for one at the most: where a slice for several runs would be long, one for fewer is taken.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Protocol
 from veneer.training import Slice
 
 PATIENCE = 30.0  # seconds
+LONGEST = 1.0  # seconds of a slice that could be a smaller one, while nobody asks: someone may
 REMEMBERED = 8  # of slices of one kind and size, and twice as many of the engine's steps
 
 
@@ -104,9 +105,9 @@ class Spare:
         if busy:
             self.guard.saw_step(step_seconds)
         coming = self.work.coming() if self.wanted else None
-        while coming is not None and busy and not self.guard.allows(coming):
+        while coming is not None and not self._fits(coming, busy):
             smaller = self.work.smaller()
-            if smaller is None and self._may_wait(coming):
+            if smaller is None and busy and self._may_wait(coming):
                 self.put_off += 1
                 return
             if smaller is None:
@@ -122,6 +123,9 @@ class Spare:
         self.seconds[coming.kind] += took
         self.recent.append((coming.kind, took))
         self.guard.learn(coming, took)
+
+    def _fits(self, coming: Slice, busy: bool) -> bool:
+        return self.guard.allows(coming) if busy else self.guard.predicted(coming) <= LONGEST
 
     def _may_wait(self, coming: Slice) -> bool:
         """Whether a slice that is not known to fit goes on waiting."""
