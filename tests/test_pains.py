@@ -81,6 +81,32 @@ def test_loading_beside_two_hundred_adapters_costs_what_it_did_beside_none(tmp_p
     assert late < 3 * early, f"{early:.5f} s at first, {late:.5f} s behind 200 adapters"
 
 
+@pytest.mark.parametrize("how", ["attach", "load"])
+def test_the_thousandth_adapter_and_its_first_forward_cost_what_the_first_did(how, tmp_path):
+    """Two models take turns, so that what else the machine does falls on both."""
+    young, old, count, given = base("llama"), base("llama"), itertools.count(), inputs("llama", 2)
+    add(young, "lora", "kept")
+    veneer.save(young, "kept", tmp_path / "a")
+    while len(veneer.adapters(old)) < 1000:
+        veneer.attach(old, "lora", f"a{next(count)}", activate=False)
+
+    @torch.no_grad()
+    def one(model) -> None:
+        name = f"a{next(count)}"
+        if how == "attach":
+            veneer.attach(model, "lora", name)
+        else:
+            veneer.load(model, tmp_path / "a", name)
+        out(model, given)
+
+    taken = {id(m): [] for m in (young, old)}
+    for _ in range(15):
+        for model in (young, old):
+            taken[id(model)].append(seconds(lambda model=model: one(model), 1))
+    early, late = min(taken[id(young)]), min(taken[id(old)])
+    assert late < 1.4 * early, f"{early:.5f} s at first, {late:.5f} s behind 1000 adapters"
+
+
 def test_attaching_to_a_deep_model_is_a_matter_of_seconds():
     deep = nn.Sequential(*(m for _ in range(400) for m in (nn.Linear(8, 8), nn.ReLU()))).eval()
     began = time.process_time()
