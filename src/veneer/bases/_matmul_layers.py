@@ -15,14 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from veneer.bases._matmul_products import Product, product_for
+from veneer.bases._spared import let_go
 from veneer.errors import VeneerError
 
 
 class Copies:
     """What one layer keeps for its form: a copy for the forward, one for the gradient, each made at first need."""
 
-    def __init__(self, form: str) -> None:
-        self.form = form
+    def __init__(self, form: str, spared: bool = False) -> None:
+        self.form, self.spared = (
+            form,
+            spared,
+        )  # spared: the weight lies in a mapped file, and is read from there
         # (what it was copied from, the weight, the copies): one value, so that threads see all of it or none.
         self._state: tuple[Any, Any, dict[bool, Any]] = (None, None, {})
 
@@ -39,6 +43,8 @@ class Copies:
         if back not in kept:
             with torch.no_grad():
                 kept[back] = product.copy(W.detach().mT if back else W.detach())
+            if self.spared:
+                let_go(_owner(W))
         return kept[back]
 
     def drop(self) -> None:
@@ -50,7 +56,7 @@ class Copies:
         return tuple(self._state[2])
 
     def __deepcopy__(self, memo: Any) -> Copies:
-        return Copies(self.form)
+        return Copies(self.form)  # a copied weight lies in memory
 
     def __reduce__(self) -> Any:
         return Copies, (self.form,)

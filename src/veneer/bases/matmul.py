@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from veneer.bases._matmul_layers import Copies, Formed, formed_class, plain_of
 from veneer.bases._matmul_products import FORMS, product_for, why_plain
+from veneer.bases._spared import into_file, into_memory
 from veneer.engine import plain_class, rebase
 from veneer.errors import BadOption, nearest
 
@@ -36,6 +37,7 @@ class Matmul:
     reason: str = ""
     copies: int = 0
     copies_in_training: int = 0
+    on_disk: int = 0  # bytes of weights that lie in a mapped file
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,14 +80,23 @@ def check_form(form: str | None) -> str:
     return form
 
 
-def set_matmul(model: nn.Module, form: str | None) -> Matmul:
+def set_matmul(model: nn.Module, form: str | None, *, weights: str = "memory") -> Matmul:
     """Tell the linear layers of an open base, with or without adapters, how they multiply; in place.
 
     Taken are nn.Linear and transformers' Conv1D with float32 weights; a weight that trains, or that an adapter puts in
     place of the frozen one, is multiplied plainly at each call. Where a form cannot run, the plain one does, and the
-    result says why. Raises BadOption for a name that there is not, and for a base whose linear layers are quantised.
+    result says why. weights="disk": on the CPU, the float32 weights of these layers lie in a mapped file from now on:
+    whoever reads one (a merge, a norm, a file) reads it from there, and memory holds the form's copies alone;
+    "memory" brings them back. Raises BadOption for a name that there is not, and for a base whose linear layers are
+    quantised.
     """
     form = check_form(form)
+    if weights not in ("memory", "disk"):
+        raise BadOption(
+            f"set_matmul: weights={weights!r} is no place for weights.",
+            nearest=("memory", "disk"),
+            next_step="weights='disk', or leave it out",
+        )
     _refuse_quantised(model, form)
     logits = _logits_layer(model)
     for module in dict.fromkeys(model.modules()):
@@ -94,11 +105,19 @@ def set_matmul(model: nn.Module, form: str | None) -> Matmul:
         if made is None:
             continue
         module.__dict__.pop("matmul_copies", None)
+        runs = form != "plain" and product_for(form, module.weight.device) is not None
+        spared = (
+            weights == "disk" and runs and module.weight.dtype == torch.float32 and into_file(module.weight)
+        )
+        if not spared:
+            into_memory(module.weight)
         if form == "plain":
             if plain_class(module) is not plain:
                 rebase(module, plain)
             continue
-        module.__dict__["matmul_copies"] = Copies(LOGITS_BY.get(form, form) if module is logits else form)
+        module.__dict__["matmul_copies"] = Copies(
+            LOGITS_BY.get(form, form) if module is logits else form, spared
+        )
         if plain_class(module) is not made:
             rebase(module, made)
     return matmul_of(model, form)
@@ -128,6 +147,7 @@ def matmul_of(model: nn.Module, form: str | None = None) -> Matmul:
             )
             continue
         rows, columns = layer._matrix().shape
+        found.on_disk += W.nbytes if copies.spared else 0
         found.copies += product.bytes_of(W.numel(), rows)
         found.copies_in_training += product.bytes_of(W.numel(), rows) + product.bytes_of(W.numel(), columns)
     return found

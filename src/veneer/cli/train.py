@@ -82,6 +82,10 @@ def train(
     frozen_prefix: Annotated[
         str | None, typer.Option(help="where what is frozen is kept: memory, disk, off; default memory")
     ] = None,
+    offload_optimizer: Annotated[
+        str | None,
+        typer.Option(help="where the optimiser's state lies between steps: cpu, disk; default off"),
+    ] = None,
     no_flat: Annotated[bool, typer.Option("--no-flat", help="compute padding, as other loops do")] = False,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="less memory, more time")
@@ -120,7 +124,7 @@ def train(
         "accumulate": accumulate, "weight_decay": weight_decay, "warmup": warmup, "schedule": schedule, "clip": clip,
         "gradient_checkpointing": gradient_checkpointing or None, "mixed_precision": mixed_precision,
         "early_stopping": early_stopping, "evaluate_every": evaluate_every, "save_every": save_every,
-        "frozen_prefix": frozen_prefix, "flat": False if no_flat else None,
+        "frozen_prefix": frozen_prefix, "offload_optimizer": offload_optimizer, "flat": False if no_flat else None,
         "base_dropout": None if base_dropout is None else value_of(base_dropout),
         "evaluate_on": tuple(evaluate_on.split(",")) if evaluate_on else None,
     }  # fmt: skip

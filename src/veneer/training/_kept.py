@@ -7,8 +7,6 @@ batch that asked first, and a run that is resumed meets the very same ones. Memb
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -20,6 +18,7 @@ from veneer.tasks import Batch, Encoded, Task
 from veneer.tasks._collate import takes
 from veneer.training._batches import in_order
 from veneer.training._evaluate import evaluating
+from veneer.training._offload import mapped
 
 CHUNK = 16  # rows that are computed together, of nearly one length
 
@@ -161,25 +160,10 @@ class Kept:
         if self.where == "memory":
             return torch.empty(tokens, width, dtype=stored)
         try:
-            return _on_disk(tokens, width, stored)
+            return mapped(tokens * width, stored).view(tokens, width)
         except OSError as error:
             self.notes.append(f"the states below the lowest edit are not kept: {error.strerror or error}")
             return None
-
-
-def _on_disk(tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-    """A tensor in a file that has no name any more: the system takes it back when the process ends."""
-    handle, path = tempfile.mkstemp(prefix="veneer-states-")
-    try:
-        size = max(1, tokens * width * dtype.itemsize)
-        if hasattr(os, "posix_fallocate"):  # a full disk says so here, not by killing the process at a write
-            os.posix_fallocate(handle, 0, size)
-        else:
-            os.truncate(handle, size)
-        return torch.from_file(path, shared=True, size=tokens * width, dtype=dtype).view(tokens, width)
-    finally:
-        os.close(handle)
-        os.unlink(path)
 
 
 class View:

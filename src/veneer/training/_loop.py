@@ -24,6 +24,7 @@ from veneer.training._evaluate import predictions_of
 from veneer.training._failures import out_of_memory
 from veneer.training._flat import FlatTokens
 from veneer.training._frozen import ROWS, FrozenPart
+from veneer.training._offload import offload
 from veneer.training._optimizer import load_optimizer, make_optimizer, optimizer_state, views_of
 from veneer.training._progress import Progress
 from veneer.training._schedule import rate_factor, set_rates, warmup_steps
@@ -113,6 +114,8 @@ class Run:
         self.subject.restore(to_device(saved["adapter"], self.device))
         self.optimizer = self._make_optimizer()
         load_optimizer(self.optimizer, to_device(saved["optimizer"], self.device))
+        if self._offloaded is not None:
+            self._offloaded.take()
         for name, value in saved["own"].items():
             owner = self.recipe if name == "recipe" else self.accelerator.scaler
             owner.load_state_dict(value)
@@ -126,7 +129,9 @@ class Run:
     def _make_optimizer(self) -> Any:
         groups = self.subject.groups(self.learning_rate, self.settings.weight_decay, self.recipe)
         self._views = views_of(groups)
-        return make_optimizer(groups, self.recipe, self.learning_rate, self.settings.weight_decay)
+        made = make_optimizer(groups, self.recipe, self.learning_rate, self.settings.weight_decay)
+        self._offloaded = offload(made, self.settings.offload_optimizer)
+        return made
 
     def forget(self, parameter: Tensor, index: Tensor | None = None) -> None:
         """Drop the optimizer's state of a parameter, or of some of its entries."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from veneer.errors import BadOption, TrainingFailed, UnknownName, UnknownOption, nearest
+from veneer.training._offload import OFFLOADS
 from veneer.training._schedule import check_schedule
 
 SILENT = (
@@ -21,6 +22,7 @@ SILENT = (
     "save_every",
     "frozen_prefix",
     "frozen_prefix_bytes",
+    "offload_optimizer",
 )  # change nothing of the result
 
 FROZEN_PREFIX = ("memory", "memory-float16", "disk", "disk-float16", "off")
@@ -33,7 +35,8 @@ class Settings:
     base_dropout: whether the base drops what it does in training; a cohort has it off. frozen_prefix: what the base
     computes below the lowest edit is kept over the epochs in "memory" or on "disk", up to frozen_prefix_bytes, in
     full or ("memory-float16", "disk-float16") half precision, or not ("off"). Never where the base draws at random.
-    flat: no padding is computed, where that was seen to be exact.
+    flat: no padding is computed, where that was seen to be exact. offload_optimizer: between steps the optimiser's
+    state lies in the processor's memory ("cpu") or in a mapped file ("disk"), or stays ("off").
     """
 
     learning_rate: float | None = None
@@ -51,6 +54,7 @@ class Settings:
     base_dropout: bool = True
     frozen_prefix: str = "memory"
     frozen_prefix_bytes: int = 2**30
+    offload_optimizer: str = "off"
     flat: bool = True
     gradient_checkpointing: bool = False
     mixed_precision: str | None = None
@@ -96,6 +100,12 @@ class Settings:
                 f"frozen_prefix={self.frozen_prefix!r} is no way to keep states.",
                 nearest=FROZEN_PREFIX,
                 next_step="frozen_prefix= one of these, or leave it out",
+            )
+        if self.offload_optimizer not in OFFLOADS:
+            raise UnknownName(
+                f"offload_optimizer={self.offload_optimizer!r} is no place for an optimiser's state.",
+                nearest=OFFLOADS,
+                next_step="offload_optimizer= one of these, or leave it out",
             )
         if self.mixed_precision not in (None, "no", "fp16", "bf16"):
             raise BadOption(

@@ -57,7 +57,7 @@ def train(
     warmup=0.06 (a part, or steps from 1 on), schedule="linear"|"cosine"|"constant",
     clip=1.0, base_dropout=True (False: as in a cohort), frozen_prefix="memory"|"disk"|"off" and
     frozen_prefix_bytes (of what the base computes below the lowest edit), flat=True (no padding is computed, where
-    that was seen to be exact), gradient_checkpointing,
+    that was seen to be exact), offload_optimizer="cpu"|"disk" (its state between steps), gradient_checkpointing,
     mixed_precision="bf16"|"fp16", early_stopping (looks without gain),
     evaluate_every and save_every (steps; None: an epoch), evaluate_on=("validation",), evaluate_batch_size.
     The same call with the same output goes on where a killed one stopped, bit for bit on the CPU, and

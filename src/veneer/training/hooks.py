@@ -180,4 +180,4 @@ def forget_state(optimizer: Any, parameter: Tensor, index: Tensor | None = None)
         return
     for value in state.values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value[index] = 0
+            value[index.to(value.device)] = 0

@@ -1,0 +1,69 @@
+"""Weights that lie in a mapped file: read from there by whoever asks for them, and no memory while nobody does.
+
+The one idea: the mapping is shared, so its pages may be dropped at any time, and the next read brings back what was
+written. A parameter stays the parameter that it was; only its storage is another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import mmap
+import os
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_IN_FILES = "_veneer_in_file"
+
+
+def into_file(weight: Tensor) -> bool:
+    """Move a weight on the CPU into a file that has no name any more; False where it cannot be. In place."""
+    if weight.device.type != "cpu" or not weight.is_contiguous() or _advise() is None:
+        return False
+    if getattr(weight, _IN_FILES, None) == weight.data_ptr():
+        return True
+    handle, path = tempfile.mkstemp(prefix="veneer-weights-")
+    try:
+        os.posix_fallocate(handle, 0, max(1, weight.nbytes))  # a full disk says so here
+        room = torch.from_file(path, shared=True, size=weight.numel(), dtype=weight.dtype)
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+        os.unlink(path)
+    with torch.no_grad():
+        weight.data = room.view(weight.shape).copy_(weight)
+    setattr(weight, _IN_FILES, weight.data_ptr())
+    let_go(weight)
+    return True
+
+
+def into_memory(weight: Tensor) -> None:
+    """Bring a weight back that lies in a file."""
+    if getattr(weight, _IN_FILES, None) == weight.data_ptr():
+        with torch.no_grad():
+            weight.data = weight.detach().clone()
+        delattr(weight, _IN_FILES)
+
+
+def let_go(weight: Tensor) -> None:
+    """Drop the pages of a weight that lies in a file of ours; nothing for any other, whose pages may be the only ones."""
+    advise = _advise()
+    if advise is not None and getattr(weight, _IN_FILES, None) == weight.data_ptr():
+        advise(weight.data_ptr(), weight.nbytes, mmap.MADV_DONTNEED)
+
+
+@functools.cache
+def _advise() -> Any:
+    """libc's madvise(address, bytes, advice), None where there is none."""
+    if not hasattr(os, "posix_fallocate") or not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    with contextlib.suppress(OSError, AttributeError):
+        found = ctypes.CDLL(None).madvise
+        found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
+        return found
+    return None
