@@ -78,7 +78,7 @@ def test_merging_writes_into_the_file_and_detaching_gives_the_base_back():
     _spared.let_go(base[0].weight)
     assert not torch.equal(base[0].weight, before)  # what was written is what is read
     torch.testing.assert_close(base(x), expected, rtol=1e-4, atol=1e-3)
-    veneer.unmerge(base, "mine")
+    veneer.unmerge(base)
     assert torch.equal(base[0].weight, before)
 
 

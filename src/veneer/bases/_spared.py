@@ -16,15 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-_IN_FILES = "_veneer_in_file"
+# weight -> its room in a file: held as long as the weight, so that nothing else gets that address meanwhile
+_ROOMS: Any = WeakTensorKeyDictionary()
 
 
 def into_file(weight: Tensor) -> bool:
     """Move a weight on the CPU into a file that has no name any more; False where it cannot be. In place."""
     if weight.device.type != "cpu" or not weight.is_contiguous() or _advise() is None:
         return False
-    if getattr(weight, _IN_FILES, None) == weight.data_ptr():
+    if lies_in_file(weight):
         return True
     handle, path = tempfile.mkstemp(prefix="veneer-weights-")
     try:
@@ -37,23 +39,28 @@ def into_file(weight: Tensor) -> bool:
         os.unlink(path)
     with torch.no_grad():
         weight.data = room.view(weight.shape).copy_(weight)
-    setattr(weight, _IN_FILES, weight.data_ptr())
+    _ROOMS[weight] = room
     let_go(weight)
     return True
 
 
 def into_memory(weight: Tensor) -> None:
     """Bring a weight back that lies in a file."""
-    if getattr(weight, _IN_FILES, None) == weight.data_ptr():
+    if lies_in_file(weight):
         with torch.no_grad():
             weight.data = weight.detach().clone()
-        delattr(weight, _IN_FILES)
+    _ROOMS.pop(weight, None)
+
+
+def lies_in_file(weight: Tensor) -> bool:
+    room = _ROOMS.get(weight)
+    return room is not None and room.data_ptr() == weight.data_ptr()
 
 
 def let_go(weight: Tensor) -> None:
-    """Drop the pages of a weight that lies in a file of ours; nothing for any other, whose pages may be the only ones."""
+    """Drop the pages of a weight in a file of ours; nothing for any other, whose pages may be the only ones."""
     advise = _advise()
-    if advise is not None and getattr(weight, _IN_FILES, None) == weight.data_ptr():
+    if advise is not None and lies_in_file(weight):
         advise(weight.data_ptr(), weight.nbytes, mmap.MADV_DONTNEED)
 
 

@@ -105,12 +105,11 @@ def set_matmul(model: nn.Module, form: str | None, *, weights: str = "memory") -
         if made is None:
             continue
         module.__dict__.pop("matmul_copies", None)
-        runs = form != "plain" and product_for(form, module.weight.device) is not None
-        spared = (
-            weights == "disk" and runs and module.weight.dtype == torch.float32 and into_file(module.weight)
-        )
+        W: Any = module.weight
+        runs = form != "plain" and W.dtype == torch.float32 and product_for(form, W.device) is not None
+        spared = weights == "disk" and runs and into_file(W)
         if not spared:
-            into_memory(module.weight)
+            into_memory(W)
         if form == "plain":
             if plain_class(module) is not plain:
                 rebase(module, plain)
