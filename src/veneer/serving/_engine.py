@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from veneer.errors import BadOption, Unsupported, VeneerError
+from veneer.errors import BadOption, Unsupported
 
 from ._loop import Loop
 from ._request import Answer, Event, Request, Sampling, check
@@ -286,17 +285,3 @@ class Engine(Loop):
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def _check_alive(self) -> None:
-        if self._error is not None:
-            raise VeneerError(f"the engine has stopped: {self._error}", next_step="start it again")
-        if self._closing:
-            raise VeneerError("the engine is closed.", next_step="open another one")
-
-    def _rate(self) -> float:
-        """Requests a second that were done lately."""
-        if len(self._done) < 2:
-            return 0.0
-        return len(self._done) / max(1e-3, time.monotonic() - self._done[0])

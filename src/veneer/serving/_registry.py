@@ -19,21 +19,21 @@ from typing import Any
 
 from veneer._disk import sync
 from veneer.engine._beside import SETTLED, beside
-from veneer.errors import BadOption, UnknownAdapter, Unsupported, VeneerError, nearest
+from veneer.errors import UnknownAdapter, Unsupported, VeneerError, nearest
 
 from ._archive import unpack
 from ._registry_content import FILES, Content, allowed_folder, examine, take
-from ._registry_rows import SERVED, Move, State, Version, enter, point, undone, version_of
+from ._registry_look import Looking, check_name, unknown
+from ._registry_rows import SERVED, State, Version, enter, point, undone
 from ._registry_tables import Tables
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 DIGEST = re.compile(r"[0-9a-f]{4,64}")
 
 Check = Callable[[Path, Content], None]  # raises a VeneerError where an adapter does not fit the base
 Ready = Callable[[str, Path], Any]  # takes a version's digest and folder
 
 
-class Registry:
+class Registry(Looking):
     """Versions, aliases and jobs under `root`: `registry.sqlite` and one folder a version in `versions/`.
 
     allowed: folders under which adapters may be read. check: raises where an adapter does not fit the served base
@@ -129,7 +129,7 @@ class Registry:
         name = called if self._pointed(called) else called.rpartition(":")[2]
         digest = self._pointed(name)
         if digest is None:
-            raise _unknown(f"no adapter is called '{text[:150]}'.", name, self.names())
+            raise unknown(f"no adapter is called '{text[:150]}'.", name, self.names())
         if prefix:
             digest = self._by_prefix(name, prefix)
         found = self.version(digest, name)
@@ -205,7 +205,7 @@ class Registry:
     def _remove(self, name: str) -> list[Version]:
         with self.tables.change() as at:
             if at.execute("SELECT 1 FROM aliases WHERE name = ?", (name,)).fetchone() is None:
-                raise _unknown(f"no adapter is called '{name[:150]}'.", name, self.names())
+                raise unknown(f"no adapter is called '{name[:150]}'.", name, self.names())
             at.execute("DELETE FROM aliases WHERE name = ?", (name,))
             at.execute(
                 "INSERT INTO moves (name, digest, action, at) VALUES (?, NULL, 'removed', ?)",
@@ -235,51 +235,6 @@ class Registry:
         """Say where a version is now: "host", "device", or "failed" with the reason."""
         with self.tables.change() as at:
             at.execute("UPDATE versions SET state = ?, reason = ? WHERE digest = ?", (state, reason, digest))
-
-    # -- looking --------------------------------------------------------------------------------------------------
-
-    def names(self) -> list[str]:
-        return [row["name"] for row in self.tables.rows("SELECT name FROM aliases ORDER BY name")]
-
-    def aliases(self) -> dict[str, Version]:
-        """Every name and the version that it points to."""
-        rows = self.tables.rows(
-            "SELECT a.name, v.* FROM aliases a JOIN versions v USING (digest) ORDER BY a.name"
-        )
-        return {row["name"]: version_of(row, row["name"]) for row in rows}
-
-    def version(self, digest: str, name: str = "") -> Version:
-        row = self.tables.row("SELECT * FROM versions WHERE digest = ?", (digest,))
-        if row is None:
-            raise UnknownAdapter(
-                f"there is no version {digest[:64]}.", next_step="GET /v1/adapters    lists all"
-            )
-        return version_of(row, name)
-
-    def versions(self) -> list[Version]:
-        """The versions that names point to, a name each."""
-        return list(self.aliases().values())
-
-    def versions_of(self, name: str) -> list[Version]:
-        """The versions of one name's history, the newest last."""
-        return [
-            self.version(d, name) for d in dict.fromkeys(m.digest for m in self.history(name) if m.digest)
-        ]
-
-    def all_versions(self) -> list[Version]:
-        """Every version that was ever registered, the newest last."""
-        return [
-            version_of(r, "") for r in self.tables.rows("SELECT * FROM versions ORDER BY created, digest")
-        ]
-
-    def history(self, name: str) -> list[Move]:
-        """What a name pointed to, the oldest first."""
-        rows = self.tables.rows("SELECT at, action, digest FROM moves WHERE name = ? ORDER BY id", (name,))
-        return [Move(r["at"], r["action"], r["digest"]) for r in rows]
-
-    def folder(self, digest: str) -> Path:
-        """Where a version's files lie; they never change."""
-        return self.versions_folder / digest
 
     # -- starting -------------------------------------------------------------------------------------------------
 
@@ -338,21 +293,6 @@ class Registry:
                 (state, reason, self.base, found.digest),
             )
         return replace(found, state=state, reason=reason)
-
-
-def check_name(name: str) -> None:
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise BadOption(
-            f"the adapter name {str(name)[:150]!r} cannot be used: expected 1 to 128 letters, digits, '.', '_' or "
-            "'-', the first a letter or a digit.",
-            next_step="choose another name",
-        )
-
-
-def _unknown(what: str, name: str, names: Sequence[str]) -> UnknownAdapter:
-    return UnknownAdapter(
-        what, nearest=nearest(name, names), next_step="GET /v1/adapters    lists those that are there"
-    )
 
 
 def _digest_there(folder: Path) -> str | None:
