@@ -311,7 +311,7 @@ def test_what_was_measured_apart_replaces_what_workers_said(tmp_path, worker):
 
 def test_a_control_is_not_measured_and_drives_nobody_off_a_front():
     from veneer.comparing.measures.sections import sections
-    from veneer.comparing.results import Record
+    from veneer.comparing.publishing.records import Record
 
     scores = made_scores(**{"lora": 0.8, "full": 0.8, "random_direction": 0.9})
     records = [

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from veneer.comparing import Arm, Comparison, Ledger, forecast, parse_arm, parse_arms, parse_budget
 from veneer.comparing.planning.arms import Recipe, split_arms
-from veneer.comparing.planning.design import same_question, smallest_findable
+from veneer.comparing.planning.design import same_question
+from veneer.comparing.planning.forecast import smallest_findable
 from veneer.comparing.planning.rates import centre, extension, grid, grids
 from veneer.errors import BadFile, BadOption, UnknownMethod, UnknownName
 

@@ -21,7 +21,7 @@ from veneer.comparing.inference.simulation import (
     seed_deviation,
 )
 from veneer.comparing.inference.statistics import spread
-from veneer.comparing.planning.design import Assumed
+from veneer.comparing.planning.forecast import Assumed
 
 
 def nested_percentile_bootstrap(gaps, resamples=200):

@@ -162,14 +162,14 @@ def parse(line: str) -> Any:
         STATE.restore()
     arguments = list(ctx.args)
     if words[0] == "compare":
-        from veneer.cli.compare import split_file
+        from veneer.cli._compare_fields import split_file
 
         _, arguments = split_file(arguments)
     extras = _extras(arguments, words[0])
     given = typed_options(ctx.params.get("option"))
     flags = [o for p in command.params for o in p.opts]
     if words[0] == "compare":
-        from veneer.cli.compare import training_options
+        from veneer.cli._compare_fields import training_options
 
         training_options(extras, flags)
         _arms(ctx.params["methods"])

@@ -18,7 +18,7 @@ from typing import Any
 from veneer.comparing.planning.arms import Arm
 from veneer.comparing.planning.control_hooks import anchors_of
 from veneer.comparing.running.ledger import Ledger
-from veneer.comparing.running.runs import run_folder
+from veneer.comparing.running.outcome import run_folder
 from veneer.comparing.running.together import is_able, look_at, members_at_once, train_runs
 
 # One thread each. Large blocks stay in the heap: the gradients of a whole base, given back to the system and

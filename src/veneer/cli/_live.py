@@ -14,7 +14,7 @@ from typing import Any
 
 from veneer.cli._common import result
 from veneer.cli._table import table, terminal_width
-from veneer.comparing.planning.design import duration
+from veneer.comparing.planning.forecast import duration
 from veneer.comparing.running.live import columns_of, size_of, state_of
 
 EVERY = 1.0  # seconds between two looks at the folder
@@ -119,11 +119,11 @@ def _result_of(path: Path, width: int) -> str:
     import json
     from types import SimpleNamespace
 
-    from veneer.cli import compare
+    from veneer.cli import _compare_text
 
     summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
     best = path / "best"
-    return compare.text_of(
+    return _compare_text.text_of(
         SimpleNamespace(
             to_dict=lambda: summary, sentence=summary["recommendation"]["sentence"], report=path / "report.html",
             best_folder=best if best.is_dir() else None,

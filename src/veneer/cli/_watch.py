@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from veneer.cli._common import say
-from veneer.comparing.planning.design import duration
+from veneer.comparing.planning.forecast import duration
 
 
 class Watch:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -18,13 +16,14 @@ from veneer.cli._common import (
     Device,
     Dtype,
     Quiet,
-    extra_options,
     note,
     result,
     say,
     still,
 )
-from veneer.errors import BadOption, UnknownOption, nearest
+from veneer.cli._compare_fields import fields_of, pair_of
+from veneer.cli._compare_text import finish, text_of
+from veneer.errors import BadOption
 
 EXAMPLES = (
     "veneer compare which.toml --dry-run",
@@ -185,7 +184,7 @@ def compare(
     if from_file:
         from veneer.cli._elsewhere import analyse_files
 
-        found = analyse_files(ctx.params, [_pair(text) for text in contrast or ()])
+        found = analyse_files(ctx.params, [pair_of(text) for text in contrast or ()])
         result(found, text_of(found, terminal_width()))
         return
     fields = fields_of(ctx)
@@ -220,7 +219,7 @@ def compare(
 
 def ask(expected: Any) -> None:
     """The question before a long comparison, where somebody sits at a terminal to answer it."""
-    from veneer.comparing.planning.design import duration
+    from veneer.comparing.planning.forecast import duration
 
     is_person = sys.stdin.isatty() and sys.stderr.isatty() and not STATE.quiet
     if not is_person or expected.seconds is None or expected.seconds < LONG:
@@ -229,115 +228,3 @@ def ask(expected: Any) -> None:
     if not typer.confirm(f"This takes about {duration(expected.seconds)}. Begin?", default=True, err=True):
         note("nothing was begun; --budget, --seeds, --trials and fewer arms make it shorter")
         raise typer.Exit(1)
-
-
-def fields_of(ctx: Any) -> dict[str, Any]:
-    """The fields of the comparison: of the file, then of the flags that were typed."""
-    from veneer.comparing.planning.file import FIELDS, checked, read_comparison
-
-    file, arguments = split_file(ctx.args)
-    found: dict[str, Any] = (
-        {} if file is None else {"output": f"runs/{Path(file).stem}", **read_comparison(file)}
-    )
-    typed = [p.name for p in ctx.command.params if ctx.get_parameter_source(p.name).name == "COMMANDLINE"]
-    flags = {name: ctx.params[name] for name in typed if name in FIELDS}
-    if "contrast" in typed:
-        flags["contrasts"] = [_pair(text) for text in ctx.params["contrast"]]
-    options = training_options(
-        extra_options(arguments, "compare"), [o for p in ctx.command.params for o in p.opts]
-    )
-    if "model" in flags:
-        found.pop("models", None)
-    return found | checked(flags | options, "veneer compare")
-
-
-def split_file(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-    """(the comparison file, the other arguments): the file is what no flag stands before."""
-    for at, text in enumerate(arguments):
-        is_value = at > 0 and arguments[at - 1].startswith("--") and "=" not in arguments[at - 1]
-        if not text.startswith("-") and not is_value:
-            return text, [*arguments[:at], *arguments[at + 1 :]]
-    return None, list(arguments)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    from veneer.comparing.planning.arms import split_arms
-
-    pair = split_arms(text)
-    if len(pair) != 2:
-        raise BadOption(f"--contrast {text!r} is not a pair of arms.", next_step="--contrast lora,dora")
-    return pair[0], pair[1]
-
-
-def training_options(given: dict[str, Any], flags: list[str]) -> dict[str, Any]:
-    """Options of every training, after their names were looked up."""
-    from veneer.comparing.planning.file import training_fields
-
-    known = training_fields()
-    for name in given:
-        if name not in known:
-            typed = "--" + name.replace("_", "-")
-            names = [*flags, *("--" + n.replace("_", "-") for n in sorted(known))]
-            raise UnknownOption(
-                f"veneer compare has no option '{typed}'.", nearest=nearest(typed, names),
-                next_step="options of a method belong to its arm: --methods lora:rank=16,dora",
-            )  # fmt: skip
-    if isinstance(given.get("whole"), str):
-        given["whole"] = [given["whole"]]
-    return given
-
-
-def finish(found: Any) -> None:
-    """The card of the winner."""
-    from veneer.cli._card import write_card
-
-    if found.best_folder is not None and (found.best_folder / "veneer.json").is_file():
-        write_card(found.best_folder)
-    else:
-        note("note: the winner has no adapter to keep")
-
-
-def text_of(found: Any, width: int) -> str:
-    """The conclusion, the table as wide as the terminal, and where the report is."""
-    import textwrap
-
-    from veneer.cli._table import table
-    from veneer.comparing.reporting.words import Scale, bytes_text, count, p_text, seconds_text
-
-    summary = found.to_dict()
-    scale = Scale(summary["analysed"], 1.0 if summary["higher_is_better"] else -1.0, summary["in_percent"])
-    recommended = summary["recommendation"]["arm"]
-    rows = [
-        (
-            arm["arm"] + (" *" if arm["arm"] == recommended else ""),
-            scale.value(arm["mean"]),
-            f"{scale.value(arm['low'])} to {scale.value(arm['high'])}",
-            "yes" if arm["tied_with_best"] else "no",
-            p_text(arm["p_adjusted"]),
-            count(arm["trainable_parameters"]),
-            bytes_text(arm["bytes_on_disk"]),
-            seconds_text(arm["step_seconds"]),
-        )
-        for arm in summary["arms"]
-    ]
-    head = ("arm", scale.unit, "95 % interval", "tied", "p", "trained", "on disk", "step")
-    lines = [
-        *textwrap.wrap(found.sentence, width),
-        "",
-        table(head, rows, width=width, drop=("on disk", "p", "step", "tied", "trained"), right=head[1:]),
-        "",
-        *textwrap.wrap("* the cheapest arm that cannot be told apart from the best; tied: not separable from the best; "
-                       "p: of being the best, corrected for all arms", width, subsequent_indent="  "),
-    ]  # fmt: skip
-    for other in summary["not_measured"]:
-        status, reason = other["status"].replace("_", " "), other["reason"].rstrip(".")
-        lines += textwrap.wrap(f"{other['arm']}: {status} ({reason})", width, subsequent_indent="  ")
-    for told in summary.get("claims", ()):
-        lines += textwrap.wrap(f"{told['id']}: {told['says']}", width, subsequent_indent="  ")
-        lines += textwrap.wrap(f"{told['verdict']}: {told['because']}", width, subsequent_indent="  ")
-    if summary["claim"]:
-        lines.append(summary["claim"])
-    lines += ["", f"report: {found.report}"]
-    if found.best_folder is not None:
-        lines.append(f"winner: {found.best_folder}")
-    return "\n".join(lines)

@@ -85,8 +85,8 @@ def short(data: Any) -> Any:
 def main(output: Path = OUTPUT, **given: Any) -> None:
     """Run it, print the table, and let the winner speak. given: for `run`."""
     from veneer.cli._common import say, still
+    from veneer.cli._compare_text import finish, text_of
     from veneer.cli._table import terminal_width
-    from veneer.cli.compare import finish, text_of
 
     began = time.monotonic()
     fresh = "--again" in sys.argv

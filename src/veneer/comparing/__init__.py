@@ -11,15 +11,10 @@ from veneer.comparing.inference.claims import Verdict, decide
 from veneer.comparing.inference.selftest import SelfTest, self_test
 from veneer.comparing.outside import from_results
 from veneer.comparing.planning.arms import CONTROLS, Arm, parse_arm, parse_arms
-from veneer.comparing.planning.design import (
-    Budget,
-    Comparison,
-    Forecast,
-    forecast,
-    parse_budget,
-    smallest_findable,
-)
+from veneer.comparing.planning.budget import Budget, parse_budget
+from veneer.comparing.planning.design import Comparison
 from veneer.comparing.planning.file import FIELDS, read_comparison, write_comparison
+from veneer.comparing.planning.forecast import Forecast, forecast, smallest_findable
 from veneer.comparing.planning.prepare import Prepared, prepare
 from veneer.comparing.results import CompareResult
 from veneer.comparing.run import compare, run, run_prepared

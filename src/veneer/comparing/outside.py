@@ -19,7 +19,8 @@ from veneer.comparing.foreign import Found, read_runs
 from veneer.comparing.inference.scores import RunScores
 from veneer.comparing.planning.arms import Arm
 from veneer.comparing.planning.design import Comparison
-from veneer.comparing.results import CompareResult, Record, publish
+from veneer.comparing.publishing.records import Record
+from veneer.comparing.results import CompareResult, publish
 from veneer.errors import BadData, BadOption, UnknownName, nearest
 
 

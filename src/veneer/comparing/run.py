@@ -13,19 +13,15 @@ from typing import Any
 
 from veneer.comparing.measures.costs import measured_costs, put_into
 from veneer.comparing.planning.arms import Arm
-from veneer.comparing.planning.design import (
-    Comparison,
-    Forecast,
-    canonical_json,
-    forecast,
-    parse_budget,
-    same_question,
-)
+from veneer.comparing.planning.budget import parse_budget
+from veneer.comparing.planning.design import Comparison, canonical_json, same_question
 from veneer.comparing.planning.file import write_comparison
+from veneer.comparing.planning.forecast import Forecast, forecast
 from veneer.comparing.planning.halving import best_rates, last_rung, trials_of
 from veneer.comparing.planning.prepare import Prepared, prepare
 from veneer.comparing.planning.rates import extension
-from veneer.comparing.results import CompareResult, Record, publish
+from veneer.comparing.publishing.records import Record
+from veneer.comparing.results import CompareResult, publish
 from veneer.comparing.running.ledger import Ledger, locked, write_atomic
 from veneer.comparing.running.live import LivePage
 from veneer.comparing.running.runs import Progress, RunArm, Runs, print_progress

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing.inference.across import Across, across
-from veneer.comparing.planning.design import canonical_json, duration
+from veneer.comparing.planning.design import canonical_json
 from veneer.comparing.planning.file import write_comparison
+from veneer.comparing.planning.forecast import duration
 from veneer.comparing.planning.prepare import Prepared, prepare
 from veneer.comparing.reporting.across_page import write_across
 from veneer.comparing.results import CompareResult

@@ -22,7 +22,7 @@ from veneer.comparing.inference.scores import Scores
 from veneer.comparing.inference.statistics import Array
 
 if TYPE_CHECKING:
-    from veneer.comparing.results import Record
+    from veneer.comparing.publishing.records import Record
 
 SumsOf = Callable[[Sequence[Any], Sequence[Any]], Array]
 """(labels, predictions) of n items -> what is summed: (n, k)."""

@@ -35,7 +35,7 @@ from veneer.comparing.inference.statistics import (
     spread,
     spread_of_difference,
 )
-from veneer.comparing.planning.design import Assumed, smallest_findable
+from veneer.comparing.planning.forecast import Assumed, smallest_findable
 
 RATIOS = (0.1, 1.0, 10.0)
 """Variance of the mean difference that comes from seeds, over that which comes from items."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from veneer.comparing.inference.statistics import Array, spread
-from veneer.comparing.planning.design import Assumed
+from veneer.comparing.planning.forecast import Assumed
 
 
 @dataclass(frozen=True)

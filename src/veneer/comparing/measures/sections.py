@@ -18,7 +18,7 @@ from veneer.comparing.reporting.robustness import corrupted, forgotten, mean_of_
 
 if TYPE_CHECKING:
     from veneer.comparing.planning.design import Comparison
-    from veneer.comparing.results import Record
+    from veneer.comparing.publishing.records import Record
 
 BUSY_NOTE = (
     "the machine was busy with other programs: steps took {:.1f} times as long by the clock as on the processor, so "

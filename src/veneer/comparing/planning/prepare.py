@@ -9,8 +9,10 @@ from typing import Any
 
 from veneer.comparing.inference.claims import check_claim
 from veneer.comparing.planning.arms import ANCHOR, OPTIONAL_CONTROLS, Arm, parse_arm, parse_arms, split_arms
+from veneer.comparing.planning.budget import parse_budget
 from veneer.comparing.planning.controls import parse_controls, with_controls
-from veneer.comparing.planning.design import Comparison, Forecast, choose_seeds, forecast, parse_budget
+from veneer.comparing.planning.design import Comparison, choose_seeds
+from veneer.comparing.planning.forecast import Forecast, forecast
 from veneer.comparing.planning.match import matched, parse_tolerance
 from veneer.comparing.planning.measure import Measured, from_ledger, measure
 from veneer.comparing.planning.rates import grids

@@ -7,7 +7,7 @@ from typing import Any
 
 from veneer.comparing.inference import tuning
 from veneer.comparing.planning.halving import first_rung
-from veneer.comparing.reporting import charts, curves, disagreements, tables
+from veneer.comparing.reporting import charts, curves, disagreements, fronts_tables, tables
 from veneer.comparing.reporting.axes import Quantity, brief, tick_text
 from veneer.comparing.reporting.filling import script_json
 from veneer.comparing.reporting.published import Published
@@ -46,7 +46,9 @@ def prices(page: Published, costs: Mapping[str, Mapping[str, Any]]) -> tuple[lis
         found.append({"cost": cost, "title": title, "chart": chart})
     titles = {one["cost"]: PRICES[one["cost"]][1] for one in found}
     table = (
-        tables.fronts_table(page, fronts, titles) if found and len(set(fronts) & set(titles)) > 1 else None
+        fronts_tables.fronts_table(page, fronts, titles)
+        if found and len(set(fronts) & set(titles)) > 1
+        else None
     )
     return found, table
 
@@ -56,7 +58,7 @@ def areas(page: Published, prices: Sequence[Mapping[str, Any]]) -> tables.Table 
     fronts = page.summary.get("fronts") or {}
     known = {cost: front["hypervolume"] for cost, front in fronts.items() if front.get("hypervolume")}
     titles = {one["cost"]: PRICES[one["cost"]][1] for one in prices}
-    return tables.areas_table(page, known, titles) if known.keys() & titles.keys() else None
+    return fronts_tables.areas_table(page, known, titles) if known.keys() & titles.keys() else None
 
 
 def contrasts_chart(page: Published) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from veneer.comparing.inference.analysis import Analysis
 from veneer.comparing.inference.statistics import Array
-from veneer.comparing.planning.design import DEMO
+from veneer.comparing.planning.budget import DEMO
 
 
 @dataclass(frozen=True)

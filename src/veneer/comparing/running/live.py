@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from veneer.comparing.planning.arms import parse_arm
-from veneer.comparing.planning.design import Comparison, duration
+from veneer.comparing.planning.design import Comparison
+from veneer.comparing.planning.forecast import duration
 from veneer.comparing.reporting import charts
 from veneer.comparing.reporting.axes import Quantity
 from veneer.comparing.reporting.published import lines_of

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import statistics
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,8 +15,10 @@ from typing import Any
 
 from veneer.comparing.measures.further import ASKED, MOST_ROWS, TRAIN_SAMPLE, further_of, train_sample
 from veneer.comparing.planning.arms import OPTIONAL_CONTROLS, Arm
+from veneer.comparing.planning.budget import Budget
 from veneer.comparing.planning.control_hooks import Norms, changes, fixed_numbers, keep_norms, kept_norms
-from veneer.comparing.planning.design import Budget, canonical_json
+from veneer.comparing.planning.design import canonical_json
+from veneer.comparing.running.guess import constant_guess
 from veneer.errors import Unsupported
 
 DEMO_SIZES = {"train": 190, "validation": 200, "test": 300}
@@ -134,7 +134,7 @@ class TrainingRunner:
     ) -> Any:
         """One run. share: of the budget."""
         if arm.method == "untrained" and self.task.name in ("classify", "regress"):
-            return self.constant_guess(splits, output)
+            return self.with_off_task(constant_guess(self, splits, output), splits, output)
         if arm.method in OPTIONAL_CONTROLS:
             found = self.control(arm, splits, seed=seed, learning_rate=learning_rate, output=output)
             return self.with_off_task(found, splits, output)
@@ -253,46 +253,6 @@ class TrainingRunner:
         if kind == "minutes" and amount is not None:
             return {"max_seconds": 60 * amount}
         return {}
-
-    def constant_guess(self, splits: tuple[str, ...], output: Path) -> Any:
-        """The majority class of the training rows, their shares as probabilities; for numbers the mean."""
-        labels = [self._label(row) for row in self.data.train]
-        predictions = {
-            split: [
-                {"item": number, **self._guess(labels, self._label(row))} for number, row in enumerate(rows)
-            ]
-            for split, rows in self.beyond.beside(self.data, splits).splits.items()
-            if split in splits
-        }
-        guess = SimpleNamespace(
-            metrics={split: self.task.metrics(found) for split, found in predictions.items()},
-            predictions=predictions,
-            trainable_parameters=0,
-            bytes_on_disk=0,
-            step_seconds=None,
-            tokens_per_second=None,
-            peak_memory_bytes=None,
-            folder=output,
-        )
-        return self.with_off_task(guess, splits, output)
-
-    def _label(self, row: Mapping[str, Any]) -> Any:
-        """The number to predict, or the index of the class."""
-        return float(row["label"]) if self.task.name == "regress" else self.task.index_of(row["label"])
-
-    def _guess(self, labels: list[Any], label: Any) -> dict[str, Any]:
-        if self.task.name == "regress":
-            mean = statistics.fmean(labels)
-            return {"score": -((mean - label) ** 2), "prediction": mean, "label": label}
-        names = list(self.task.labels)
-        counts = Counter(labels)
-        best = max(range(len(names)), key=lambda index: counts[index])
-        return {
-            "score": float(best == label),
-            "prediction": names[best],
-            "label": names[label],
-            "probabilities": {name: counts[index] / len(labels) for index, name in enumerate(names)},
-        }
 
 
 def _content(value: Any) -> str:

@@ -17,22 +17,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from veneer.comparing.measures.calibration import confidence_of
 from veneer.comparing.measures.further import TRAIN_SAMPLE
 from veneer.comparing.planning.arms import Arm
-from veneer.comparing.planning.design import Comparison, canonical_json, duration
+from veneer.comparing.planning.design import Comparison, canonical_json
+from veneer.comparing.planning.forecast import duration
 from veneer.comparing.planning.halving import share_of
 from veneer.comparing.running.history import compact
 from veneer.comparing.running.ledger import Ledger, write_atomic
+from veneer.comparing.running.outcome import (
+    forget_test,
+    is_inside,
+    item_line,
+    plain,
+    reason_of,
+    run_folder,
+    status_of,
+)
 from veneer.errors import (
     BadData,
-    BadOption,
-    NoSiteFound,
-    NotPrepared,
-    TrainingFailed,
-    UnknownOption,
-    Unsupported,
-    VeneerError,
 )
 
 COSTS = ("trainable_parameters", "bytes_on_disk", "peak_memory_bytes", "step_seconds", "tokens_per_second")
@@ -140,13 +142,13 @@ class Runs:
             line.update(self._outcome(result, stage, arm, seed))
             took = getattr(result, "run_seconds", None)  # of a trainer that began before it was asked
         except Exception as error:
-            line |= {"status": _status(error), "reason": _reason(error)}
+            line |= {"status": status_of(error), "reason": reason_of(error)}
         line["seconds"] = round(time.monotonic() - start if took is None else took, 3)
         self.ledger.append(line)
         if stage == "tune":
             shutil.rmtree(output, ignore_errors=True)
         else:
-            _forget_test(output)
+            forget_test(output)
             self._keep_best(arm)
         self._report(line)
         return line
@@ -171,7 +173,7 @@ class Runs:
             outcome["sealed_sha256"] = hashlib.sha256(text.encode()).hexdigest()
             outcome["folder"] = (
                 str(Path(result.folder).relative_to(self.folder))
-                if _inside(result.folder, self.folder)
+                if is_inside(result.folder, self.folder)
                 else str(result.folder)
             )
         return outcome
@@ -179,7 +181,7 @@ class Runs:
     def _to_seal(self, result: RunResult, split: str, arm: Arm) -> dict[str, Any]:
         """Metrics and items of one set; of the test split also the group of each item."""
         groups = getattr(getattr(self.run_arm, "beyond", None), "groups", {}) if split == "test" else {}
-        items = [_item_line(line, arm) for line in result.predictions[split]]
+        items = [item_line(line, arm) for line in result.predictions[split]]
         return {
             "metrics": {key: plain(number) for key, number in result.metrics.get(split, {}).items()},
             "items": [item | {"group": groups[item["item"]]} for item in items] if groups else items,
@@ -245,65 +247,3 @@ class Runs:
                 f"{line['arm']}, {line['stage']}, seed {line['seed']}{rate}: {what}", done, self.of, left
             )
         )
-
-
-def run_folder(folder: Path, stage: str, arm: Arm, seed: int, rate: float | None, share: float = 1.0) -> Path:
-    """Where a run lies."""
-    name = f"seed-{seed}" if stage == "confirm" else f"tune-seed-{seed}-rate-{rate:g}"
-    return folder / "runs" / arm.slug / (name if share == 1 else f"{name}-share-{share:g}")
-
-
-def _forget_test(folder: Path) -> None:
-    """Take out what a trainer wrote of its evaluation: test scores are in the sealed file alone."""
-    import json
-
-    for path in (*folder.glob("predictions-*.jsonl"), folder / "result.json"):
-        path.unlink(missing_ok=True)
-    record = folder / "veneer.json"
-    if record.is_file():
-        said = json.loads(record.read_text(encoding="utf-8"))
-        metrics = (said.get("training") or {}).get("metrics") or {}
-        if metrics.keys() - {"validation"}:
-            said["training"]["metrics"] = {key: of for key, of in metrics.items() if key == "validation"}
-            write_atomic(record, json.dumps(said, indent=2, ensure_ascii=False) + "\n")
-
-
-def _reason(error: Exception) -> str:
-    first = str(error).split("\n")[0]
-    return first if isinstance(error, VeneerError) else f"{type(error).__name__}: {first}"
-
-
-def _status(error: Exception) -> str:
-    """diverged is a result; not_applicable: no such arm here; failed: tried again at the next start."""
-    text = str(error).lower()
-    if getattr(error, "diverged", False) or isinstance(error, FloatingPointError):
-        return "diverged"
-    if isinstance(error, TrainingFailed):
-        return "diverged" if "finite" in text or "nan" in text.split() else "failed"
-    never = (Unsupported, NoSiteFound, NotPrepared, BadOption, UnknownOption)
-    return "not_applicable" if isinstance(error, never) else "failed"
-
-
-def _item_line(line: Mapping[str, Any], arm: Arm) -> dict[str, Any]:
-    if "item" not in line or "score" not in line:
-        raise BadData(
-            f"a test prediction of '{arm}' has {sorted(line)}: expected 'item' and 'score'.",
-            next_step="a trainer returns a line an item: {'item': id, 'score': number, ...}",
-        )
-    kept = {
-        key: plain(value) for key, value in line.items() if key in ("score", "prediction", "label", "query")
-    }
-    return kept | confidence_of(line) | {"item": str(line["item"]), "score": float(line["score"])}
-
-
-def plain(value: Any) -> Any:
-    """Numbers of numpy and torch as Python's; what is not finite as None; the rest as it is."""
-    if hasattr(value, "item") and not isinstance(value, float | int):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _inside(path: Any, folder: Path) -> bool:
-    return Path(path).resolve().is_relative_to(folder.resolve())

@@ -28,7 +28,7 @@ from veneer.comparing.planning.control_hooks import (
 )
 from veneer.comparing.planning.design import Comparison
 from veneer.comparing.planning.halving import share_of, trials_of
-from veneer.comparing.running.runs import run_folder
+from veneer.comparing.running.outcome import run_folder
 from veneer.errors import VeneerError
 
 ROWS = 64  # of a shared forward: beyond that, rows in one batch gain little and take memory
