@@ -119,3 +119,19 @@ def test_grouped_attention_over_strided_slots_is_attention(heads: int) -> None:
     wide = [x.repeat_interleave(heads, 1) for x in (k, v)]
     weights = ((q @ wide[0].mT) * 0.3).masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
     assert torch.allclose(got, weights @ wide[1], atol=1e-5)
+
+
+def test_prompts_of_one_length_and_many_adapters_answer_as_each_alone(tmp_path: Path) -> None:
+    there = folders("llama", {f"lora{i}": "lora" for i in range(6)}, tmp_path)
+    alone, inbox, rectangles = Alone("llama", there), Inbox(), []
+    with Engine(model(), slots=6) as engine:
+        for name, folder in there.items():
+            engine.add(name, folder, warm=True)
+            engine.generate([3, 4], name, max_tokens=1)
+        plain = engine._batch._read
+        engine._batch._read = lambda rows: rectangles.append(len(rows)) or plain(rows)  # type: ignore
+        asked = [ask([5 + i, *range(20, 29)], name, 6) for i, name in enumerate(there)]
+        engine.do(lambda _: [engine.submit(r, inbox) for r in asked]).result()
+        found = [inbox.tokens(r) for r in asked]
+    assert rectangles == [6]
+    assert found == [alone(list(r.prompt), r.version, 6) for r in asked]

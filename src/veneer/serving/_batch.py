@@ -129,7 +129,7 @@ class Batch(Forwards):
         speaking = [r for r in self.rows if not r.todo]
         waiting = self._waiting()
         side_by_side = []
-        if self.joins:
+        if self.joins and not (not speaking and _alike(waiting)):
             side_by_side = self._side_by_side(speaking, [r for r in waiting if _by_token(r)])
             waiting = [r for r in waiting if not _by_token(r)]
         for group in _groups(waiting, self.budget):
@@ -232,6 +232,12 @@ class Batch(Forwards):
 def _by_token(row: Row) -> bool:
     """Whether its prompt can be read as single tokens: nothing asks where it lies, or is still to be put before it."""
     return not row.traits.whole and (bool(row.length) or not row.traits.added)
+
+
+def _alike(waiting: Sequence[Row]) -> bool:
+    """Whether prompts make a full rectangle of many adapters: there, adapters of a kind are one product."""
+    adapters = {r.name for r in waiting}
+    return len(adapters) > 4 and len({(len(r.todo), bool(r.length)) for r in waiting}) == 1
 
 
 def _groups(waiting: Sequence[Row], budget: int) -> list[list[Row]]:
