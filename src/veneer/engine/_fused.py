@@ -41,6 +41,8 @@ def beside(module: nn.Module, ops: Sequence[Op], frame: Frame, x: Any) -> Tensor
     if pair is None or any(f.dtype != x.dtype for f in pair):
         return None
     down, up = pair
+    if not down.requires_grad:  # as separate operations nothing keeps x (LoRA-FA)
+        return None
     multiply = product_of(module, x)
     return None if multiply is None else fused(x, down, up, multiply)
 
