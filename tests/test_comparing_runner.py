@@ -36,6 +36,27 @@ def test_the_untrained_base_guesses_the_majority_of_the_training_rows(tmp_path):
     assert found.trainable_parameters == 0
 
 
+def picture(path):
+    from PIL import Image
+
+    Image.new("RGB", (4, 4), (len(path.name) * 9 % 256, 0, 0)).save(path)
+    return str(path)
+
+
+def test_the_untrained_base_guesses_the_majority_of_pictures_too(tmp_path):
+    data = {
+        split: [
+            {"image": picture(tmp_path / f"{split}-{i}.png"), "label": row["label"]}
+            for i, row in enumerate(of)
+        ]
+        for split, of in DATA.items()
+    }
+    runner = default_runner("m", data, task="image-classify", budget=parse_budget("published"), options={})
+    found = runner(arm=parse_arm("untrained"), seed=1, learning_rate=None, splits=("test",), output=tmp_path)
+    assert found.metrics["test"]["accuracy"] == 0.75
+    assert {p["prediction"] for p in found.predictions["test"]} == {"good"}
+
+
 def test_a_budget_becomes_passes_over_the_training_rows():
     assert made("examples=25").options == {"epochs": 2.5}
     assert made("demo").options == {"epochs": 2}

@@ -10,6 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 
+GUESSED = ("classify", "image-classify", "regress")  # tasks whose untrained base has a head of random numbers
+
+
 def constant_guess(runner: Any, splits: tuple[str, ...], output: Path) -> Any:
     """The majority class of the training rows, their shares as probabilities; for numbers the mean."""
     labels = [_label(runner.task, row) for row in runner.data.train]

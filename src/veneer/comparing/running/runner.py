@@ -18,7 +18,7 @@ from veneer.comparing.planning.arms import OPTIONAL_CONTROLS, Arm
 from veneer.comparing.planning.budget import Budget
 from veneer.comparing.planning.control_hooks import Norms, changes, fixed_numbers, keep_norms, kept_norms
 from veneer.comparing.planning.design import canonical_json
-from veneer.comparing.running.guess import constant_guess
+from veneer.comparing.running.guess import GUESSED, constant_guess
 from veneer.errors import Unsupported
 
 DEMO_SIZES = {"train": 190, "validation": 200, "test": 300}
@@ -133,7 +133,7 @@ class TrainingRunner:
         share: float = 1.0,
     ) -> Any:
         """One run. share: of the budget."""
-        if arm.method == "untrained" and self.task.name in ("classify", "regress"):
+        if arm.method == "untrained" and self.task.name in GUESSED:
             return self.with_off_task(constant_guess(self, splits, output), splits, output)
         if arm.method in OPTIONAL_CONTROLS:
             found = self.control(arm, splits, seed=seed, learning_rate=learning_rate, output=output)
