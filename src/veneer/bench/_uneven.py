@@ -4,7 +4,8 @@ The Trainer trains HF PEFT's LoRA of the same size as its documentation shows it
 at its best: grouped by length, and under bfloat16 autocast. veneer trains with plain products, packed ones (equal to
 the sixth digit) and bfloat16 ones. All sides have the same base, rows, batch size, rate, schedule and optimiser, not
 the same draws, so each row says the validation score that either ended with. Timed are the steps, from the first to
-the last, in process CPU time; the peak is of the memory above what was resident before them; a child process a side.
+the last, in process CPU time, without what a form does once before them (its copies, its error on eight rows); the
+peak is of the memory above what was resident before them; a child process a side.
 """
 
 from __future__ import annotations

@@ -104,5 +104,5 @@ def wanted(
     return Wanted(
         job, rows, made_task, Settings(**settings, identity=identity),
         None if output is None else Path(output).expanduser(), tuple(whole), dict(members or {}),
-        (*hooks, *([MeasureMatmul()] if changed else [])), {"quantise": quantise, "dtype": named_dtype, **changed},
+        (*([MeasureMatmul()] if changed else []), *hooks), {"quantise": quantise, "dtype": named_dtype, **changed},
     )  # fmt: skip

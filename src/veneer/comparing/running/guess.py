@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-
 GUESSED = ("classify", "image-classify", "regress")  # tasks whose untrained base has a head of random numbers
 
 
