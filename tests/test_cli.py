@@ -537,8 +537,9 @@ def test_ctrl_c_says_so_and_ends_with_130(bert, reviews, tmp_path):
         "text=body,label=stars", "--max-steps", "100000", "--save-every", "20", "--output", str(output),
     ]  # fmt: skip
     started = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     limit = time.monotonic() + 90
     while not list(output.glob("checkpoint*")) and time.monotonic() < limit and started.poll() is None:
         time.sleep(0.1)

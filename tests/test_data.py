@@ -101,6 +101,32 @@ def test_images_in_class_folders_are_rows_and_a_file_that_is_no_image_is_found(t
         data.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "audio", [{}, "", "{}", {"path": "nowhere.wav"}, ["a"], 3, {"array": ["b"]}], ids=repr
+)
+def test_what_is_no_sound_is_a_bad_row(audio):
+    with pytest.raises(BadData, match="sound"):
+        data.read([{"audio": audio, "text": "a word"}] * 4, task="speech")
+
+
+@pytest.mark.parametrize("form", ["list", "array", "bytes", "path"])
+def test_a_sound_is_numbers_bytes_or_a_file(form, tmp_path):
+    import numpy as np
+
+    def sound(i):
+        numbers = [0.0, 0.25, i / 16]
+        (tmp_path / f"{i}.wav").write_bytes(bytes([i] * 8))
+        return {
+            "list": {"array": numbers, "sampling_rate": 16000},
+            "array": {"array": np.array(numbers), "sampling_rate": 16000, "path": None},
+            "bytes": {"bytes": bytes([i] * 8), "path": None},
+            "path": tmp_path / f"{i}.wav",
+        }[form]
+
+    splits = data.read([{"audio": sound(i), "text": f"word {i}"} for i in range(10)], task="speech")
+    assert sum(len(part) for part in splits.parts.values()) == 10
+
+
 # Splits
 
 

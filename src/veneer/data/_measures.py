@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,10 @@ def tokens_of(row: Row, task: str, tokenizer: Any) -> int:
 def _fingerprint(value: Any) -> str:
     """SHA-1 of an image or a sound, by its bytes."""
     if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path") or repr(value)
-    if isinstance(value, str):
+        array = value.get("array")
+        value = (value.get("bytes") or value.get("path")) if array is None else array
+    if isinstance(value, (str, os.PathLike)):
         value = Path(value).read_bytes()
+    if isinstance(value, (list, tuple)):
+        value = repr(value).encode()
     return hashlib.sha1(value if isinstance(value, bytes) else value.tobytes()).hexdigest()

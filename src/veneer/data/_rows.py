@@ -231,12 +231,26 @@ def _vqa(named: Row, labelled: bool) -> list[Row]:
 
 
 def _speech(named: Row, labelled: bool) -> list[Row]:
-    audio = named.get("audio")
-    if isinstance(audio, str) and not os.path.isfile(audio):
-        raise BadRow("bad file", f"there is no sound file {audio!r:.80}")
-    if audio is None:
-        raise BadRow("bad file", "there is no sound")
+    audio = _sound(named.get("audio"))
     return [{"audio": audio, "text": _text(named, "text")} if labelled else {"audio": audio}]
+
+
+def _sound(value: Any) -> Any:
+    """A path, encoded bytes, an array of numbers, or a dictionary of these as `datasets` keeps them."""
+    inner = value
+    if isinstance(value, dict):
+        array = value.get("array")
+        inner = (value.get("bytes") or value.get("path")) if array is None else array
+    if inner is None or (isinstance(inner, str) and not inner):
+        raise BadRow("bad file", "there is no sound")
+    if isinstance(inner, (str, os.PathLike)):
+        if not os.path.isfile(inner):
+            raise BadRow("bad file", f"there is no sound file {str(inner)!r:.80}")
+        return value
+    numbers = isinstance(inner, (list, tuple)) and all(type(x) in (int, float) for x in inner)
+    if not (numbers or isinstance(inner, bytes) or hasattr(inner, "tobytes")):
+        raise BadRow("bad file", f"{value!r:.60} is not a sound")
+    return value
 
 
 def _image(value: Any) -> Any:
@@ -245,16 +259,18 @@ def _image(value: Any) -> Any:
         value = value.get("bytes") or value.get("path")
     if value is None or (isinstance(value, str) and not value):
         raise BadRow("bad file", "there is no image")
-    if isinstance(value, str):
+    if isinstance(value, (str, os.PathLike)):
         try:
             with open(value, "rb") as file:
                 start = file.read(16)
         except (OSError, ValueError) as error:
-            raise BadRow("bad file", f"the image {value!r} cannot be read") from error
+            raise BadRow("bad file", f"the image {str(value)!r} cannot be read") from error
     elif isinstance(value, bytes):
         start = value[:16]
-    else:
+    elif hasattr(value, "tobytes"):
         return value
+    else:
+        raise BadRow("bad file", f"{value!r:.60} is not an image")
     if not start.startswith(IMAGE_STARTS):
         raise BadRow("bad file", f"{value!r:.60} is not an image")
     return value
