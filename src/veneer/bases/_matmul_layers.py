@@ -23,10 +23,8 @@ class Copies:
     """What one layer keeps for its form: a copy for the forward, one for the gradient, each made at first need."""
 
     def __init__(self, form: str, spared: bool = False) -> None:
-        self.form, self.spared = (
-            form,
-            spared,
-        )  # spared: the weight lies in a mapped file, and is read from there
+        self.form = form
+        self.spared = spared  # the weight lies in a mapped file, and is read from there
         # (what it was copied from, the weight, the copies): one value, so that threads see all of it or none.
         self._state: tuple[Any, Any, dict[bool, Any]] = (None, None, {})
 

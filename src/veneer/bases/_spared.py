@@ -10,13 +10,13 @@ import contextlib
 import ctypes
 import functools
 import mmap
-import os
-import tempfile
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from veneer._disk import mapped
 
 # weight -> its room in a file: held as long as the weight, so that nothing else gets that address meanwhile
 _ROOMS: Any = WeakTensorKeyDictionary()
@@ -28,15 +28,10 @@ def into_file(weight: Tensor) -> bool:
         return False
     if lies_in_file(weight):
         return True
-    handle, path = tempfile.mkstemp(prefix="veneer-weights-")
     try:
-        os.posix_fallocate(handle, 0, max(1, weight.nbytes))  # a full disk says so here
-        room = torch.from_file(path, shared=True, size=weight.numel(), dtype=weight.dtype)
+        room = mapped(weight.numel(), weight.dtype)
     except OSError:
         return False
-    finally:
-        os.close(handle)
-        os.unlink(path)
     with torch.no_grad():
         weight.data = room.view(weight.shape).copy_(weight)
     _ROOMS[weight] = room
@@ -67,7 +62,7 @@ def let_go(weight: Tensor) -> None:
 @functools.cache
 def _advise() -> Any:
     """libc's madvise(address, bytes, advice), None where there is none."""
-    if not hasattr(os, "posix_fallocate") or not hasattr(mmap, "MADV_DONTNEED"):
+    if not hasattr(mmap, "MADV_DONTNEED"):
         return None
     with contextlib.suppress(OSError, AttributeError):
         found = ctypes.CDLL(None).madvise

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
-import subprocess
 import sys
 from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from veneer.errors import VeneerError
-
 from ._report import Expectation, Row
 from ._size import Size
-from ._training import CHILD, resident, trim
+from ._training import in_child, resident, trim
 
 NEAR = Expectation.at_most(1.15, "Buffers of the libraries, and what the heap keeps, are no tensors.")
 LENGTH = 64
@@ -61,18 +57,8 @@ def forecast(size: Size) -> list[Row]:
 
 
 def _rows(base: str, size: Size) -> list[Row]:
-    job = json.dumps({"base": base, "size": asdict(size)})
-    done = subprocess.run(
-        [sys.executable, "-c", "from veneer.bench._forecast import child; child()"],
-        input=job, capture_output=True, text=True, env={**os.environ, **CHILD}, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise VeneerError(
-            f"the child process that measures steps on {base} failed: {done.stderr.strip()[-800:]}",
-            next_step="veneer doctor    says what is installed",
-        )
     made = []
-    for found in json.loads(done.stdout.strip().splitlines()[-1]):
+    for found in in_child(child, {"base": base, "size": asdict(size)}, f"measures steps on {base}"):
         said, seen = float(found["forecast"]), float(found["measured"])
         words = f"forecast {said / 2**20:.0f} MiB, measured {seen / 2**20:.0f} MiB: {said / seen - 1:+.0%}"
         made.append(

@@ -166,7 +166,8 @@ def memory(size: Size) -> list[Row]:
         counts = set()
         for _ in range(size.children):
             for side in found:
-                spent, trained = _in_child(side, method, size)
+                job = {"side": side, "method": method, "size": asdict(size)}
+                spent, trained = in_child(child, job, f"measures {side}")
                 found[side].append(spent)
                 counts.add(trained)
         if len(counts) > 1:
@@ -181,19 +182,18 @@ def memory(size: Size) -> list[Row]:
     return rows
 
 
-def _in_child(side: str, method: str, size: Size) -> tuple[float, int]:
-    job = json.dumps({"side": side, "method": method, "size": asdict(size)})
+def in_child(child: Callable[[], None], job: dict[str, Any], what: str) -> Any:
+    """What `child` prints, as JSON on its last line, in a process of its own that reads `job` from standard input."""
     done = subprocess.run(
-        [sys.executable, "-c", "from veneer.bench._training import child; child()"],
-        input=job, capture_output=True, text=True, env={**os.environ, **CHILD}, check=False,
+        [sys.executable, "-c", f"from {child.__module__} import {child.__name__} as child; child()"],
+        input=json.dumps(job), capture_output=True, text=True, env={**os.environ, **CHILD}, check=False,
     )  # fmt: skip
     if done.returncode:
         raise VeneerError(
-            f"the child process that measures {side} failed: {done.stderr.strip()[-800:]}",
+            f"the child process that {what} failed: {done.stderr.strip()[-800:]}",
             next_step="veneer doctor    says what is installed",
         )
-    spent, trained = done.stdout.strip().splitlines()[-1].split()
-    return float(spent), int(trained)
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def child() -> None:
@@ -226,7 +226,7 @@ def child() -> None:
     before = resident(anew=True)
     step(*inputs["input_ids"].shape)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(resident(peak=True) - before, trained)
+    print(json.dumps([resident(peak=True) - before, trained]))
 
 
 def _attach(model: nn.Module, setting: Setting) -> None:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,16 +21,15 @@ from typing import Any
 
 import torch
 
-from veneer.errors import VeneerError
 from veneer.training import Hooks, train
 
 from . import _peer
 from ._report import Expectation, Row
 from ._size import Size
-from ._training import CHILD, resident, trim
+from ._training import in_child, resident, trim
 
 RATE = 1e-3
-SHARED = "Both sides pay the products of each frozen weight with the real tokens, forth and back."
+SHARED = "Where nothing is padded, the products with the real tokens are left, forth and back, which both sides pay."
 MEMORY = Expectation.at_most(0.70, SHARED)
 # case -> base, data, rows, validation rows, batch size, column of the score, expected of each form over random order
 CASES: dict[str, tuple[str, str, int, int, int, str, float]] = {
@@ -58,7 +55,8 @@ def _rows(task: str, size: Size) -> list[Row]:
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for repeat in range(1 if size.toy else min(3, size.repeats)):
         for side in sides if repeat % 2 == 0 else reversed(sides):
-            found[side].append(_in_child(task, side, repeat, size))
+            job = {"task": task, "side": side, "repeat": repeat, "size": asdict(size)}
+            found[side].append(in_child(child, job, f"trains {task}, {side},"))
     base, data, count, _, _, score, least = CASES[task]
 
     def of(side: str, what: str) -> list[float]:
@@ -92,20 +90,6 @@ def _rows(task: str, size: Size) -> list[Row]:
             )
         )
     return made
-
-
-def _in_child(task: str, side: str, repeat: int, size: Size) -> dict[str, float]:
-    job = json.dumps({"task": task, "side": side, "repeat": repeat, "size": asdict(size)})
-    done = subprocess.run(
-        [sys.executable, "-c", "from veneer.bench._uneven import child; child()"],
-        input=job, capture_output=True, text=True, env={**os.environ, **CHILD}, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise VeneerError(
-            f"the child process that trains {task}, {side}, failed: {done.stderr.strip()[-800:]}",
-            next_step="veneer doctor    says what is installed",
-        )
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def child() -> None:

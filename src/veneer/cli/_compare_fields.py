@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from veneer.cli._common import (
-    extra_options,
-)
+from veneer.cli._common import extra_options
 from veneer.errors import BadOption, UnknownOption, nearest
 
 

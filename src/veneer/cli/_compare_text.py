@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from veneer.cli._common import (
-    note,
-)
+from veneer.cli._common import note
 
 
 def finish(found: Any) -> None:

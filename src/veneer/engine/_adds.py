@@ -134,9 +134,8 @@ class Adds:
 
 # -- which rows go together -------------------------------------------------------------------------------------------
 
-Layout = tuple[
-    list[Piece], int, bool
-]  # pieces of one block, the rank that they are padded to, an axis of rows?
+# pieces of one block, the rank that they are padded to, whether it has an axis of rows
+Layout = tuple[list[Piece], int, bool]
 
 
 def _layout(pieces: Sequence[Piece], width: int) -> list[Layout]:
@@ -227,4 +226,4 @@ def _padded(down: Tensor, up: Tensor, rank: int, wide: bool) -> tuple[Tensor, Te
     return down, up
 
 
-__all__ = ["Adds", "LowRank", "Piece"]
+__all__ = ["Adds", "Piece"]

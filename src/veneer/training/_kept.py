@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer._disk import mapped
 from veneer.tasks import Batch, Encoded, Task
 from veneer.tasks._collate import takes
 from veneer.training._batches import in_order
 from veneer.training._evaluate import evaluating
-from veneer.training._offload import mapped
 
 CHUNK = 16  # rows that are computed together, of nearly one length
 

@@ -7,14 +7,13 @@ one in a mapped file is written back and dropped by the system as it needs the m
 
 from __future__ import annotations
 
-import os
-import tempfile
 import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from veneer._disk import mapped
 from veneer.errors import BadOption
 
 OFFLOADS = ("off", "cpu", "disk")
@@ -79,18 +78,3 @@ class Offloaded:
             pinned = value.device.type == "cuda"
             return torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=pinned)
         return mapped(value.numel(), value.dtype).view(value.shape)
-
-
-def mapped(numbers: int, dtype: torch.dtype) -> Tensor:
-    """(numbers,) in a file that has no name any more: the system takes it back when the process ends."""
-    handle, path = tempfile.mkstemp(prefix="veneer-states-")
-    try:
-        size = max(1, numbers * dtype.itemsize)
-        if hasattr(os, "posix_fallocate"):  # a full disk says so here, not by killing the process at a write
-            os.posix_fallocate(handle, 0, size)
-        else:
-            os.truncate(handle, size)
-        return torch.from_file(path, shared=True, size=numbers, dtype=dtype)
-    finally:
-        os.close(handle)
-        os.unlink(path)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from veneer.errors import BadOption, UnknownName, nearest
 
 DEMO = "demonstration budget: a screen, no claims"
-
-
 BUDGET_KINDS = ("published", "demo", "examples", "tokens", "minutes")
 
 

@@ -166,9 +166,6 @@ def same_question(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[
     return differing, only_adds
 
 
-# -- what it will be able to find, and what it will cost ----------------------------------------
-
-
 def choose_seeds(count: int | Sequence[int], first: int = 1) -> tuple[int, ...]:
     """6 -> (1, 2, 3, 4, 5, 6): the same list for every arm; a list is taken as it is."""
     if isinstance(count, int):

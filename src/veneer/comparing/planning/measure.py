@@ -22,7 +22,7 @@ from veneer.comparing.planning.design import Comparison
 from veneer.comparing.planning.few_steps import for_few_steps
 from veneer.comparing.planning.halving import share_of
 
-PASSES = {"linear_probe": 1.0, "full": 3.0, "random_direction": 4.0}  # which trains its anchor first
+PASSES = {"linear_probe": 1.0, "full": 3.0}
 OTHERS = 2.0
 STEPS = 4
 

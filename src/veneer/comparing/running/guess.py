@@ -23,7 +23,7 @@ def constant_guess(runner: Any, splits: tuple[str, ...], output: Path) -> Any:
         for split, rows in runner.beyond.beside(runner.data, splits).splits.items()
         if split in splits
     }
-    guess = SimpleNamespace(
+    return SimpleNamespace(
         metrics={split: runner.task.metrics(found) for split, found in predictions.items()},
         predictions=predictions,
         trainable_parameters=0,
@@ -33,7 +33,6 @@ def constant_guess(runner: Any, splits: tuple[str, ...], output: Path) -> Any:
         peak_memory_bytes=None,
         folder=output,
     )
-    return guess
 
 
 def _label(task: Any, row: Mapping[str, Any]) -> Any:

@@ -33,9 +33,7 @@ from veneer.comparing.running.outcome import (
     run_folder,
     status_of,
 )
-from veneer.errors import (
-    BadData,
-)
+from veneer.errors import BadData
 
 COSTS = ("trainable_parameters", "bytes_on_disk", "peak_memory_bytes", "step_seconds", "tokens_per_second")
 
@@ -122,9 +120,8 @@ class Runs:
         further = tuple(getattr(self.run_arm, "beyond", ()))
         splits = ("validation",) if stage == "tune" else ("validation", "test", *further)
         output = run_folder(self.folder, stage, arm, seed, rate, share)
-        part = (
-            {} if share == 1 else {"share": share}
-        )  # a trainer need not know of it where trials are not halved
+        # A trainer need not know of it where trials are not halved.
+        part = {} if share == 1 else {"share": share}
         line: dict[str, Any] = {
             "kind": "run",
             "design": self.design.sha256,
